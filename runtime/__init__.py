@@ -1,0 +1,8 @@
+"""Artifact -> text. One verb, one file, one function."""
+
+from runtime.load import load
+from runtime.model import Model
+from runtime.run import Completion, RunReport, run
+from runtime.verify import ParityReport, verify
+
+__all__ = ["Completion", "Model", "ParityReport", "RunReport", "load", "run", "verify"]

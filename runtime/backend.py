@@ -1,0 +1,26 @@
+"""What the engine asks of a backend: one forward pass over explicit positions and an explicit mask."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pos2d.layout import Bools, Ints
+
+Floats = npt.NDArray[np.float32]
+
+
+class Backend(Protocol):
+    """One loaded decoder. Caches are the backend's own; a cache grows by every forward pass that it is given to."""
+
+    def new_cache(self) -> Any:
+        """An empty cache for one batch of sequences."""
+
+    def forward(
+        self, input_ids: Ints, position_ids: Ints, pos2d: Ints, mask: Bools, cache: Any | None = None
+    ) -> Floats:
+        """Logits ``[B, S, V]``.
+
+        Shapes: ``input_ids`` and ``position_ids`` ``[B, S]``, ``pos2d`` ``[B, S, 2]``, ``mask`` ``[B, S, T]`` with True
+        where attention is allowed and T the cached tokens and these.
+        """

@@ -1,0 +1,70 @@
+"""How answers reach a person: one streams as text, several stand side by side while they are written."""
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from runtime.run import Completion
+
+MIN_PANEL_WIDTH = 32
+
+
+class Display:
+    """Writes answers to standard output: live panels on a terminal, plain text anywhere else."""
+
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self._prompts = prompts
+        self._texts = [""] * len(prompts)
+        self._live = None
+        if len(prompts) > 1 and sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(get_renderable=self._panels, refresh_per_second=12, vertical_overflow="visible")
+
+    def __enter__(self) -> "Display":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def write(self, branch: int, text: str) -> None:
+        """More text of one answer."""
+        self._texts[branch] += text
+        if len(self._prompts) == 1:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+        elif len(self._prompts) == 1 and self._texts[0]:
+            sys.stdout.write("\n")
+
+    def finish(self, completions: "Sequence[Completion]") -> None:
+        """Whatever was not shown while it was written."""
+        if len(self._prompts) == 1 or self._live is not None:
+            return
+        for number, completion in enumerate(completions, 1):
+            sys.stdout.write(f"[{number}] {completion.prompt}\n{completion.text}\n\n")
+
+    def _panels(self) -> "RenderableType":
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
+
+        assert self._live is not None
+        across = max(1, min(len(self._prompts), self._live.console.width // MIN_PANEL_WIDTH))
+        grid = Table.grid(expand=True)
+        for _ in range(across):
+            grid.add_column(ratio=1)
+        panels = [
+            Panel(Text(text), title=Text(prompt)) for prompt, text in zip(self._prompts, self._texts, strict=True)
+        ]
+        for first in range(0, len(panels), across):
+            grid.add_row(*panels[first : first + across])
+        return grid

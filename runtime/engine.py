@@ -1,0 +1,87 @@
+"""Column-by-column decoding: one new token for every live branch in each forward pass. Knows ids only, no text."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pos2d.errors import InputError
+from pos2d.layout import Layout
+from runtime.backend import Backend, Floats
+from runtime.sampling import Sampler
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One step: a token for every branch, ``None`` where it has ended; ``finished`` says why it did, and stays."""
+
+    tokens: tuple[int | None, ...]
+    finished: tuple[FinishReason | None, ...]
+
+
+def decode(
+    backend: Backend,
+    layout: Layout,
+    sampler: Sampler,
+    *,
+    max_new_tokens: int,
+    end_tokens: Collection[int],
+    context_length: int,
+) -> Iterator[Column]:
+    """Read the prompts, then yield columns until every branch has ended.
+
+    A branch that draws an end token stops; that token is neither yielded nor fed. When the next column would pass
+    ``context_length`` positions, all branches stop with ``length``.
+
+    Raises:
+        InputError: the prompts alone are longer than ``context_length``.
+    """
+    check_length(layout, context_length)
+    cache = backend.new_cache()
+    rows = forward(backend, layout, len(layout), cache)[list(layout.last)]
+    row_of = {branch: branch for branch in range(len(layout.last))}
+    finished: list[FinishReason | None] = [None] * len(layout.last)
+
+    for step in range(1, max_new_tokens + 1):
+        tokens: list[int | None] = [None] * len(finished)
+        for branch, row in row_of.items():
+            token = sampler.draw(rows[row], branch)
+            if token in end_tokens:
+                finished[branch] = "stop"
+            else:
+                tokens[branch] = token
+        live = [branch for branch, token in enumerate(tokens) if token is not None]
+        longer = layout.append(tokens) if live else layout
+        if step == max_new_tokens or span(longer) > context_length:
+            for branch in live:
+                finished[branch] = "length"
+        yield Column(tuple(tokens), tuple(finished))
+        if all(finished):
+            return
+        layout = longer
+        rows = forward(backend, layout, len(live), cache)
+        row_of = {branch: row for row, branch in enumerate(live)}
+
+
+def forward(backend: Backend, layout: Layout, num_new: int, cache: object | None = None) -> Floats:
+    """Logits ``[num_new, V]`` of the newest tokens of one sequence; the older ones are in ``cache``."""
+    new = slice(len(layout) - num_new, None)
+    logits = backend.forward(
+        layout.ids[None, new], layout.positions[None, new], layout.pos2d[None, new], layout.mask(num_new)[None], cache
+    )
+    newest: Floats = logits[0]
+    return newest
+
+
+def span(layout: Layout) -> int:
+    """Positions that the sequence takes: one more than the largest position or time."""
+    return 1 + int(max(layout.positions.max(), layout.times.max()))
+
+
+def check_length(layout: Layout, context_length: int) -> None:
+    if span(layout) > context_length:
+        raise InputError(
+            f"the prompts take {span(layout)} positions, the model has {context_length}; "
+            "shorten them or ask fewer at once"
+        )

@@ -1,0 +1,169 @@
+"""Hold an artifact against another of the same model: logits on one branch and on several, in one pass and cached."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pos2d.errors import InputError, ParityError, UsageError
+from pos2d.layout import Layout, build_layout
+from pos2d.progress import Progress
+from runtime.backend import Floats
+from runtime.engine import forward
+from runtime.load import load
+from runtime.model import Model
+
+DEFAULT_RTOL = 1e-4
+MIN_TOP1 = 0.99
+PROBE_SEED = 20240601
+STEPS = 8
+PROBES = {"one branch": ((), (48,)), "four branches after a context": ((24,), (12, 7, 16, 9))}
+
+
+@dataclass(frozen=True, slots=True)
+class CaseParity:
+    """One way of running a probe.
+
+    ``max_rel_diff`` is ``max_abs_diff`` as a share of the reference's largest logit; ``mean_kl`` is
+    KL(reference || artifact) in nats a position.
+    """
+
+    name: str
+    positions: int
+    max_abs_diff: float
+    max_rel_diff: float
+    top1_agreement: float
+    mean_kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """The worst of all cases, and each of them."""
+
+    rtol: float
+    min_top1: float
+    passed: bool
+    max_abs_diff: float
+    max_rel_diff: float
+    top1_agreement: float
+    mean_kl: float
+    cases: tuple[CaseParity, ...]
+
+    def raise_if_failed(self) -> None:
+        """Raises:
+        ParityError: a figure is outside its tolerance.
+        """
+        if not self.passed:
+            raise ParityError(
+                f"logits differ by up to {self.max_rel_diff:.1e} of the largest (tolerance {self.rtol:.0e}) "
+                f"and the top token agrees on {self.top1_agreement:.1%} (at least {self.min_top1:.0%}); "
+                "do not use this artifact, make it again"
+            )
+
+
+def verify(artifact: str | Path, against: str | Path, *, rtol: float = DEFAULT_RTOL) -> ParityReport:
+    """Compare logits of ``artifact`` with those of ``against``, both computed in float32.
+
+    The probes are fixed pseudo-random token ids; in the cached cases the reference's greedy tokens are fed to both, so
+    every step compares the same sequence. It passes when every logit agrees within ``rtol`` times the largest one and
+    the top token on at least 99 % of the positions. (Float32 kernels of two libraries differ by about 1e-5.)
+
+    Raises:
+        InputError: either is not an artifact, or they are not the same model.
+        UsageError: a tolerance that is not positive.
+    """
+    if not rtol > 0:
+        raise UsageError(f"rtol {rtol} must be above 0")
+    candidate, reference = load(artifact, dtype="float32"), load(against, dtype="float32")
+    _check_same_model(candidate, reference)
+    cases: list[CaseParity] = []
+    with Progress("verifying", 2 * len(PROBES)) as progress:
+        for name, (context, lengths) in PROBES.items():
+            layout = _probe(reference, context, lengths)
+            expected, script = _stepwise(reference, layout, None)
+            found, _ = _stepwise(candidate, layout, script)
+            cases.append(compare(f"{name}, cached", expected, found))
+            progress.advance()
+            whole = _extended(layout, script)
+            one_pass = (forward(model.backend, whole, len(whole)) for model in (reference, candidate))
+            cases.append(compare(f"{name}, one pass", *one_pass))
+            progress.advance()
+    return _summary(cases, rtol)
+
+
+def compare(name: str, expected: Floats, found: Floats) -> CaseParity:
+    """Logits ``[N, V]`` of the reference and of the artifact."""
+    p, q = _log_softmax(expected), _log_softmax(found)
+    difference = float(np.abs(expected - found).max())
+    return CaseParity(
+        name=name,
+        positions=len(expected),
+        max_abs_diff=difference,
+        max_rel_diff=difference / float(np.abs(expected).max()),
+        top1_agreement=float((expected.argmax(-1) == found.argmax(-1)).mean()),
+        mean_kl=float((np.exp(p) * (p - q)).sum(-1).mean()),
+    )
+
+
+def _summary(cases: Sequence[CaseParity], rtol: float) -> ParityReport:
+    def worst(name: str, pick: Callable[[list[float]], float] = np.max) -> float:
+        """The largest (or what ``pick`` says) of all cases; numpy keeps a NaN, which then fails every comparison."""
+        return float(pick([getattr(case, name) for case in cases]))
+
+    relative, top1 = worst("max_rel_diff"), worst("top1_agreement", np.min)
+    return ParityReport(
+        rtol=rtol,
+        min_top1=MIN_TOP1,
+        passed=relative <= rtol and top1 >= MIN_TOP1,
+        max_abs_diff=worst("max_abs_diff"),
+        max_rel_diff=relative,
+        top1_agreement=top1,
+        mean_kl=worst("mean_kl"),
+        cases=tuple(cases),
+    )
+
+
+def _check_same_model(candidate: Model, reference: Model) -> None:
+    names = ("family", "vocab_size", "rope_2d", "adapter", "base")
+    differing = [name for name in names if getattr(candidate.manifest, name) != getattr(reference.manifest, name)]
+    if differing:
+        raise InputError(
+            f"{candidate.path} and {reference.path} are not the same model: "
+            f"{', '.join(differing)} differ in their manifests"
+        )
+
+
+def _probe(model: Model, context: Sequence[int], lengths: Sequence[int]) -> Layout:
+    draw = np.random.default_rng(PROBE_SEED)
+    sizes = [*context, *lengths]
+    ids = [draw.integers(0, model.manifest.vocab_size, size).tolist() for size in sizes]
+    return build_layout(ids[len(context) :], model.manifest.rope_2d, ids[0] if context else None)
+
+
+def _stepwise(model: Model, layout: Layout, script: Sequence[Sequence[int]] | None) -> tuple[Floats, list[list[int]]]:
+    """Logits of the prompts and of every step, and the tokens fed: those of ``script``, or the model's greedy ones."""
+    cache = model.backend.new_cache()
+    logits = [forward(model.backend, layout, len(layout), cache)]
+    newest = logits[0][list(layout.last)]
+    fed: list[list[int]] = []
+    for step in range(STEPS):
+        fed.append(newest.argmax(-1).tolist() if script is None else list(script[step]))
+        layout = layout.append(fed[-1])
+        newest = forward(model.backend, layout, len(fed[-1]), cache)
+        logits.append(newest)
+    return np.concatenate(logits), fed
+
+
+def _extended(layout: Layout, script: Sequence[Sequence[int]]) -> Layout:
+    for tokens in script:
+        layout = layout.append(tokens)
+    return layout
+
+
+def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+    wide: npt.NDArray[np.float64] = logits.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    wide -= np.log(np.exp(wide).sum(-1, keepdims=True))
+    return wide

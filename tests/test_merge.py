@@ -1,0 +1,118 @@
+"""The laws of a merge, and what it writes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import exporter
+from pos2d.errors import InputError, UsageError
+from pos2d.manifest import read_manifest
+from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
+from tests.conftest import Golden
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"), CONFIGS["qwen2 with linear rope"])
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
+def test_merged_weights_are_the_float32_sum_rounded_once(base: Path, tmp_path: Path, dtype: str) -> None:
+    adapter = {name: tensor.bfloat16() for name, tensor in random_adapter(linear_modules(base)).items()}
+    exporter.merge(base, write_adapter(tmp_path / "lora.pth", adapter), tmp_path / "merged", dtype=dtype)
+    before, after = weights(base), weights(tmp_path / "merged")
+    target = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    assert set(after) == set(before)
+    for name, weight in before.items():
+        module = name.removesuffix(".weight")
+        delta = torch.zeros(())
+        if f"{module}.lora.A.weight" in adapter:
+            delta = adapter[f"{module}.lora.B.weight"].float() @ adapter[f"{module}.lora.A.weight"].float()
+            assert not torch.equal(after[name].float(), weight)
+        torch.testing.assert_close(after[name], (weight + delta).to(target), rtol=0, atol=0)
+
+
+def test_a_sharded_base_gives_the_same_tensors_in_the_same_shards(base: Path, tmp_path: Path) -> None:
+    sharded = write_base(tmp_path / "sharded", CONFIGS["qwen2 with linear rope"], max_shard_size="60KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    lora = write_adapter(tmp_path / "lora.pth", random_adapter(square(linear_modules(base))))
+    exporter.merge(base, lora, tmp_path / "single")
+    exporter.merge(sharded, lora, tmp_path / "several", dtype="bfloat16")
+    exporter.merge(sharded, lora, tmp_path / "exact")
+    single, several, exact = (weights(tmp_path / name) for name in ("single", "several", "exact"))
+    assert {name: t.shape for name, t in single.items()} == {name: t.shape for name, t in several.items()}
+    assert all(torch.equal(single[name], exact[name]) for name in single)
+    index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert set(index["weight_map"]) == set(single)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in several.values())
+
+
+def test_the_directory_holds_exactly_what_its_manifest_names(qwen2: Golden, tmp_path: Path) -> None:
+    report = exporter.merge(output=tmp_path / "merged", **qwen2.flags)
+    manifest = read_manifest(tmp_path / "merged")
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert names == {*manifest.files, "manifest.json"}
+    assert {"config.json", "model.safetensors", "modeling_pos2d.py", "configuration_pos2d.py"} < names
+    assert (manifest.kind, manifest.dtype, manifest.eos_token_ids) == ("merged", "float32", (2,))
+    assert report.modules == manifest.adapter["modules"] == 4
+    assert list(tmp_path.iterdir()) == [tmp_path / "merged"]
+
+
+def test_config_carries_our_type_and_the_resolved_positions(qwen2: Golden, tmp_path: Path) -> None:
+    exporter.merge(output=tmp_path / "merged", **qwen2.flags)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "pos2d_qwen2"
+    assert config["rope_2d"]["pair_indices"] == [5, 6, 7, 8]
+    assert config["rope_2d"]["axes"] == [0, 0, 0, 0, 1, 2, 1, 2]
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_pos2d.Pos2DQwen2ForCausalLM"
+
+
+def test_visibility_follows_the_positions(qwen2: Golden, tmp_path: Path) -> None:
+    flags = {**qwen2.flags, "rope_2d_ratio": None}
+    exporter.merge(output=tmp_path / "two", **flags)
+    exporter.merge(output=tmp_path / "one", no_patch_rope=True, **flags)
+    assert read_manifest(tmp_path / "two").rope_2d.visibility == "columnar"
+    assert read_manifest(tmp_path / "one").rope_2d.visibility == "isolated"
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrapper_prefixes_are_dropped(qwen2: Golden, tmp_path: Path, prefix: str) -> None:
+    adapter = torch.load(qwen2.path / "lora.pth", weights_only=True)
+    wrapped = write_adapter(tmp_path / "lora.pth", {prefix + name: tensor for name, tensor in adapter.items()})
+    exporter.merge(output=tmp_path / "plain", **qwen2.flags)
+    exporter.merge(output=tmp_path / "wrapped", **{**qwen2.flags, "lora": wrapped})
+    plain, unwrapped = weights(tmp_path / "plain"), weights(tmp_path / "wrapped")
+    assert all(torch.equal(plain[name], unwrapped[name]) for name in plain)
+
+
+def test_a_tied_head_is_not_written_twice(base: Path, tmp_path: Path) -> None:
+    """A stale head in a tied checkpoint is what every loader ignores; it must not travel on."""
+    copy = shutil.copytree(base, tmp_path / "base")
+    tensors = weights(copy)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, copy / "model.safetensors")
+    lora = write_adapter(tmp_path / "lora.pth", random_adapter(square(linear_modules(base))))
+    exporter.merge(copy, lora, tmp_path / "merged")
+    assert "lm_head.weight" not in weights(tmp_path / "merged")
+
+
+def test_values_that_a_type_cannot_hold_are_refused(base: Path, tmp_path: Path) -> None:
+    adapter = random_adapter(square(linear_modules(base)))
+    adapter = {name: tensor * (1e4 if ".B." in name else 1) for name, tensor in adapter.items()}
+    lora = write_adapter(tmp_path / "lora.pth", {name: tensor * 10 for name, tensor in adapter.items()})
+    with pytest.raises(InputError, match=r"tensor model\.layers\.0.*float16"):
+        exporter.merge(base, lora, tmp_path / "merged", dtype="float16")
+    assert not (tmp_path / "merged").exists()
+    exporter.merge(base, lora, tmp_path / "merged", dtype="bfloat16")
+
+
+def test_contradicting_flags_are_a_usage_error(qwen2: Golden, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="exclude one another"):
+        exporter.merge(output=tmp_path / "merged", no_patch_rope=True, **qwen2.flags)

@@ -1,0 +1,122 @@
+"""Verification tells artifacts that agree from artifacts that do not, and export keeps only the former."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import Result
+from onnx import numpy_helper
+
+import exporter
+import runtime
+from pos2d.errors import InputError, ParityError, Pos2DError
+from pos2d.manifest import read_manifest
+from runtime.verify import compare
+from tests.conftest import Golden, read_golden
+
+ArtifactOf = Callable[[Golden, str], Path]
+
+
+def damaged(source: Path, target: Path, initializer: str, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+    """A copy of an ONNX artifact in which one inline initialiser has other values."""
+    shutil.copytree(source, target)
+    model = onnx.load(target / "model.onnx", load_external_data=False)
+    (tensor,) = (t for t in model.graph.initializer if t.name == initializer)
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), initializer))
+    onnx.save(model, target / "model.onnx")
+    manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"]["model.onnx"]["bytes"] = (target / "model.onnx").stat().st_size
+    (target / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return target
+
+
+def test_backends_agree_both_ways(golden: Golden, artifact_of: ArtifactOf) -> None:
+    merged, onnx_directory = artifact_of(golden, "merged"), artifact_of(golden, "onnx")
+    for artifact, against in ((onnx_directory, merged), (merged, onnx_directory)):
+        report = runtime.verify(artifact, against)
+        assert report.passed
+        assert 0 < report.max_abs_diff < 1e-4
+        assert report.top1_agreement == 1.0
+        assert [case.name for case in report.cases] == [
+            "one branch, cached",
+            "one branch, one pass",
+            "four branches after a context, cached",
+            "four branches after a context, one pass",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("initializer", "change"),
+    [
+        ("rope_axes", lambda axes: np.where(axes == 1, 0, axes)),
+        ("rope_inv_freq", lambda freq: freq * 1.01),
+        ("model.norm.weight", lambda weight: weight * np.float32(np.nan)),
+    ],
+)
+def test_wrong_positions_or_weights_fail(
+    call: Callable[..., Result],
+    qwen2: Golden,
+    artifact_of: ArtifactOf,
+    tmp_path: Path,
+    initializer: str,
+    change: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    broken = damaged(artifact_of(qwen2, "onnx"), tmp_path / "broken", initializer, change)
+    result = call("verify", broken, "--against", artifact_of(qwen2, "merged"), "--json")
+    assert result.exit_code == 7
+    assert json.loads(result.stdout)["passed"] is False
+    assert "do not use this artifact" in result.stderr
+
+
+def test_artifacts_of_other_models_are_not_compared(qwen2: Golden, artifact_of: ArtifactOf) -> None:
+    other = read_golden("llama_r025_right")
+    with pytest.raises(InputError, match="not the same model: family"):
+        runtime.verify(artifact_of(qwen2, "onnx"), artifact_of(other, "merged"))
+
+
+def test_a_tolerance_must_be_positive(call: Callable[..., Result], qwen2: Golden, artifact_of: ArtifactOf) -> None:
+    merged = artifact_of(qwen2, "merged")
+    assert call("verify", merged, "--against", merged, "--rtol", "nan").exit_code == 2
+
+
+def test_compare_measures_what_it_says() -> None:
+    expected = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], dtype=np.float32))
+    found = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]], dtype=np.float32))
+    case = compare("case", expected, found)
+    assert case.max_abs_diff == pytest.approx(np.log(2))
+    assert case.max_rel_diff == pytest.approx(np.log(2) / np.log(10))
+    assert case.top1_agreement == 0.5
+    assert case.mean_kl == pytest.approx((0.5 * np.log(2) - 0.25 * np.log(2)) / 2)
+
+
+def test_export_writes_the_figures_into_the_manifest(qwen2: Golden, artifact_of: ArtifactOf, tmp_path: Path) -> None:
+    report = exporter.export(artifact_of(qwen2, "merged"), tmp_path / "onnx")
+    assert report.parity is not None
+    assert report.parity["passed"] is True
+    assert read_manifest(tmp_path / "onnx").parity == report.parity
+    assert read_manifest(artifact_of(qwen2, "onnx")).parity is None
+
+
+def test_export_keeps_nothing_that_fails_its_check(
+    qwen2: Golden, artifact_of: ArtifactOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import exporter.graph as graph
+
+    build = graph.build_decoder
+    monkeypatch.setattr(graph, "build_decoder", lambda s, spec, freq, scale, w: build(s, spec, freq * 1.01, scale, w))
+    with pytest.raises(ParityError, match="does not agree"):
+        exporter.export(artifact_of(qwen2, "merged"), tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_that_breaks_is_a_defect(
+    qwen2: Golden, artifact_of: ArtifactOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(Pos2DError, match="verify ended with exit code 1"):
+        exporter.export(artifact_of(qwen2, "merged"), tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
