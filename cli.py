@@ -33,7 +33,7 @@ class Commands(click.Group):
         except Pos2DError as error:
             fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            fail("interrupted; nothing was kept", 130)
+            fail("interrupted", 130)
         except OSError as error:
             fail(f"{error.filename or 'a file'}: {error.strerror or error}", 5)
         except Exception as error:
@@ -72,7 +72,7 @@ device_option = click.option(
 
 @cli.command()
 @click.option("--base-model", required=True, metavar="DIR_OR_HUB_ID", help="The model that the adapter was trained on.")
-@click.option("--lora", required=True, metavar="FILE", help="The trainer's .pth file.")
+@click.option("--lora", required=True, metavar="FILE_OR_DIR", help="The trainer's .pth, or a directory with one.")
 @click.option("-o", "--output", required=True, metavar="OUT", help="Directory to write; it must not exist.")
 @click.option(
     "--rope-2d-ratio", type=float, help="Share of the frequencies that turn with branch and time.  [default: 0.5]"

@@ -43,11 +43,7 @@ def read_adapter(lora: str | Path, base: Checkpoint, lora_rank: int | None = Non
             base, or values that are not finite.
         UnsafeInputError: the file would run code.
     """
-    path = Path(lora)
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; give the trainer's .pth file")
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; give the trainer's .pth file")
+    path = _find(Path(lora))
     tensors = _load(path)
     factors = _pair(tensors, path)
     rank = _common_rank(factors, path)
@@ -55,6 +51,23 @@ def read_adapter(lora: str | Path, base: Checkpoint, lora_rank: int | None = Non
         raise InputError(f"{path} has rank {rank}, not {lora_rank}; leave --lora-rank out or give {rank}")
     _check_fit(factors, base, path)
     return Adapter(path, sha256(path), rank, factors)
+
+
+def _find(path: Path) -> Path:
+    """The file itself, or the only ``.pth`` of a directory."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; give the trainer's .pth file")
+        return path
+    files = sorted(path.glob("*.pth"))
+    if len(files) != 1:
+        found = (
+            "is a PEFT directory, which is"
+            if (path / "adapter_config.json").is_file()
+            else f"has {len(files)} .pth files,"
+        )
+        raise InputError(f"{path} {found} not supported; give one .pth file of the trainer")
+    return files[0]
 
 
 def _load(path: Path) -> dict[str, "torch.Tensor"]:

@@ -78,7 +78,7 @@ def merge(
         for name in TRAVELLING_CODE:
             shutil.copyfile(Path(hf.__file__).parent / name, staging / name)
         copy_companions(base.directory, staging)
-        manifest = _manifest(base, adapter, spec, stored, file_facts(staging))
+        manifest = _manifest(str(base_model), base, adapter, spec, stored, file_facts(staging))
         manifest.write(staging)
     return MergeReport(
         output=str(output),
@@ -94,8 +94,15 @@ def merge(
 
 
 def _manifest(
-    base: Checkpoint, adapter: Adapter, spec: Rope2DSpec, dtype: str, files: Mapping[str, Mapping[str, Any]]
+    base_model: str,
+    base: Checkpoint,
+    adapter: Adapter,
+    spec: Rope2DSpec,
+    dtype: str,
+    files: Mapping[str, Mapping[str, Any]],
 ) -> Manifest:
+    # A local path is nobody else's business; a Hub id is where to find the base again.
+    name = Path(base_model).name if Path(base_model).is_dir() else base_model
     return Manifest(
         kind="merged",
         family=base.sizes.family,
@@ -104,7 +111,7 @@ def _manifest(
         context_length=base.sizes.context_length,
         eos_token_ids=end_tokens(base),
         rope_2d=spec,
-        base={"name": base.directory.name, "config_sha256": sha256(base.directory / "config.json")},
+        base={"name": name, "config_sha256": sha256(base.directory / "config.json")},
         adapter=adapter.to_dict(),
         files=files,
         tool_version=__version__,

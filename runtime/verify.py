@@ -19,7 +19,9 @@ DEFAULT_RTOL = 1e-4
 MIN_TOP1 = 0.99
 PROBE_SEED = 20240601
 STEPS = 8
-PROBES = {"one branch": ((), (48,)), "four branches after a context": ((24,), (12, 7, 16, 9))}
+# Tokens of the context and of each branch; a model with less than PROBE_SPAN positions gets shorter ones.
+PROBES = {"one branch": (0, (48,)), "four branches after a context": (24, (12, 7, 16, 9))}
+PROBE_SPAN = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +83,8 @@ def verify(artifact: str | Path, against: str | Path, *, rtol: float = DEFAULT_R
     cases: list[CaseParity] = []
     with Progress("verifying", 2 * len(PROBES)) as progress:
         for name, (context, lengths) in PROBES.items():
-            layout = _probe(reference, context, lengths)
-            expected, script = _stepwise(reference, layout, None)
+            layout, steps = _probe(reference, context, lengths)
+            expected, script = _stepwise(reference, layout, [None] * steps)
             found, _ = _stepwise(candidate, layout, script)
             cases.append(compare(f"{name}, cached", expected, found))
             progress.advance()
@@ -135,21 +137,28 @@ def _check_same_model(candidate: Model, reference: Model) -> None:
         )
 
 
-def _probe(model: Model, context: Sequence[int], lengths: Sequence[int]) -> Layout:
+def _probe(model: Model, context: int, lengths: Sequence[int]) -> tuple[Layout, int]:
+    """Random prompts, and the number of steps to decode after them."""
     draw = np.random.default_rng(PROBE_SEED)
-    sizes = [*context, *lengths]
-    ids = [draw.integers(0, model.manifest.vocab_size, size).tolist() for size in sizes]
-    return build_layout(ids[len(context) :], model.manifest.rope_2d, ids[0] if context else None)
+    share = min(1.0, model.manifest.context_length / PROBE_SPAN)
+
+    def tokens(count: int) -> list[int]:
+        ids: list[int] = draw.integers(0, model.manifest.vocab_size, int(count * share) or 1).tolist()
+        return ids
+
+    prompts = [tokens(count) for count in lengths]
+    layout = build_layout(prompts, model.manifest.rope_2d, tokens(context) if context else None)
+    return layout, int(STEPS * share) or 1
 
 
-def _stepwise(model: Model, layout: Layout, script: Sequence[Sequence[int]] | None) -> tuple[Floats, list[list[int]]]:
-    """Logits of the prompts and of every step, and the tokens fed: those of ``script``, or the model's greedy ones."""
+def _stepwise(model: Model, layout: Layout, script: Sequence[Sequence[int] | None]) -> tuple[Floats, list[list[int]]]:
+    """Logits of the prompts and of every step, and the tokens fed: of ``script``, or greedy where it has none."""
     cache = model.backend.new_cache()
     logits = [forward(model.backend, layout, len(layout), cache)]
     newest = logits[0][list(layout.last)]
     fed: list[list[int]] = []
-    for step in range(STEPS):
-        fed.append(newest.argmax(-1).tolist() if script is None else list(script[step]))
+    for tokens in script:
+        fed.append(newest.argmax(-1).tolist() if tokens is None else list(tokens))
         layout = layout.append(fed[-1])
         newest = forward(model.backend, layout, len(fed[-1]), cache)
         logits.append(newest)

@@ -215,7 +215,9 @@ def test_bases_that_are_not_there(
     expect(merge(base=tmp_path / "nowhere"), 3, "nowhere is not a directory")
     expect(merge(base=Path("someone/some-model-that-is-not-cached")), 3, "some-model-that-is-not-cached")
     expect(merge(lora=tmp_path / "nowhere.pth"), 3, "nowhere.pth does not exist")
-    expect(merge(lora=tmp_path), 3, "is a directory")
+    expect(merge(lora=tmp_path), 3, "has 0 .pth files")
+    (tmp_path / "adapter_config.json").touch()
+    expect(merge(lora=tmp_path), 3, "is a PEFT directory")
 
 
 def test_base_weights_that_are_damaged(merge: Callable[..., Result], qwen2: Golden, tmp_path: Path) -> None:

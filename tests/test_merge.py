@@ -1,7 +1,10 @@
 """The laws of a merge, and what it writes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from pos2d.errors import InputError, UsageError
 from pos2d.manifest import read_manifest
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
 from tests.conftest import Golden
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +96,32 @@ def test_wrapper_prefixes_are_dropped(qwen2: Golden, tmp_path: Path, prefix: str
     exporter.merge(output=tmp_path / "wrapped", **{**qwen2.flags, "lora": wrapped})
     plain, unwrapped = weights(tmp_path / "plain"), weights(tmp_path / "wrapped")
     assert all(torch.equal(plain[name], unwrapped[name]) for name in plain)
+
+
+def test_an_adapter_directory_and_a_base_from_the_hub(qwen2: Golden, tmp_path: Path) -> None:
+    """The Hub's own client finds the base in its cache, here without a network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "hub" / "models--someone--tiny"
+    shutil.copytree(qwen2.path / "base", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    (tmp_path / "adapter").mkdir()
+    shutil.copyfile(qwen2.path / "lora.pth", tmp_path / "adapter" / "final.pth")
+    command = [
+        "merge",
+        "--base-model",
+        "someone/tiny",
+        "--lora",
+        str(tmp_path / "adapter"),
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, str(ROOT / "cli.py"), *command], check=True, env=environment, capture_output=True)
+    exporter.merge(output=tmp_path / "local", **{**qwen2.flags, "align_to": "left"})
+    local, hub = weights(tmp_path / "local"), weights(tmp_path / "out")
+    assert all(torch.equal(local[name], hub[name]) for name in local)
+    assert read_manifest(tmp_path / "out").base["name"] == "someone/tiny"
 
 
 def test_a_tied_head_is_not_written_twice(base: Path, tmp_path: Path) -> None:

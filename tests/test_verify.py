@@ -78,6 +78,16 @@ def test_artifacts_of_other_models_are_not_compared(qwen2: Golden, artifact_of: 
         runtime.verify(artifact_of(qwen2, "onnx"), artifact_of(other, "merged"))
 
 
+def test_models_with_few_positions_get_shorter_probes(qwen2: Golden, tmp_path: Path) -> None:
+    base = shutil.copytree(qwen2.path / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 24}), encoding="utf-8")
+    exporter.merge(output=tmp_path / "merged", **{**qwen2.flags, "base_model": base})
+    report = runtime.verify(tmp_path / "merged", tmp_path / "merged")
+    assert report.passed
+    assert [case.positions for case in report.cases] == [10, 10, 15, 15]
+
+
 def test_a_tolerance_must_be_positive(call: Callable[..., Result], qwen2: Golden, artifact_of: ArtifactOf) -> None:
     merged = artifact_of(qwen2, "merged")
     assert call("verify", merged, "--against", merged, "--rtol", "nan").exit_code == 2
