@@ -153,9 +153,9 @@ def _verify(staging: Path, merged: Path) -> dict[str, Any]:
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-m", "cli", "verify", str(staging), "--against", str(merged), "--json"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    with Progress("verifying", 1):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode == ParityError.exit_code:
         raise ParityError(
             f"the exported graph does not agree with {merged}; nothing was kept. {_last_line(done.stderr)}"

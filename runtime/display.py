@@ -21,9 +21,11 @@ class Display:
         self._texts = [""] * len(prompts)
         self._live = None
         if len(prompts) > 1 and sys.stdout.isatty():
+            from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(get_renderable=self._panels, refresh_per_second=12, vertical_overflow="visible")
+            self._console = Console()
+            self._live = Live(console=self._console, get_renderable=self._panels, refresh_per_second=12)
 
     def __enter__(self) -> "Display":
         if self._live is not None:
@@ -41,6 +43,8 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
+            # While answers grow, what does not fit the window is cut; the last picture stays, so it is shown whole.
+            self._live.vertical_overflow = "visible"
             self._live.stop()
         elif len(self._prompts) == 1 and self._texts[0]:
             sys.stdout.write("\n")
@@ -57,8 +61,7 @@ class Display:
         from rich.table import Table
         from rich.text import Text
 
-        assert self._live is not None
-        across = max(1, min(len(self._prompts), self._live.console.width // MIN_PANEL_WIDTH))
+        across = max(1, min(len(self._prompts), self._console.width // MIN_PANEL_WIDTH))
         grid = Table.grid(expand=True)
         for _ in range(across):
             grid.add_column(ratio=1)

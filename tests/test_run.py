@@ -1,7 +1,12 @@
 """From text to text: templates, contexts, streaming, JSON, and what ``run`` refuses."""
 
+import contextlib
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +20,7 @@ from runtime.text import GrowingText, encode_prompts, load_tokenizer
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 
 Call = Callable[..., Result]
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "chat"])
@@ -104,6 +110,33 @@ def test_command_line_prints_answers_to_stdout_and_figures_to_stderr(call: Call,
     two = call("run", artifacts / "onnx", "-p", "one", "-p", "and two", "-n", 8)
     assert two.stdout.startswith("[1] one\n")
     assert "[2] and two\n" in two.stdout
+
+
+@pytest.mark.parametrize(("columns", "side_by_side"), [(100, True), (40, False)])
+def test_on_a_terminal_answers_stand_side_by_side(artifacts: Path, columns: int, side_by_side: bool) -> None:
+    reader, writer = pty.openpty()
+    command = [
+        sys.executable,
+        str(ROOT / "cli.py"),
+        "run",
+        str(artifacts / "onnx"),
+        "-p",
+        "one",
+        "-p",
+        "two",
+        "-n",
+        "4",
+    ]
+    environment = {**os.environ, "COLUMNS": str(columns), "LINES": "30", "TERM": "xterm"}
+    subprocess.run(command, stdout=writer, stderr=subprocess.DEVNULL, stdin=writer, env=environment, check=True)
+    os.close(writer)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is an error
+        while piece := os.read(reader, 65536):
+            shown += piece
+    last = shown.decode().split("\x1b[2K")[-1].splitlines()
+    titles = [line for line in last if " one " in line or " two " in line]
+    assert len(titles) == (1 if side_by_side else 2)
 
 
 def test_command_line_json(call: Call, artifacts: Path) -> None:
