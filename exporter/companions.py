@@ -1,7 +1,10 @@
 """Files that travel with the weights: tokenizer, chat template, generation settings."""
 
+import json
 import shutil
 from pathlib import Path
+
+from exporter.staging import write_json
 
 COMPANIONS = (
     "generation_config.json",
@@ -15,9 +18,17 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# What transformers 5 calls the class that both generations know by the other name.
+NEW_TOKENIZER_CLASS, TOKENIZER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 
 
 def copy_companions(source: Path, target: Path) -> None:
+    """Copy what ``source`` has of them, in a form that transformers 4.57 reads as well."""
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    path = target / "tokenizer_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") == NEW_TOKENIZER_CLASS:
+            write_json(path, settings | {"tokenizer_class": TOKENIZER_CLASS})

@@ -75,8 +75,8 @@ def forward(backend: Backend, layout: Layout, num_new: int, cache: object | None
 
 
 def span(layout: Layout) -> int:
-    """Positions that the sequence takes: one more than the largest position or time."""
-    return 1 + int(max(layout.positions.max(), layout.times.max()))
+    """Positions that the sequence takes; no layout has a time above its largest position."""
+    return 1 + int(layout.positions.max())
 
 
 def check_length(layout: Layout, context_length: int) -> None:

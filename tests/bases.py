@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
+Shape = tuple[int, int]
 SHAPE = {
     "vocab_size": 300,
     "hidden_size": 48,
@@ -33,9 +34,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "llama with biases and llama3 rope": LlamaConfig(
-        **SHAPE, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3
-    ),
+    "llama with llama3 rope": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3),
     "llama with yarn rope": LlamaConfig(**SHAPE, rope_parameters=YARN),
     "mistral with wide heads": MistralConfig(**SHAPE, head_dim=16, sliding_window=None),
     "qwen2 with linear rope": Qwen2Config(**SHAPE, rope_parameters=LINEAR, tie_word_embeddings=True),
@@ -60,17 +59,17 @@ def write_base(directory: Path, config: PretrainedConfig, **settings: Any) -> Pa
     return directory
 
 
-def linear_modules(base: Path) -> dict[str, tuple[int, int]]:
+def linear_modules(base: Path) -> dict[str, Shape]:
     """Name and ``(out, in)`` of every linear layer of the decoder (the head, which the trainer may tie, left out)."""
     model = AutoModelForCausalLM.from_pretrained(base)
     return {
-        name: tuple(module.weight.shape)
+        name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     }
 
 
-def random_adapter(modules: dict[str, tuple[int, int]], rank: int = 4, seed: int = 1) -> dict[str, torch.Tensor]:
+def random_adapter(modules: dict[str, Shape], rank: int = 4, seed: int = 1) -> dict[str, torch.Tensor]:
     """The trainer's dictionary with random factors for ``modules``."""
     draw = torch.Generator().manual_seed(seed)
     adapter: dict[str, torch.Tensor] = {}
@@ -80,7 +79,7 @@ def random_adapter(modules: dict[str, tuple[int, int]], rank: int = 4, seed: int
     return adapter
 
 
-def square(modules: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+def square(modules: dict[str, Shape]) -> dict[str, Shape]:
     return {name: shape for name, shape in modules.items() if shape[0] == shape[1]}
 
 

@@ -1,6 +1,7 @@
 """Every family, rope type and shape: the artifacts against transformers' own model with the trainer's rotary loop."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ CONTEXT = [20, 21, 22, 23]
 class TrainerRotary(torch.nn.Module):
     """The rule as the trainer states it, a loop over frequencies, around the stock module's frequencies."""
 
-    def __init__(self, stock: torch.nn.Module, pair_indices: list[int], layout: Layout) -> None:
+    def __init__(self, stock: Any, pair_indices: list[int], layout: Layout) -> None:
         super().__init__()
         self.stock, self.pair_indices, self.layout = stock, pair_indices, layout
 
@@ -45,7 +46,8 @@ def stock_logits(base: Path, adapter: dict[str, torch.Tensor], pair_indices: lis
             modules[name].weight += adapter[f"{name}.lora.B.weight"] @ adapter[f"{name}.lora.A.weight"]
         model.model.rotary_emb = TrainerRotary(model.model.rotary_emb, pair_indices, layout)
         bias = torch.where(torch.tensor(layout.mask()), 0.0, torch.finfo(torch.float32).min)
-        return model(torch.tensor(layout.ids)[None], attention_mask=bias[None, None]).logits.numpy()
+        logits: np.ndarray = model(torch.tensor(layout.ids)[None], attention_mask=bias[None, None]).logits.numpy()
+    return logits
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda name: name.replace(" ", "_"))

@@ -69,7 +69,7 @@ def test_every_error_has_the_exit_code_that_help_states() -> None:
     from cli import EXIT_CODES
     from pos2d import errors
 
-    tree = [value for value in vars(errors).values() if isinstance(value, type) and value.__module__ == errors.__name__]
+    tree = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, errors.Pos2DError)]
     stated = {int(code) for code in re.findall(r"\b(\d+) ", EXIT_CODES)}
     assert {error.exit_code for error in tree} == stated - {0, 130}
     assert all(f"{error.__name__} " in (errors.__doc__ or "") for error in tree)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import runtime
+from pos2d.errors import InputError
 from tests.conftest import BACKENDS, Golden
 
 PROMPTS = [[5, 60, 7, 80, 9], [100, 11], [120, 13, 140], [9]]
@@ -55,6 +56,20 @@ def test_draws_at_a_temperature_repeat_with_the_seed_and_differ_without(
     model = model_of(qwen2, "onnx")
     draw = [model.generate_ids(PROMPTS, max_new_tokens=8, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
     assert draw[0] == draw[1] != draw[2]
+
+
+def test_columns_share_the_positions_of_the_model(
+    qwen2: Golden, model_of: Callable[[Golden, str], runtime.Model]
+) -> None:
+    """Columnar branches stand in one flat sequence, so together they may not be longer than the model."""
+    model = model_of(qwen2, "onnx")
+    limit = model.manifest.context_length
+    halves = [[7] * (limit // 2), [8] * (limit // 2)]
+    assert [len(ids) for ids in model.generate_ids(halves, max_new_tokens=3, ignore_eos=True)] == [1, 1]
+    isolated = model.generate_ids(halves, max_new_tokens=3, ignore_eos=True, visibility="isolated")
+    assert [len(ids) for ids in isolated] == [3, 3]
+    with pytest.raises(InputError, match=f"take {limit + 1} positions, the model has {limit}"):
+        model.generate_ids([[*halves[0], 9], halves[1]], max_new_tokens=3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

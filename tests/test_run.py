@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_the_tokenizer_travels_to_every_artifact(artifacts: Path) -> None:
 
 
 def test_both_backends_write_the_same_text(artifacts: Path) -> None:
-    ask = {"prompt": ["one", "and two"], "context": "said before. ", "max_new_tokens": 12}
+    ask: dict[str, Any] = {"prompt": ["one", "and two"], "context": "said before. ", "max_new_tokens": 12}
     texts = [[c.text for c in runtime.run(artifacts / kind, **ask).completions] for kind in ("merged", "onnx")]
     assert texts[0] == texts[1]
 
@@ -69,7 +70,7 @@ def test_streamed_text_is_the_final_text(artifacts: Path) -> None:
 
 
 def test_visibility_is_the_artifacts_unless_asked(artifacts: Path) -> None:
-    ask = {"prompt": ["one", "and two"], "max_new_tokens": 2}
+    ask: dict[str, Any] = {"prompt": ["one", "and two"], "max_new_tokens": 2}
     assert runtime.run(artifacts / "merged", **ask).visibility == "columnar"
     assert runtime.run(artifacts / "flat", **ask).visibility == "isolated"
     assert runtime.run(artifacts / "merged", visibility="isolated", **ask).visibility == "isolated"
@@ -77,7 +78,7 @@ def test_visibility_is_the_artifacts_unless_asked(artifacts: Path) -> None:
 
 def test_isolated_prompts_are_answered_as_alone(artifacts: Path) -> None:
     for kind in ("flat", "onnx"):
-        ask = {"context": "said before. ", "max_new_tokens": 12, "visibility": "isolated"}
+        ask: dict[str, Any] = {"context": "said before. ", "max_new_tokens": 12, "visibility": "isolated"}
         together = runtime.run(artifacts / kind, ["one", "and two"], **ask).completions
         assert together == tuple(runtime.run(artifacts / kind, [p], **ask).completions[0] for p in ("one", "and two"))
 
@@ -128,12 +129,14 @@ def test_on_a_terminal_answers_stand_side_by_side(artifacts: Path, columns: int,
         "4",
     ]
     environment = {**os.environ, "COLUMNS": str(columns), "LINES": "30", "TERM": "xterm"}
-    subprocess.run(command, stdout=writer, stderr=subprocess.DEVNULL, stdin=writer, env=environment, check=True)
-    os.close(writer)
     shown = b""
-    with contextlib.suppress(OSError):  # the end of a terminal is an error
-        while piece := os.read(reader, 65536):
-            shown += piece
+    with subprocess.Popen(command, stdin=writer, stdout=writer, stderr=subprocess.DEVNULL, env=environment) as process:
+        os.close(writer)
+        with contextlib.suppress(OSError):  # the end of a terminal is an error
+            while piece := os.read(reader, 65536):
+                shown += piece
+    os.close(reader)
+    assert process.returncode == 0
     last = shown.decode().split("\x1b[2K")[-1].splitlines()
     titles = [line for line in last if " one " in line or " two " in line]
     assert len(titles) == (1 if side_by_side else 2)

@@ -6,15 +6,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+import exporter
+import runtime
+from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 from tests.conftest import Golden
 
 OLD = Path(sys.prefix) / "transformers-4.57"
 VERSIONS = {"newest": None, "4.57": OLD}
 
-PROGRAM = """
+GOLDEN_PROGRAM = """
 import json, sys
 import torch, transformers
 from safetensors.torch import load_file
@@ -26,7 +31,7 @@ try:
 except ValueError as error:
     print(json.dumps({"version": transformers.__version__, "refused": str(error)}))
     sys.exit()
-golden = load_file(case)
+golden = load_file(case + "/golden.safetensors")
 report = {"version": transformers.__version__, "class": type(model).__name__, "differences": {}}
 with torch.no_grad():
     for layout in ("multi", "context"):
@@ -49,15 +54,28 @@ assert not {"pos2d", "exporter", "runtime"} & set(sys.modules)
 print(json.dumps(report))
 """
 
+NEW_BASE_PROGRAM = """
+import json, sys
+import torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-def in_transformers(version: str, merged: Path, golden: Golden, trust: bool, tmp_path: Path) -> dict[str, object]:
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = tokenizer("hello", return_tensors="pt").input_ids
+with torch.no_grad():
+    logits = model(ids).logits
+print(json.dumps({"version": transformers.__version__, "ids": ids.tolist(), "logits": logits.tolist()}))
+"""
+
+
+def in_transformers(version: str, program: str, tmp_path: Path, *arguments: object) -> dict[str, Any]:
+    """What ``program`` prints as its last line, run without this project on its path."""
     overlay = VERSIONS[version]
     if overlay is not None and not overlay.is_dir():
         pytest.fail(f"{overlay} is missing; run the tests with `make test`")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(overlay or "")}
-    arguments = [str(merged), str(golden.path / "golden.safetensors"), json.dumps(trust)]
     done = subprocess.run(
-        [sys.executable, "-P", "-c", PROGRAM, *arguments],
+        [sys.executable, "-P", "-c", program, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -66,7 +84,7 @@ def in_transformers(version: str, merged: Path, golden: Golden, trust: bool, tmp
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr
-    report: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert str(report["version"]).startswith("4.57" if overlay else "5.")
     return report
 
@@ -75,9 +93,9 @@ def in_transformers(version: str, merged: Path, golden: Golden, trust: bool, tmp
 def test_it_loads_takes_pos2d_and_generates(
     golden: Golden, version: str, artifact_of: Callable[[Golden, str], Path], tmp_path: Path
 ) -> None:
-    report = in_transformers(version, artifact_of(golden, "merged"), golden, True, tmp_path)
+    report = in_transformers(version, GOLDEN_PROGRAM, tmp_path, artifact_of(golden, "merged"), golden.path, "true")
     assert str(report["class"]).startswith("Pos2D")
-    assert max(report["differences"].values()) < 1e-4  # type: ignore[attr-defined]
+    assert max(report["differences"].values()) < 1e-4
     assert report["generated"] == report["padded"] == golden.facts["single_generated"]
     assert "cannot advance pos2d" in str(report["stale"])
 
@@ -86,5 +104,21 @@ def test_it_loads_takes_pos2d_and_generates(
 def test_without_trust_it_refuses(
     qwen2: Golden, version: str, artifact_of: Callable[[Golden, str], Path], tmp_path: Path
 ) -> None:
-    report = in_transformers(version, artifact_of(qwen2, "merged"), qwen2, False, tmp_path)
+    report = in_transformers(version, GOLDEN_PROGRAM, tmp_path, artifact_of(qwen2, "merged"), qwen2.path, "false")
     assert "trust_remote_code" in str(report["refused"])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("family", ["llama with llama3 rope", "llama with yarn rope", "qwen3 with wide heads"])
+def test_a_base_that_the_newest_transformers_saved_loads_in_both(family: str, version: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", CONFIGS[family])
+    write_tokenizer(base)
+    settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+    newest = settings | {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
+    (base / "tokenizer_config.json").write_text(json.dumps(newest), encoding="utf-8")
+    exporter.merge(
+        base, write_adapter(tmp_path / "lora.pth", random_adapter(linear_modules(base))), tmp_path / "merged"
+    )
+    report = in_transformers(version, NEW_BASE_PROGRAM, tmp_path, tmp_path / "merged")
+    expected = runtime.load(tmp_path / "merged").logits(report["ids"])
+    np.testing.assert_allclose(np.array(report["logits"]), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
