@@ -1,0 +1,89 @@
+"""Every command of the README, run as it stands there on the real demo model."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the demo base and the demo adapter where the README says they are."""
+    place = tmp_path_factory.mktemp("readme")
+    made = ROOT / "demo" / "base"
+    subprocess.run([sys.executable, str(ROOT / "examples" / "get_demo_model.py"), "-o", str(made)], check=True)
+    (place / "demo").mkdir()
+    (place / "demo" / "base").symlink_to(made)
+    (place / "examples").symlink_to(ROOT / "examples")
+    (place / ".venv").symlink_to(sys.prefix)
+    return place
+
+
+def run(place: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_commands_and_then_python(workplace: Path) -> None:
+    """The shell block first: the Python blocks use what it makes."""
+    _, shell = blocks("bash")
+    done = run(workplace, ["bash", "-euo", "pipefail", "-c", shell])
+    assert done.returncode == 0, done.stderr
+    assert "[2] What does a baker do?" in done.stdout
+    assert done.stdout.rstrip().endswith("passed")
+
+    plain, library = blocks("python")
+    given = (
+        "import torch\n"
+        "input_ids = torch.tensor([[504, 3575, 282]]); position_ids = torch.arange(3)[None]\n"
+        "pos2d = torch.stack([torch.zeros(1, 3, dtype=torch.long), position_ids], dim=-1)\n"
+    )
+    subprocess.run(["rm", "-r", "my/onnx"], cwd=workplace, check=True)
+    merged_anew = library.replace('"my/merged"', '"my/merged2"')
+    for program in (given + plain.replace("generate(input_ids)", "generate(input_ids, max_new_tokens=3)"), merged_anew):
+        done = run(workplace, [sys.executable, "-c", program])
+        assert done.returncode == 0, done.stderr
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = {target for path in DOCS for target in re.findall(r"\bmake ([a-z]+)", path.read_text(encoding="utf-8"))}
+    assert {"demo", "test"} <= named
+    for target in named - {"it", "sure"}:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_links_lead_somewhere() -> None:
+    for path in DOCS:
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+
+
+def test_flags_in_the_docs_exist() -> None:
+    from cli import cli
+
+    flags = {name for command in cli.commands.values() for p in command.params for name in p.opts} | {
+        "--help",
+        "--strict",
+    }
+    for path in DOCS:
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", path.read_text(encoding="utf-8")):
+            assert flag in flags, f"{path.name}: {flag}"
+
+
+def test_exit_codes_are_those_of_the_command_line() -> None:
+    from cli import EXIT_CODES
+
+    stated = re.findall(r"^\| (\d+) \| (.+) \|$", README, flags=re.MULTILINE)
+    assert ", ".join(f"{code} {meaning}" for code, meaning in stated) in EXIT_CODES
