@@ -91,6 +91,13 @@ def test_missing_module(merge: Callable[..., Result], qwen2: Golden, tmp_path: P
     expect(merge(lora=lora), 3, "missing modules model.layers.0.self_attn.q_proj")
 
 
+def test_a_kind_of_module_that_is_missing_in_all_layers(
+    merge: Callable[..., Result], qwen2: Golden, tmp_path: Path
+) -> None:
+    adapter = {name: tensor for name, tensor in adapter_of(qwen2).items() if "o_proj" not in name}
+    expect(merge(lora=saved(tmp_path / "lora.pth", adapter)), 3, "missing modules model.layers.0.self_attn.o_proj")
+
+
 def test_a_module_covered_in_some_layers_only(merge: Callable[..., Result], qwen2: Golden, tmp_path: Path) -> None:
     extra = {
         "model.layers.0.mlp.up_proj.lora.A.weight": torch.ones(4, 64),

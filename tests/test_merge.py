@@ -45,6 +45,25 @@ def test_merged_weights_are_the_float32_sum_rounded_once(base: Path, tmp_path: P
         torch.testing.assert_close(after[name], (weight + delta).to(target), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_auto_keeps_the_type_of_the_base_and_rounds_only_the_sum(base: Path, tmp_path: Path, stored: str) -> None:
+    """A change rounded by itself, before it is added, would be another number."""
+    half = shutil.copytree(base, tmp_path / "half")
+    dtype = getattr(torch, stored)
+    before = {name: tensor.to(dtype) for name, tensor in weights(base).items()}
+    save_file(before, half / "model.safetensors")
+    adapter = random_adapter(square(linear_modules(base)))
+    report = exporter.merge(half, write_adapter(tmp_path / "lora.pth", adapter), tmp_path / "merged")
+    assert report.dtype == read_manifest(tmp_path / "merged").dtype == stored
+    assert json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))["dtype"] == stored
+    after = weights(tmp_path / "merged")
+    for module in {name.split(".lora.")[0] for name in adapter}:
+        delta = adapter[f"{module}.lora.B.weight"] @ adapter[f"{module}.lora.A.weight"]
+        exact = (before[f"{module}.weight"].float() + delta).to(dtype)
+        torch.testing.assert_close(after[f"{module}.weight"], exact, rtol=0, atol=0)
+        assert not torch.equal(exact, before[f"{module}.weight"] + delta.to(dtype))
+
+
 def test_a_sharded_base_gives_the_same_tensors_in_the_same_shards(base: Path, tmp_path: Path) -> None:
     sharded = write_base(tmp_path / "sharded", CONFIGS["qwen2 with linear rope"], max_shard_size="60KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
