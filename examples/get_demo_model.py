@@ -37,6 +37,7 @@ TURNS = (
     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 )
 TEXT = "1234  naïve — 東京 🙂\n\tdef f(x): return x\n"
+LIST, LIST_TOKENS = "\n\n1. a  12", ["ĊĊ", "1", ".", "Ġa", "ĠĠ", "1", "2"]
 SENTENCE = "The capital of France is Paris. Water freezes at 0 degrees, and the sun rises in the east."
 PLAUSIBLE_LOSS = 3.5
 
@@ -56,6 +57,7 @@ def find_gguf() -> Path:
 def read_gguf(path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]:
     """The model in plain float32, and its tokenizer."""
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -65,7 +67,12 @@ def read_gguf(path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
-    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # GGUF names the splitting rule (`smollm`: every digit stands alone) and transformers does not know that name.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return model, tokenizer
 
 
 def faults(model: Any, tokenizer: Any) -> list[str]:
@@ -78,6 +85,8 @@ def faults(model: Any, tokenizer: Any) -> list[str]:
         found.append(f"rope_theta is {config['rope_parameters']['rope_theta']}, not {ROPE_THETA}")
     if tokenizer.decode(tokenizer(TEXT).input_ids) != TEXT:
         found.append("the tokenizer does not give a text back as it was")
+    if tokenizer.tokenize(LIST) != LIST_TOKENS:
+        found.append(f"the tokenizer splits {LIST!r} into {tokenizer.tokenize(LIST)}")
     turn = [{"role": "user", "content": "Hi"}]
     if tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) != TURNS:
         found.append("the chat template is not that of SmolLM2-Instruct")
