@@ -20,6 +20,7 @@ SHAPE = {
     "max_position_embeddings": 512,
     "eos_token_id": 2,
     "initializer_range": 0.3,
+    "rms_norm_eps": 0.01,
 }
 LLAMA3 = {
     "rope_type": "llama3",

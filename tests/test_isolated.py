@@ -1,6 +1,7 @@
 """The law of isolated branches: among others a prompt is answered exactly as alone after the same context."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,13 @@ def test_a_branch_that_ends_frees_its_column(
     assert stopped == [ids[: ids.index(end)] if end in ids else ids for ids in free]
     columns = list(model.stream_ids(PROMPTS, max_new_tokens=10, visibility="isolated", eos_token_ids=end))
     assert columns[-1].finished == tuple("stop" if end in ids else "length" for ids in free)
+
+
+def test_the_artifacts_own_end_tokens_stop_it(qwen2: Golden, model_of: Callable[[Golden, str], runtime.Model]) -> None:
+    model = model_of(qwen2, "onnx")
+    (free,) = model.generate_ids(PROMPTS[:1], max_new_tokens=8, ignore_eos=True)
+    ending = replace(model, manifest=replace(model.manifest, eos_token_ids=(free[3],)))
+    assert ending.generate_ids(PROMPTS[:1], max_new_tokens=8) == [free[: free.index(free[3])]]
 
 
 def test_draws_at_a_temperature_repeat_with_the_seed_and_differ_without(

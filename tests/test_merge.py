@@ -163,6 +163,21 @@ def test_values_that_a_type_cannot_hold_are_refused(base: Path, tmp_path: Path) 
     exporter.merge(base, lora, tmp_path / "merged", dtype="bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({"eos_token_id": [3, 4]}, (3, 4)), ({"eos_token_id": 5}, (5,)), ({}, (2,)), (None, (2,))],
+)
+def test_end_tokens_are_those_of_the_generation_settings(
+    qwen2: Golden, tmp_path: Path, settings: dict[str, object] | None, expected: tuple[int, ...]
+) -> None:
+    base = shutil.copytree(qwen2.path / "base", tmp_path / "base")
+    (base / "generation_config.json").unlink()
+    if settings is not None:
+        (base / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    exporter.merge(output=tmp_path / "merged", **{**qwen2.flags, "base_model": base})
+    assert read_manifest(tmp_path / "merged").eos_token_ids == expected
+
+
 def test_contradicting_flags_are_a_usage_error(qwen2: Golden, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exclude one another"):
         exporter.merge(output=tmp_path / "merged", no_patch_rope=True, **qwen2.flags)
