@@ -68,7 +68,9 @@ def test_wrong_positions_or_weights_fail(
     broken = damaged(artifact_of(qwen2, "onnx"), tmp_path / "broken", initializer, change)
     result = call("verify", broken, "--against", artifact_of(qwen2, "merged"), "--json")
     assert result.exit_code == 7
-    assert json.loads(result.stdout)["passed"] is False
+    report = json.loads(result.stdout)
+    assert report["passed"] is False
+    assert not any(case["max_rel_diff"] <= report["rtol"] for case in report["cases"])
     assert "do not use this artifact" in result.stderr
 
 
