@@ -147,7 +147,7 @@ def export(as_json: bool, **flags: Any) -> None:
 @click.option(
     "--rtol",
     type=float,
-    default=1e-4,
+    default=1e-3,
     show_default=True,
     help="Largest difference of a logit that passes, as a share of the largest logit.",
 )

@@ -167,4 +167,4 @@ def _verify(staging: Path, merged: Path) -> dict[str, Any]:
 
 
 def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1] if text.strip() else "it said nothing"
+    return text.strip().splitlines()[-1].removeprefix("error: ") if text.strip() else "it said nothing"

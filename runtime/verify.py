@@ -15,7 +15,8 @@ from runtime.engine import forward
 from runtime.load import load
 from runtime.model import Model
 
-DEFAULT_RTOL = 1e-4
+DEFAULT_RTOL = 1e-3
+MAX_MEAN_KL = 1e-6
 MIN_TOP1 = 0.99
 PROBE_SEED = 20240601
 STEPS = 8
@@ -46,6 +47,7 @@ class ParityReport:
 
     rtol: float
     min_top1: float
+    max_mean_kl: float
     passed: bool
     max_abs_diff: float
     max_rel_diff: float
@@ -60,8 +62,8 @@ class ParityReport:
         if not self.passed:
             raise ParityError(
                 f"logits differ by up to {self.max_rel_diff:.1e} of the largest (tolerance {self.rtol:.0e}) "
-                f"and the top token agrees on {self.top1_agreement:.1%} (at least {self.min_top1:.0%}); "
-                "do not use this artifact, make it again"
+                f"with a KL of {self.mean_kl:.0e} (at most {self.max_mean_kl:.0e}), and the top token agrees on "
+                f"{self.top1_agreement:.1%} (at least {self.min_top1:.0%}); do not use this artifact"
             )
 
 
@@ -69,8 +71,9 @@ def verify(artifact: str | Path, against: str | Path, *, rtol: float = DEFAULT_R
     """Compare logits of ``artifact`` with those of ``against``, both computed in float32.
 
     The probes are fixed pseudo-random token ids; in the cached cases the reference's greedy tokens are fed to both, so
-    every step compares the same sequence. It passes when every logit agrees within ``rtol`` times the largest one and
-    the top token on at least 99 % of the positions. (Float32 kernels of two libraries differ by about 1e-5.)
+    every step compares the same sequence. It passes when every logit agrees within ``rtol`` times the largest one, the
+    mean KL of every case is at most 1e-6 nats a position, and the top token agrees on at least 99 % of the positions.
+    (Float32 kernels of two libraries differ by about 1e-5, and by 2e-4 at single positions that are sensitive.)
 
     Raises:
         InputError: either is not an artifact, or they are not the same model.
@@ -114,21 +117,22 @@ def _summary(cases: Sequence[CaseParity], rtol: float) -> ParityReport:
         """The largest (or what ``pick`` says) of all cases; numpy keeps a NaN, which then fails every comparison."""
         return float(pick([getattr(case, name) for case in cases]))
 
-    relative, top1 = worst("max_rel_diff"), worst("top1_agreement", np.min)
+    relative, top1, kl = worst("max_rel_diff"), worst("top1_agreement", np.min), worst("mean_kl")
     return ParityReport(
         rtol=rtol,
         min_top1=MIN_TOP1,
-        passed=relative <= rtol and top1 >= MIN_TOP1,
+        max_mean_kl=MAX_MEAN_KL,
+        passed=relative <= rtol and top1 >= MIN_TOP1 and kl <= MAX_MEAN_KL,
         max_abs_diff=worst("max_abs_diff"),
         max_rel_diff=relative,
         top1_agreement=top1,
-        mean_kl=worst("mean_kl"),
+        mean_kl=kl,
         cases=tuple(cases),
     )
 
 
 def _check_same_model(candidate: Model, reference: Model) -> None:
-    names = ("family", "vocab_size", "rope_2d", "adapter", "base")
+    names = ("family", "vocab_size", "rope_2d", "adapters", "base")
     differing = [name for name in names if getattr(candidate.manifest, name) != getattr(reference.manifest, name)]
     if differing:
         raise InputError(
