@@ -1,10 +1,12 @@
 """Command line of the project: parse, call one function, print.
 
 Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 bad or mismatching input, 4 unsafe input, 5 disk or I/O,
-6 the output exists or is busy, 7 verification failed, 130 interrupted.
+6 the output exists or is busy, 7 verification failed, 130 interrupted, 143 terminated.
 """
 
+import atexit
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -18,8 +20,11 @@ from pos2d.errors import Pos2DError
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 bad or mismatching input, 4 unsafe input, 5 disk or I/O, "
-    "6 output exists or is busy, 7 verification failed, 130 interrupted."
+    "6 output exists or is busy, 7 verification failed, 130 interrupted, 143 terminated."
 )
+
+
+TERMINATED = 143
 
 
 class Commands(click.Group):
@@ -32,8 +37,12 @@ class Commands(click.Group):
             raise
         except Pos2DError as error:
             fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            fail("interrupted", 130)
+        except KeyboardInterrupt as interrupt:
+            fail("; ".join(["interrupted", *getattr(interrupt, "__notes__", [])]), 130)
+        except SystemExit as end:
+            if end.code != TERMINATED:
+                raise
+            fail("; ".join(["terminated", *getattr(end, "__notes__", [])]), TERMINATED)
         except OSError as error:
             fail(f"{error.filename or 'a file'}: {error.strerror or error}", 5)
         except Exception as error:
@@ -65,6 +74,9 @@ def cli() -> None:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+output_option = click.option("-o", "--output", required=True, metavar="OUT", help="Directory to write.")
+force_option = click.option("--force", is_flag=True, help="Replace an artifact that stands at OUT.")
+revision_option = click.option("--revision", metavar="COMMIT", help="Of a Hub id: a commit, tag or branch.")
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="torch device; ONNX artifacts run on the CPU."
 )
@@ -72,8 +84,15 @@ device_option = click.option(
 
 @cli.command()
 @click.option("--base-model", required=True, metavar="DIR_OR_HUB_ID", help="The model that the adapter was trained on.")
-@click.option("--lora", required=True, metavar="FILE_OR_DIR", help="The trainer's .pth, or a directory with one.")
-@click.option("-o", "--output", required=True, metavar="OUT", help="Directory to write; it must not exist.")
+@revision_option
+@click.option(
+    "--lora",
+    required=True,
+    multiple=True,
+    metavar="PATH[=WEIGHT]",
+    help="The trainer's .pth or a PEFT directory. Repeat it to add several, each with its weight.",
+)
+@output_option
 @click.option(
     "--rope-2d-ratio", type=float, help="Share of the frequencies that turn with branch and time.  [default: 0.5]"
 )
@@ -95,23 +114,35 @@ device_option = click.option(
     show_default=True,
     help="Type of the written weights; auto keeps the base's.",
 )
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "stochastic"]),
+    default="nearest",
+    show_default=True,
+    help="stochastic keeps small changes on average where a half would swallow them.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
+@click.option("--max-shard-size", metavar="5GB", help="Shard anew; the base's files are kept otherwise.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what is needed, write nothing.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted merge of the same inputs.")
+@force_option
 @json_option
 def merge(as_json: bool, **flags: Any) -> None:
-    """Add an adapter to its base model and bake the positions.
+    """Add adapters to their base model and bake the positions.
 
     Ratio, stride and alignment must be those of the training; the trainer does not save them.
     """
     import exporter
 
     report = exporter.merge(**flags)
-    merged = f"{report.modules} of {report.tensors} tensors merged (rank {report.rank}, {report.dtype})"
-    summary = f"{report.output}: {merged}, {megabytes(report.bytes)} in {report.seconds:.1f} s"
-    show(report, as_json, summary)
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    show(report, as_json, "\n".join(report.lines()))
 
 
 @cli.command()
 @click.argument("merged")
-@click.option("-o", "--output", required=True, metavar="OUT", help="Directory to write; it must not exist.")
+@output_option
 @click.option(
     "--format",
     type=click.Choice(["onnx"]),
@@ -120,6 +151,7 @@ def merge(as_json: bool, **flags: Any) -> None:
     help="onnx: a float32 graph with its KV cache.",
 )
 @click.option("--no-verify", is_flag=True, help="Skip the closing comparison with MERGED.")
+@force_option
 @json_option
 def export(as_json: bool, **flags: Any) -> None:
     """Turn a MERGED directory into an ONNX graph that takes pos2d."""
@@ -218,7 +250,9 @@ def megabytes(size: int) -> str:
 
 def main() -> None:
     # A terminated run leaves through its finally blocks, so that nothing half-written stays.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    # What torch imported dies with the process; looking through it for garbage first would take half a second.
+    atexit.register(gc.freeze)
     cli(prog_name=None if sys.argv[0].endswith("pos2d") else "cli.py")
 
 

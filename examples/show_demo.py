@@ -26,7 +26,7 @@ def show(artifact: Path) -> None:
         parity = manifest.parity
         click.echo(
             f"\nSize    {manifest.total_bytes / 1e6:.0f} MB in {manifest.dtype}, "
-            f"{manifest.adapter['file']} (rank {manifest.adapter['rank']}) merged in"
+            f"{manifest.adapters[0]['file']} (rank {manifest.adapters[0]['ranks'][0]}) merged in"
             f"\nParity  largest logit difference to the merged model {parity['max_abs_diff']:.1e} "
             f"({parity['max_rel_diff']:.1e} of the largest logit), top token agrees on {parity['top1_agreement']:.1%}"
         )

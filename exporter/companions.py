@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from exporter.staging import write_json
+from pos2d.errors import InputError
 
 COMPANIONS = (
     "generation_config.json",
@@ -18,8 +20,31 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TOKENIZER_SETTINGS, GENERATION_SETTINGS = "tokenizer_config.json", "generation_config.json"
 # What transformers 5 calls the class that both generations know by the other name.
 NEW_TOKENIZER_CLASS, TOKENIZER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Raises:
+    InputError: not a JSON object.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}; copy the model again") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} is not a JSON object; copy the model again")
+    return settings
+
+
+def check_companions(source: Path) -> None:
+    """Raises:
+    InputError: a file that cannot travel; known before anything is written.
+    """
+    for name in (TOKENIZER_SETTINGS, GENERATION_SETTINGS):
+        if (source / name).is_file():
+            read_settings(source / name)
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -27,8 +52,8 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    path = target / "tokenizer_config.json"
+    path = target / TOKENIZER_SETTINGS
     if path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_settings(path)
         if settings.get("tokenizer_class") == NEW_TOKENIZER_CLASS:
             write_json(path, settings | {"tokenizer_class": TOKENIZER_CLASS})

@@ -1,14 +1,16 @@
 """What a merged directory says about itself to transformers."""
 
-import json
 from typing import Any
 
-from exporter.base import Checkpoint, rope_settings
+from exporter.base import rope_settings
+from exporter.checkpoint import Checkpoint
+from exporter.companions import GENERATION_SETTINGS, read_settings
+from pos2d.errors import InputError
 from pos2d.families import CLASS_NAMES, MODEL_TYPE_PREFIX
 from pos2d.spec import Rope2DSpec
 
 
-def baked_config(base: Checkpoint, spec: Rope2DSpec, dtype: str) -> dict[str, Any]:
+def baked_config(base: Checkpoint, spec: Rope2DSpec, dtype: str, tied: bool) -> dict[str, Any]:
     """The base's configuration in the form that every supported transformers reads, with our type and rope block."""
     config = {
         key: value
@@ -27,6 +29,7 @@ def baked_config(base: Checkpoint, spec: Rope2DSpec, dtype: str) -> dict[str, An
             "AutoModelForCausalLM": f"modeling_pos2d.{class_name}ForCausalLM",
         },
         "head_dim": base.sizes.head_dim,
+        "tie_word_embeddings": tied,
         "dtype": dtype,
         "rope_theta": theta,
         "rope_scaling": rope if rope["rope_type"] != "default" else None,
@@ -36,9 +39,10 @@ def baked_config(base: Checkpoint, spec: Rope2DSpec, dtype: str) -> dict[str, An
 
 def end_tokens(base: Checkpoint) -> tuple[int, ...]:
     """What ends a generation: the generation settings where they say it, else the configuration."""
-    path = base.directory / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path = base.directory / GENERATION_SETTINGS
+    settings = read_settings(path) if path.is_file() else {}
     ends = settings.get("eos_token_id", base.config.get("eos_token_id"))
-    if ends is None:
-        return ()
-    return tuple(ends) if isinstance(ends, list) else (int(ends),)
+    tokens = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(token, int) for token in tokens):
+        raise InputError(f"{base.directory}: eos_token_id is {ends!r}, not token ids; correct it in {path.name}")
+    return tuple(tokens)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporter.base import Checkpoint, read_checkpoint, read_config
+from exporter.checkpoint import Checkpoint, read_checkpoint, read_config
 from exporter.companions import copy_companions
-from exporter.staging import file_facts, refuse_existing, staged
+from exporter.staging import check_output, file_facts, staged
 from pos2d.errors import InputError, ParityError, Pos2DError, UsageError
 from pos2d.families import CLASS_NAMES
 from pos2d.manifest import Manifest, read_manifest
@@ -38,11 +38,13 @@ class ExportReport:
     parity: Mapping[str, Any] | None
 
 
-def export(merged: str | Path, output: str | Path, *, format: str = "onnx", no_verify: bool = False) -> ExportReport:
+def export(
+    merged: str | Path, output: str | Path, *, format: str = "onnx", no_verify: bool = False, force: bool = False
+) -> ExportReport:
     """Write ``output``, a float32 ONNX decoder with its KV cache, from a directory that :func:`exporter.merge` wrote.
 
     The result is held against ``merged`` by the ``verify`` command, in a process of its own and from the written files
-    alone, before it takes its place; ``no_verify`` skips that.
+    alone, before it takes its place; ``no_verify`` skips that. ``force`` replaces an artifact that is there.
 
     Raises:
         UsageError: a format that does not exist.
@@ -54,18 +56,24 @@ def export(merged: str | Path, output: str | Path, *, format: str = "onnx", no_v
     merged, output = Path(merged), Path(output)
     if format not in FORMATS:
         raise UsageError(f"format {format!r} is not one of {', '.join(FORMATS)}")
-    refuse_existing(output)
+    check_output(output, force=force)
     source = read_manifest(merged)
     if source.kind != "merged":
         raise InputError(f"{merged} is of kind {source.kind}; export starts from a merged directory")
     checkpoint = read_checkpoint(merged, read_config(merged))
 
-    with staged(output) as staging:
+    with staged(output, force=force) as staging:
         model = _build(checkpoint, source)
         _save(model, staging)
         copy_companions(merged, staging)
         manifest = replace(
-            source, kind="onnx", dtype="float32", graph=_describe(model), files=file_facts(staging), parity=None
+            source,
+            kind="onnx",
+            dtype="float32",
+            ledger=None,
+            graph=_describe(model),
+            files=file_facts(staging),
+            parity=None,
         )
         manifest.write(staging)
         parity = None if no_verify else _verify(staging, merged)

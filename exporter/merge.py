@@ -1,22 +1,30 @@
-"""Merge an adapter into its base and bake the positions: base + LoRA -> a Hugging Face directory."""
+"""Merge adapters into their base and bake the positions: base + LoRA -> a Hugging Face directory."""
 
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.adapter import Adapter, read_adapter
-from exporter.base import Checkpoint, read_base
-from exporter.companions import copy_companions
+from exporter.adapters import Adapter, read_adapters
+from exporter.base import read_base
+from exporter.checkpoint import INDEX, Checkpoint
+from exporter.companions import check_companions, copy_companions
 from exporter.config import baked_config, end_tokens
-from exporter.staging import file_facts, refuse_existing, sha256, staged, write_json
-from exporter.weights import write_merged_weights
+from exporter.merging.journal import Journal
+from exporter.merging.ledger import Ledger, Totals, read_ledger, table, total, warnings
+from exporter.merging.plan import MergePlan, plan_merge
+from exporter.merging.preflight import Needs, needs_of
+from exporter.merging.resume import finished_artifact
+from exporter.merging.rounding import ROUNDINGS, Rounding
+from exporter.merging.tied import check_head
+from exporter.merging.weights import write_weights
+from exporter.staging import JOURNAL, check_output, file_facts, sha256, staged, write_json
 from pos2d import __version__, hf
 from pos2d.errors import UsageError
 from pos2d.manifest import Manifest
-from pos2d.spec import Align, Rope2DSpec, pair_indices_for_ratio, parse_pair_indices
+from pos2d.spec import Align, Rope2DSpec, pair_indices_for_ratio, parse_pair_indices, spans
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_RATIO = 0.5
@@ -25,24 +33,62 @@ TRAVELLING_CODE = ("configuration_pos2d.py", "modeling_pos2d.py")
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge wrote; ``bytes`` is the size of the whole directory."""
+    """What a merge wrote, or with ``dry_run`` would write; ``bytes`` is the size of the whole directory.
+
+    ``ledger`` maps tensor names to what was done to them; it and ``totals`` are absent after a dry run.
+    """
 
     output: str
+    dry_run: bool
     family: str
-    rank: int
-    modules: int
-    tensors: int
     dtype: str
     rope_2d: Mapping[str, Any]
+    untied: bool
+    base: Mapping[str, Any]
+    adapters: tuple[Mapping[str, Any], ...]
+    needs: Needs
     bytes: int
     seconds: float
+    warnings: tuple[str, ...]
+    totals: Totals | None
+    ledger: Ledger | None
+
+    def lines(self) -> list[str]:
+        """A summary for people."""
+        rope = self.rope_2d
+        turning = f"frequencies {spans(rope['pair_indices'])} of {len(rope['axes'])} turn with branch and time"
+        layout = f"stride {rope['branch_stride']}, align {rope['align_to']}, {rope['visibility']}"
+        positions = [f"positions: {turning if rope['pair_indices'] else 'no 2D RoPE'}; {layout}"]
+        if self.untied:
+            positions.append("the adapter changes head and embedding differently: they are two tensors now")
+        if self.totals is None or self.ledger is None:
+            disk, memory = (f"{size / 1e9:.2f} GB" for size in (self.needs.disk, self.needs.memory))
+            free, available = (f"{size / 1e9:.2f}" for size in (self.needs.disk_free, self.needs.memory_available))
+            needs = f"{disk} of disk ({free} free) and {memory} of memory ({available} available)"
+            return [*positions, f"{self.output}: needs {needs}"]
+        changed = self.totals.merged + self.totals.replaced
+        summary = f"{changed} of {self.totals.tensors} tensors changed ({self.dtype}), {self.bytes / 1e6:.1f} MB"
+        return [*table(self.ledger), *positions, f"{self.output}: {summary} in {self.seconds:.1f} s"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """A merge that was checked; ``recipe`` is what its manifest says of how it is made."""
+
+    base: Checkpoint
+    spec: Rope2DSpec
+    plan: MergePlan
+    rounding: Rounding
+    eos_token_ids: tuple[int, ...]
+    recipe: dict[str, Any]
 
 
 def merge(
     base_model: str | Path,
-    lora: str | Path,
+    lora: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
+    revision: str | None = None,
     rope_2d_ratio: float | None = None,
     pair_indices: str | Sequence[int] | None = None,
     no_patch_rope: bool = False,
@@ -50,79 +96,137 @@ def merge(
     align_to: Align = "left",
     lora_rank: int | None = None,
     dtype: str = "auto",
+    rounding: str = "nearest",
+    seed: int = 0,
+    max_shard_size: str | None = None,
+    dry_run: bool = False,
+    resume: bool = False,
+    force: bool = False,
 ) -> MergeReport:
-    """Write ``output``: the base with ``W + B @ A`` in place of every adapted weight, and its positions baked.
+    """Write ``output``: the base with the sum of ``lora``'s changes in every adapted weight, and its positions baked.
 
-    The sum is taken in float32 and rounded once, to ``dtype`` (``auto``: each tensor keeps the base's).
-    ``rope_2d_ratio`` (0.5 when nothing is said), ``pair_indices`` and ``no_patch_rope`` exclude one another.
+    ``lora`` is one adapter or several, each a path or ``PATH=WEIGHT``. The sum is taken in float64 and rounded once, to
+    ``dtype`` (``auto``: each tensor keeps the base's), to the nearest value or stochastically from ``seed``. Tensors
+    that nothing changes are copied as bytes. ``rope_2d_ratio`` (0.5 when nothing is said), ``pair_indices`` and
+    ``no_patch_rope`` exclude one another.
+
+    ``resume`` goes on with what an interrupted merge of the same inputs has finished, to the same bytes; ``force``
+    replaces an artifact that is there. ``dry_run`` checks everything and writes nothing.
 
     Raises:
         UsageError: flags that contradict each other.
-        InputError: see :func:`exporter.base.read_base` and :func:`exporter.adapter.read_adapter`.
-        UnsafeInputError: an adapter that would run code, an index that leaves its directory.
-        OutputError, StorageError: see :func:`exporter.staging.staged`.
+        InputError: see :func:`exporter.base.read_base` and :func:`exporter.adapters.read_adapters`; values that are
+            not finite.
+        UnsafeInputError: an adapter or base that would run code, an index that leaves its directory.
+        OutputError, StorageError: see :func:`exporter.staging.staged`; a disk or a memory that is too small.
     """
     started = time.monotonic()
     output = Path(output)
-    _check_flags(rope_2d_ratio, pair_indices, no_patch_rope, dtype)
-    refuse_existing(output)
-    base = read_base(str(base_model), bake_rope=not no_patch_rope)
-    spec = _resolve_spec(
-        base.sizes.num_frequencies, rope_2d_ratio, pair_indices, no_patch_rope, branch_stride, align_to
-    )
-    adapter = read_adapter(lora, base, lora_rank)
+    _check_flags(rope_2d_ratio, pair_indices, no_patch_rope, dtype, rounding)
+    check_output(output, force=force or resume)
+    base = read_base(base_model, revision=revision, bake_rope=not no_patch_rope)
+    check_head(base)
+    check_companions(base.directory)
+    frequencies = base.sizes.num_frequencies
+    spec = _resolve_spec(frequencies, rope_2d_ratio, pair_indices, no_patch_rope, branch_stride, align_to)
+    adapters = read_adapters([lora] if isinstance(lora, str | Path) else lora, base, lora_rank)
+    plan = plan_merge(base, adapters, dtype, max_shard_size)
+    options = {"dtype": dtype, "max_shard_size": max_shard_size, "rounding": Rounding(rounding, seed).to_dict()}
+    recipe = _recipe(str(base_model), base, spec, adapters, options)
+    task = Task(base, spec, plan, Rounding(rounding, seed), end_tokens(base), recipe)
+    needs = needs_of(plan, adapters, output)
 
-    with staged(output) as staging:
-        stored = write_merged_weights(base, adapter, dtype, staging)
-        write_json(staging / "config.json", baked_config(base, spec, stored))
-        for name in TRAVELLING_CODE:
-            shutil.copyfile(Path(hf.__file__).parent / name, staging / name)
-        copy_companions(base.directory, staging)
-        manifest = _manifest(str(base_model), base, adapter, spec, stored, file_facts(staging))
-        manifest.write(staging)
-    return MergeReport(
-        output=str(output),
-        family=manifest.family,
-        rank=adapter.rank,
-        modules=len(adapter.factors),
-        tensors=len(base.tensors),
-        dtype=stored,
-        rope_2d=spec.to_dict(),
-        bytes=manifest.total_bytes,
-        seconds=time.monotonic() - started,
-    )
+    manifest = finished_artifact(output, task.recipe, base, plan) if resume and not dry_run else None
+    if manifest is None:
+        check_output(output, force=force)
+        needs.check(output)
+        manifest = None if dry_run else _carry_out(task, output, force, resume)
+    return _report(task, output, needs, manifest, time.monotonic() - started)
 
 
-def _manifest(
-    base_model: str,
-    base: Checkpoint,
-    adapter: Adapter,
-    spec: Rope2DSpec,
-    dtype: str,
-    files: Mapping[str, Mapping[str, Any]],
-) -> Manifest:
-    # A local path is nobody else's business; a Hub id is where to find the base again.
-    name = Path(base_model).name if Path(base_model).is_dir() else base_model
-    return Manifest(
+def _carry_out(task: Task, output: Path, force: bool, resume: bool) -> Manifest:
+    with staged(output, force=force, resume=resume) as staging:
+        journal = Journal(staging.parent / JOURNAL, task.recipe | {"base_files": _stamps(task.base)})
+        ledger = write_weights(task.plan, task.base.directory, task.rounding, journal, staging)
+        return _write_rest(task, ledger, staging)
+
+
+def _write_rest(task: Task, ledger: Ledger, staging: Path) -> Manifest:
+    """Everything beside the weights, the manifest last."""
+    base, plan = task.base, task.plan
+    index = plan.index()
+    if index is not None:
+        write_json(staging / INDEX, index)
+    write_json(staging / "config.json", baked_config(base, task.spec, plan.dtype, plan.tied))
+    for name in TRAVELLING_CODE:
+        shutil.copyfile(Path(hf.__file__).parent / name, staging / name)
+    copy_companions(base.directory, staging)
+    manifest = Manifest(
         kind="merged",
         family=base.sizes.family,
-        dtype=dtype,
+        dtype=plan.dtype,
         vocab_size=base.sizes.vocab,
         context_length=base.sizes.context_length,
-        eos_token_ids=end_tokens(base),
-        rope_2d=spec,
-        base={"name": name, "config_sha256": sha256(base.directory / "config.json")},
-        adapter=adapter.to_dict(),
-        files=files,
-        tool_version=__version__,
+        eos_token_ids=task.eos_token_ids,
+        files=file_facts(staging, without={shard.file for shard in plan.shards}),
+        ledger={
+            "totals": asdict(total(ledger.values())),
+            "tensors": {name: entry.to_dict() for name, entry in ledger.items()},
+        },
+        **{**task.recipe, "rope_2d": task.spec},
+    )
+    manifest.write(staging)
+    return manifest
+
+
+def _report(task: Task, output: Path, needs: Needs, manifest: Manifest | None, seconds: float) -> MergeReport:
+    ledger = read_ledger(manifest) if manifest is not None else None
+    return MergeReport(
+        output=str(output),
+        dry_run=manifest is None,
+        family=task.base.sizes.family,
+        dtype=task.plan.dtype,
+        rope_2d=task.recipe["rope_2d"],
+        untied=task.base.sizes.tied and not task.plan.tied,
+        base=task.recipe["base"],
+        adapters=task.recipe["adapters"],
+        needs=needs,
+        bytes=task.plan.nbytes if manifest is None else manifest.total_bytes,
+        seconds=seconds,
+        warnings=tuple(warnings(ledger or {}, task.plan.dtype)),
+        totals=total(ledger.values()) if ledger is not None else None,
+        ledger=ledger,
     )
 
 
-def _check_flags(ratio: float | None, pair_indices: object, no_patch_rope: bool, dtype: str) -> None:
+def _recipe(
+    base_model: str, base: Checkpoint, spec: Rope2DSpec, adapters: Sequence[Adapter], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The part of the manifest that says how the artifact is made; equal recipes make equal bytes."""
+    # A local path is nobody else's business; a Hub id and a commit are where to find the base again.
+    name = Path(base_model).name if base.revision is None else base_model
+    return {
+        "base": {"name": name, "revision": base.revision, "config_sha256": sha256(base.directory / "config.json")},
+        "rope_2d": spec.to_dict(),
+        "adapters": tuple(adapter.to_dict() for adapter in adapters),
+        "options": options,
+        "tool_version": __version__,
+    }
+
+
+def _stamps(base: Checkpoint) -> dict[str, list[int]]:
+    """Size and time of the base's files, by which a resumed merge knows that they are still the same."""
+    stats = {file: (base.directory / file).stat() for file in base.files}
+    return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+
+
+def _check_flags(ratio: float | None, pair_indices: object, no_patch_rope: bool, dtype: str, rounding: str) -> None:
     if sum((ratio is not None, pair_indices is not None, no_patch_rope)) > 1:
         raise UsageError("--rope-2d-ratio, --pair-indices and --no-patch-rope exclude one another; give one of them")
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    if rounding not in ROUNDINGS:
+        raise UsageError(f"rounding {rounding!r} is not one of {', '.join(ROUNDINGS)}")
 
 
 def _resolve_spec(

@@ -27,14 +27,21 @@ def check_pickle(path: Path) -> None:
         InputError: the file is not what ``torch.save`` writes.
     """
     is_archive = zipfile.is_zipfile(path)
-    data = _pickle_of_archive(path) if is_archive else path.read_bytes()[:LOOSE_PICKLE_BYTES]
+    data = _pickle_of_archive(path) if is_archive else _start_of(path)
     wishes = _wishes(io.BytesIO(data))
     if wishes is None:
-        raise InputError(f"{path} is not a LoRA file: it is not something that torch.save wrote")
+        raise InputError(
+            f"{path} is not a LoRA file: it is not something that torch.save wrote, or only a part of it; copy it again"
+        )
     if wishes:
         raise UnsafeInputError(f"{path} wants to run {wishes[0]}; a LoRA file holds tensors only, do not load it")
     if not is_archive:
         raise InputError(f"{path} is in a format that torch.save no longer writes; load it and save it again")
+
+
+def _start_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(LOOSE_PICKLE_BYTES)
 
 
 def _pickle_of_archive(path: Path) -> bytes:
@@ -43,7 +50,11 @@ def _pickle_of_archive(path: Path) -> bytes:
             members = archive.infolist()
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
                 raise UnsafeInputError(f"{path} has compressed members, which torch.save never writes; do not load it")
-            pickles = [member for member in members if member.filename.endswith(".pkl")]
+            # torch finds its pickle whatever the case of its name.
+            names = [member.filename.lower() for member in members]
+            pickles = [member for member in members if member.filename.lower().endswith(".pkl")]
+            if len(set(names)) < len(names):
+                raise UnsafeInputError(f"{path} has two members of one name, which torch.save never writes")
             if len(pickles) != 1 or not pickles[0].filename.endswith("data.pkl"):
                 raise InputError(f"{path} is not a LoRA file: it holds {len(pickles)} pickles, torch.save writes one")
             return archive.read(pickles[0])

@@ -11,7 +11,7 @@ from pos2d.spec import Rope2DSpec
 
 Kind = Literal["merged", "onnx"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
 
 
@@ -19,8 +19,9 @@ FILE_NAME = "manifest.json"
 class Manifest:
     """One artifact. ``context_length`` is in positions; generation ends at ``eos_token_ids``.
 
-    ``files`` maps a name to its bytes and sha256.
-    ``base``, ``adapter``: where the weights came from. ``graph``: inputs and outputs of an ONNX artifact.
+    ``files`` maps a name to its bytes and sha256; the weights of a merge have one for each tensor, in the ledger.
+    ``base``, ``adapters``: where the weights came from; ``options``: how they were summed and rounded.
+    ``ledger``: totals and tensors of a merge. ``graph``: inputs and outputs of an ONNX artifact.
     ``parity``: the figures of the check that ended the export, absent where it was skipped.
     """
 
@@ -32,9 +33,11 @@ class Manifest:
     eos_token_ids: tuple[int, ...]
     rope_2d: Rope2DSpec
     base: Mapping[str, Any]
-    adapter: Mapping[str, Any]
+    adapters: tuple[Mapping[str, Any], ...]
+    options: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
     tool_version: str
+    ledger: Mapping[str, Any] | None = None
     graph: Mapping[str, Any] | None = None
     parity: Mapping[str, Any] | None = None
     format_version: int = FORMAT_VERSION
@@ -68,6 +71,7 @@ class Manifest:
                 **block,
                 "rope_2d": Rope2DSpec.from_dict(block["rope_2d"]),
                 "eos_token_ids": tuple(block["eos_token_ids"]),
+                "adapters": tuple(block["adapters"]),
             }
         )
 
@@ -83,6 +87,8 @@ def read_manifest(directory: Path) -> Manifest:
         InputError: no such directory, no or a broken manifest, or files that are missing, cut or grown.
     """
     path = directory / FILE_NAME
+    if not directory.exists():
+        raise InputError(f"{directory} does not exist; give the directory of an artifact")
     if not path.is_file():
         raise InputError(
             f"{directory} is not an artifact of this tool (it has no {FILE_NAME}); make one with merge or export"
@@ -93,6 +99,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise InputError(f"{path} cannot be read ({error}); make the artifact again") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    if not isinstance(manifest.files, Mapping) or not all(isinstance(f, Mapping) for f in manifest.files.values()):
+        raise InputError(f"{path}: files is not a mapping; make the artifact again")
     for name, facts in manifest.files.items():
         size = (directory / name).stat().st_size if (directory / name).is_file() else None
         if size != facts["bytes"]:

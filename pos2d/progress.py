@@ -2,20 +2,32 @@
 
 import sys
 from types import TracebackType
+from typing import Literal
 
 
 class Progress:
-    """Counts ``total`` pieces of work under a label; rich draws it."""
+    """Counts ``total`` pieces of work, or bytes with their rate, under a label; threads may share it. rich draws it."""
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int, unit: Literal["pieces", "bytes"] = "pieces") -> None:
         self._label, self._total = label, total
         self._bar = None
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                MofNCompleteColumn,
+                ProgressColumn,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
             from rich.progress import Progress as Bar
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            counts: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()]
+            if unit == "pieces":
+                counts = [MofNCompleteColumn()]
+            columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
             self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
 
     def __enter__(self) -> "Progress":
@@ -24,9 +36,9 @@ class Progress:
             self._task = self._bar.add_task(self._label, total=self._total)
         return self
 
-    def advance(self) -> None:
+    def advance(self, count: int = 1) -> None:
         if self._bar is not None:
-            self._bar.advance(self._task)
+            self._bar.advance(self._task, count)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -108,6 +108,14 @@ def pair_indices_for_ratio(num_frequencies: int, ratio: float) -> tuple[int, ...
     return tuple(range(num_frequencies - count + 1, num_frequencies + 1))
 
 
+def spans(numbers: Iterable[int]) -> str:
+    """``17-32`` for a run of numbers, else the numbers themselves."""
+    found = list(numbers)
+    if len(found) > 2 and found == list(range(found[0], found[-1] + 1)):
+        return f"{found[0]}-{found[-1]}"
+    return ", ".join(map(str, found))
+
+
 def parse_pair_indices(text: str | Iterable[int]) -> tuple[int, ...]:
     """``"5,6,7,8"``, or an iterable of integers, to a tuple in the same order.
 

@@ -48,9 +48,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_base(directory: Path, config: PretrainedConfig, **settings: Any) -> Path:
+def write_base(directory: Path, config: PretrainedConfig, *, seed: int = 0, **settings: Any) -> Path:
     """A random float32 checkpoint; every bias and norm random too, so that none can be dropped unseen."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -122,14 +122,14 @@ def test_same_tensor_under_two_prefixes(merge: Callable[..., Result], qwen2: Gol
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([torch.ones(2)], "dictionary of tensors"),
-        ({"a": 1}, "dictionary of tensors"),
-        ({"weight": torch.ones(2, 2)}, "no tensor is named"),
-        ({}, "no tensor is named"),
+        ([torch.ones(2)], "does not hold a dictionary of tensors"),
+        ({"a": 1}, "does not hold a dictionary of tensors"),
+        ({"weight": torch.ones(2, 2)}, "not a LoRA file: no tensor is named"),
+        ({}, "not a LoRA file: no tensor is named"),
     ],
 )
 def test_not_a_lora_file(merge: Callable[..., Result], tmp_path: Path, content: object, words: str) -> None:
-    expect(merge(lora=saved(tmp_path / "lora.pth", content)), 3, "not a LoRA file", words)
+    expect(merge(lora=saved(tmp_path / "lora.pth", content)), 3, "lora.pth", words)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, world", b"\x80\x02", bytes(range(256)), b'{"a": 1}'])
@@ -233,7 +233,7 @@ def test_base_weights_that_are_damaged(merge: Callable[..., Result], qwen2: Gold
     weights.write_bytes(weights.read_bytes()[:-100])
     expect(merge(base=base), 3, "model.safetensors cannot be read")
     weights.unlink()
-    expect(merge(base=base), 3, "only safetensors checkpoints are read")
+    expect(merge(base=base), 3, "has no model.safetensors", "pytorch_model.bin")
     (base / "config.json").write_text("{", encoding="utf-8")
     expect(merge(base=base), 3, "config.json cannot be read")
     (base / "config.json").unlink()
@@ -255,13 +255,15 @@ def test_an_index_that_leaves_its_directory(merge: Callable[..., Result], qwen2:
     expect(merge(base=base), 4, "../outside.safetensors", "do not trust")
 
 
-def test_outputs_that_exist_or_are_busy(call: Call, qwen2: Golden, tmp_path: Path) -> None:
+def test_outputs_that_exist(call: Call, qwen2: Golden, tmp_path: Path) -> None:
     flags = ("--base-model", qwen2.path / "base", "--lora", qwen2.path / "lora.pth", "-o")
     (tmp_path / "out").mkdir()
-    expect(call("merge", *flags, tmp_path / "out"), 6, "exists already")
-    (tmp_path / ".busy.partial").mkdir()
-    expect(call("merge", *flags, tmp_path / "busy"), 6, "being written")
-    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "out" / "mine").touch()
+    expect(call("merge", *flags, tmp_path / "out"), 6, "out exists already and holds mine, which is not part of")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    (tmp_path / "empty").mkdir()
+    assert call("merge", *flags, tmp_path / "empty").exit_code == 0
+    expect(call("merge", *flags, tmp_path / "empty"), 6, "exists already", "replace it with --force")
 
 
 def test_outputs_that_cannot_be_written(call: Call, qwen2: Golden, tmp_path: Path) -> None:
@@ -270,27 +272,11 @@ def test_outputs_that_cannot_be_written(call: Call, qwen2: Golden, tmp_path: Pat
     expect(call("merge", *flags, tmp_path / "file" / "out"), 5, "cannot be created")
 
 
-def test_a_full_disk_leaves_nothing(merge: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(sys.modules["exporter.merge"], "copy_companions", full)
-    expect(merge(), 5, "No space left on device", "nothing was kept")
-
-
-def test_an_interrupted_merge_leaves_nothing(merge: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys.modules["exporter.merge"], "copy_companions", interrupt)
-    expect(merge(), 130, "interrupted")
-
-
 def test_a_defect_of_ours_is_called_one(merge: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(sys.modules["exporter.merge"], "copy_companions", fail)
+    monkeypatch.setattr(sys.modules["exporter.merge"], "write_weights", fail)
     expect(merge(), 1, "a defect of ours", "ZeroDivisionError")
 
 
@@ -324,7 +310,7 @@ def test_usage(call: Call, merge: Callable[..., Result], tmp_path: Path) -> None
 def test_things_that_are_not_artifacts(call: Call, qwen2: Golden, tmp_path: Path, command: tuple[str, ...]) -> None:
     verb, *flags = command
     flags = [str(tmp_path / flag) if flag in ("OUT", "IN") else flag for flag in flags]
-    expect(call(verb, tmp_path / "nowhere", *flags), 3, "nowhere is not an artifact")
+    expect(call(verb, tmp_path / "nowhere", *flags), 3, "nowhere does not exist")
     expect(call(verb, qwen2.path / "base", *flags), 3, "base is not an artifact", "manifest.json")
     assert list(tmp_path.iterdir()) == []
 

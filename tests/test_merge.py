@@ -16,6 +16,7 @@ from pos2d.errors import InputError, UsageError
 from pos2d.manifest import read_manifest
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
 from tests.conftest import Golden
+from tests.test_rounding import nearest
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,8 +30,12 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
+def float64_sum(weight: torch.Tensor, adapter: dict[str, torch.Tensor], module: str) -> torch.Tensor:
+    return weight.double() + adapter[f"{module}.lora.B.weight"].double() @ adapter[f"{module}.lora.A.weight"].double()
+
+
 @pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
-def test_merged_weights_are_the_float32_sum_rounded_once(base: Path, tmp_path: Path, dtype: str) -> None:
+def test_merged_weights_are_the_float64_sum_rounded_once(base: Path, tmp_path: Path, dtype: str) -> None:
     adapter = {name: tensor.bfloat16() for name, tensor in random_adapter(linear_modules(base)).items()}
     exporter.merge(base, write_adapter(tmp_path / "lora.pth", adapter), tmp_path / "merged", dtype=dtype)
     before, after = weights(base), weights(tmp_path / "merged")
@@ -38,11 +43,11 @@ def test_merged_weights_are_the_float32_sum_rounded_once(base: Path, tmp_path: P
     assert set(after) == set(before)
     for name, weight in before.items():
         module = name.removesuffix(".weight")
-        delta = torch.zeros(())
+        exact = weight.double()
         if f"{module}.lora.A.weight" in adapter:
-            delta = adapter[f"{module}.lora.B.weight"].float() @ adapter[f"{module}.lora.A.weight"].float()
+            exact = float64_sum(weight, adapter, module)
             assert not torch.equal(after[name].float(), weight)
-        torch.testing.assert_close(after[name], (weight + delta).to(target), rtol=0, atol=0)
+        torch.testing.assert_close(after[name], nearest(exact, target), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
@@ -58,10 +63,20 @@ def test_auto_keeps_the_type_of_the_base_and_rounds_only_the_sum(base: Path, tmp
     assert json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))["dtype"] == stored
     after = weights(tmp_path / "merged")
     for module in {name.split(".lora.")[0] for name in adapter}:
-        delta = adapter[f"{module}.lora.B.weight"] @ adapter[f"{module}.lora.A.weight"]
-        exact = (before[f"{module}.weight"].float() + delta).to(dtype)
+        weight = before[f"{module}.weight"]
+        exact = nearest(float64_sum(weight, adapter, module), dtype)
         torch.testing.assert_close(after[f"{module}.weight"], exact, rtol=0, atol=0)
-        assert not torch.equal(exact, before[f"{module}.weight"] + delta.to(dtype))
+        delta = adapter[f"{module}.lora.B.weight"] @ adapter[f"{module}.lora.A.weight"]
+        assert not torch.equal(exact, weight + delta.to(dtype))
+
+
+def test_a_merge_without_changes_of_type_or_shards_leaves_the_files_of_transformers(base: Path, tmp_path: Path) -> None:
+    """Header, order and bytes are those that the safetensors library writes, so untouched parts stay what they were."""
+    adapter = random_adapter(square(linear_modules(base)))
+    exporter.merge(base, write_adapter(tmp_path / "lora.pth", adapter), tmp_path / "merged")
+    merged = weights(tmp_path / "merged")
+    save_file(merged, tmp_path / "library.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
 
 
 def test_a_sharded_base_gives_the_same_tensors_in_the_same_shards(base: Path, tmp_path: Path) -> None:
@@ -86,7 +101,8 @@ def test_the_directory_holds_exactly_what_its_manifest_names(qwen2: Golden, tmp_
     assert names == {*manifest.files, "manifest.json"}
     assert {"config.json", "model.safetensors", "modeling_pos2d.py", "configuration_pos2d.py"} < names
     assert (manifest.kind, manifest.dtype, manifest.eos_token_ids) == ("merged", "float32", (2,))
-    assert report.modules == manifest.adapter["modules"] == 4
+    assert report.totals is not None
+    assert report.totals.merged == manifest.adapters[0]["tensors"] == 4
     assert list(tmp_path.iterdir()) == [tmp_path / "merged"]
 
 
@@ -140,17 +156,40 @@ def test_an_adapter_directory_and_a_base_from_the_hub(qwen2: Golden, tmp_path: P
     exporter.merge(output=tmp_path / "local", **{**qwen2.flags, "align_to": "left"})
     local, hub = weights(tmp_path / "local"), weights(tmp_path / "out")
     assert all(torch.equal(local[name], hub[name]) for name in local)
-    assert read_manifest(tmp_path / "out").base["name"] == "someone/tiny"
+    named = read_manifest(tmp_path / "out").base
+    assert (named["name"], named["revision"]) == ("someone/tiny", commit)
+
+    for revision, code in ((commit, 0), ("main", 0), ("of-another-day", 3)):
+        pinned = [*command[:-1], str(tmp_path / revision), "--revision", revision]
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "cli.py"), *pinned],
+            check=False,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, done.stderr
+        if code == 0:
+            assert read_manifest(tmp_path / revision).base["revision"] == commit
 
 
 def test_a_tied_head_is_not_written_twice(base: Path, tmp_path: Path) -> None:
-    """A stale head in a tied checkpoint is what every loader ignores; it must not travel on."""
+    copy = shutil.copytree(base, tmp_path / "base")
+    tensors = weights(copy)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, copy / "model.safetensors")
+    lora = write_adapter(tmp_path / "lora.pth", random_adapter(square(linear_modules(base))))
+    exporter.merge(copy, lora, tmp_path / "merged")
+    assert "lm_head.weight" not in weights(tmp_path / "merged")
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(base: Path, tmp_path: Path) -> None:
+    """One release of transformers takes the embedding for both, another loads them as they are."""
     copy = shutil.copytree(base, tmp_path / "base")
     tensors = weights(copy)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, copy / "model.safetensors")
     lora = write_adapter(tmp_path / "lora.pth", random_adapter(square(linear_modules(base))))
-    exporter.merge(copy, lora, tmp_path / "merged")
-    assert "lm_head.weight" not in weights(tmp_path / "merged")
+    with pytest.raises(InputError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        exporter.merge(copy, lora, tmp_path / "merged")
 
 
 def test_values_that_a_type_cannot_hold_are_refused(base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""Adapters of every form, told apart by what lies at the path."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from exporter.adapters.adapter import Adapter
+from exporter.adapters.peft import ADAPTER_CONFIG, read_peft
+from exporter.adapters.trainer import read_trainer_file
+from exporter.checkpoint import Checkpoint
+from pos2d.errors import InputError, UsageError
+
+__all__ = ["Adapter", "read_adapters"]
+
+
+def read_adapters(lora: Sequence[str | Path], base: Checkpoint, lora_rank: int | None = None) -> list[Adapter]:
+    """Read every ``PATH`` or ``PATH=WEIGHT`` of ``lora`` and hold it against ``base``; nothing in them is run.
+
+    A path is the trainer's ``.pth``, a directory with one, or a PEFT directory.
+
+    Raises:
+        UsageError: no adapter, one given twice, or a weight that is not a finite number other than 0.
+        InputError: not an adapter, not whole, not of this base, or of another rank than ``lora_rank``.
+        UnsafeInputError: a file that would run code.
+    """
+    wanted = [split_weight(text) for text in lora]
+    paths = [path.resolve() for path, _ in wanted]
+    if not wanted or len(set(paths)) < len(paths):
+        raise UsageError("give every --lora once" if wanted else "give at least one --lora")
+    adapters = [_read(path, base, weight) for path, weight in wanted]
+    for adapter in adapters:
+        if lora_rank is not None and adapter.ranks != [lora_rank]:
+            found = ", ".join(map(str, adapter.ranks)) or "no rank"
+            raise InputError(f"{adapter.path} has rank {found}, not {lora_rank}; leave --lora-rank out or correct it")
+    return adapters
+
+
+def split_weight(text: str | Path) -> tuple[Path, float]:
+    """``adapter.pth=0.7`` to path and weight; a path that exists is taken as it stands.
+
+    Raises:
+        UsageError: a weight that is not a finite number other than 0.
+    """
+    path, mark, number = str(text).rpartition("=")
+    if not str(text) or (mark and not path):
+        raise UsageError(f"--lora {text!r} names no adapter")
+    if not mark or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = 0.0
+    if weight == 0.0 or not abs(weight) < float("inf"):
+        raise UsageError(f"--lora {text}: the weight {number!r} must be a number other than 0, such as 0.7")
+    return Path(path), weight
+
+
+def _read(path: Path, base: Checkpoint, weight: float) -> Adapter:
+    if not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; give the trainer's .pth file or a PEFT directory")
+        return read_trainer_file(path, base, weight)
+    if (path / ADAPTER_CONFIG).is_file():
+        return read_peft(path, base, weight)
+    if (path / "config.json").is_file():
+        raise InputError(f"{path} is a model, not an adapter; give the trainer's .pth file or a PEFT directory")
+    files = sorted(path.glob("*.pth"))
+    if len(files) != 1:
+        raise InputError(f"{path} has {len(files)} .pth files and no {ADAPTER_CONFIG}; give one adapter")
+    return read_trainer_file(files[0], base, weight)

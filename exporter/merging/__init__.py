@@ -1,0 +1,1 @@
+"""How a merge is laid out, computed, written, proven and gone on from; the verb is exporter/merge.py."""

@@ -1,0 +1,80 @@
+"""What an earlier run left: is it still what its ledger says, and is it what is asked for now?"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from exporter.checkpoint import Checkpoint
+from exporter.merging.ledger import TensorEntry, read_ledger
+from exporter.merging.plan import MergePlan, PlannedShard
+from exporter.staging import discard_workspace, sha256
+from exporter.tensors import open_tensors, pieces
+from pos2d.errors import InputError
+from pos2d.manifest import Manifest, read_manifest
+
+PIECE_BYTES = 4 << 20
+
+
+def is_intact(shard: PlannedShard, entries: Mapping[str, TensorEntry], directory: Path) -> bool:
+    """Whether a written shard is, byte for byte, what was noted of it."""
+    path = directory / shard.file
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.nbytes:
+        return False
+    if set(entries) != {tensor.name for tensor in shard.tensors}:
+        return False
+    with path.open("rb") as stream:
+        if stream.read(len(shard.header)) != shard.header:
+            return False
+        for tensor in shard.tensors:
+            digest = hashlib.sha256()
+            for _, count in pieces(tensor.target.nbytes, PIECE_BYTES):
+                digest.update(stream.read(count))
+            if digest.hexdigest() != entries[tensor.name].sha256_out:
+                return False
+    return True
+
+
+def finished_artifact(output: Path, recipe: Mapping[str, Any], base: Checkpoint, plan: MergePlan) -> Manifest | None:
+    """The manifest of ``output`` where it is whole, of the same recipe and from the same weights.
+
+    A run may be killed after its last step and before it could say so; what it left beside ``output`` is removed.
+    """
+    try:
+        manifest = read_manifest(output)
+    except InputError:
+        return None
+    made = manifest.to_dict()
+    if json.loads(json.dumps({key: made[key] for key in recipe})) != json.loads(json.dumps(recipe)):
+        return None
+    ledger = read_ledger(manifest)
+    if not (_is_whole(output, manifest, plan, ledger) and _is_made_from(base, plan, ledger)):
+        return None
+    discard_workspace(output)
+    return manifest
+
+
+def _is_whole(output: Path, manifest: Manifest, plan: MergePlan, ledger: Mapping[str, TensorEntry]) -> bool:
+    hashed = {name: facts["sha256"] for name, facts in manifest.files.items() if "sha256" in facts}
+    return all(sha256(output / name) == digest for name, digest in hashed.items()) and all(
+        is_intact(shard, {t.name: ledger[t.name] for t in shard.tensors if t.name in ledger}, output)
+        for shard in plan.shards
+    )
+
+
+def _is_made_from(base: Checkpoint, plan: MergePlan, ledger: Mapping[str, TensorEntry]) -> bool:
+    files = {file: open_tensors(base.directory / file) for file in base.files}
+    try:
+        for tensor in plan.tensors:
+            digest = hashlib.sha256()
+            for start, count in pieces(tensor.source.nbytes, PIECE_BYTES):
+                buffer = memoryview(bytearray(count))
+                files[tensor.source.file].read_into(tensor.origin, tensor.source, start, buffer)
+                digest.update(buffer)
+            if tensor.name not in ledger or ledger[tensor.name].sha256_in != digest.hexdigest():
+                return False
+    finally:
+        for file in files.values():
+            file.close()
+    return True

@@ -1,0 +1,256 @@
+"""The weights of a merge: planned shards, written tensor by tensor on a few threads."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporter.adapters.changes import Change, Replaced, exact_sum
+from exporter.checkpoint import DTYPES
+from exporter.merging.journal import Journal
+from exporter.merging.ledger import Action, Tally, TensorEntry
+from exporter.merging.plan import MergePlan, PlannedShard, PlannedTensor
+from exporter.merging.resume import is_intact
+from exporter.merging.rounding import Rounding, is_finite, round_nearest
+from exporter.merging.settler import Settler
+from exporter.tensors import BLOCK, TensorFile, open_tensors, pieces, write_at
+from pos2d.errors import InputError
+from pos2d.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+# Bytes read at once of a tensor that is copied, and elements of one that is computed: a block stays in the cache.
+COPY_BYTES = 1 << 20
+BLOCK_ELEMENTS = 1 << 16
+# The disk takes in what is written while the rest is computed, whenever this much is waiting.
+FLUSH_BYTES = 64 << 20
+MAX_WORKERS = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shared:
+    """What all shards of a merge have in common."""
+
+    base: Path
+    rounding: Rounding
+    workers: ThreadPoolExecutor
+    settler: Settler
+    progress: Progress
+    forget: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """One tensor on its way from an open file of the base to an open shard."""
+
+    tensor: PlannedTensor
+    file: str
+    source: TensorFile
+    target: int
+    shared: Shared
+
+    def entry(self, action: Action, hash_in: str, hash_out: str, tally: Tally | None = None) -> TensorEntry:
+        ranks = [change.rank for change in self.tensor.changes if change.rank is not None]
+        return TensorEntry(
+            file=self.file,
+            action=action,
+            sources=(self.tensor.source.file, *self.tensor.adapters),
+            elements=self.tensor.source.elements,
+            sha256_in=hash_in,
+            sha256_out=hash_out,
+            rank=sum(ranks) if ranks else None,
+            **(tally.figures() if tally else {}),
+        )
+
+
+def write_weights(
+    plan: MergePlan, base: Path, rounding: Rounding, journal: Journal, target: Path
+) -> dict[str, TensorEntry]:
+    """Write every shard into ``target`` that the journal does not have; returns the ledger of all tensors.
+
+    Nothing else is in ``target`` afterwards.
+
+    Raises:
+        InputError: values that are not finite, in the base or after rounding, or a base that changed meanwhile.
+        OutputError: see :meth:`exporter.merging.journal.Journal.read`.
+    """
+    noted = journal.read()
+    finished = {s.file: noted[s.file] for s in plan.shards if s.file in noted and is_intact(s, noted[s.file], target)}
+    for left in target.iterdir():  # of an interrupted run: begun, or written after the weights
+        if left.name not in finished:
+            left.unlink()
+    forget = _outgrows_cache(plan)
+    with (
+        Progress("merging", plan.nbytes, unit="bytes") as progress,
+        Settler(forget) as settler,
+        ThreadPoolExecutor(worker_count()) as workers,
+        _single_threaded_torch(),
+    ):
+        shared = Shared(base, rounding, workers, settler, progress, forget)
+        progress.advance(sum(shard.nbytes for shard in plan.shards if shard.file in finished))
+        for shard in (shard for shard in plan.shards if shard.file not in finished):
+            descriptor = os.open(target / shard.file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                finished[shard.file] = _write_shard(shard, descriptor, shared)
+                settler.wait()  # one shard may still be on its way to the disk, not more
+            except BaseException:
+                settler.abandon(descriptor)
+                raise
+            settler.settle(descriptor, partial(journal.write, dict(finished)))
+        settler.wait()
+    return {name: entry for shard in plan.shards for name, entry in finished[shard.file].items()}
+
+
+def worker_count() -> int:
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _outgrows_cache(plan: MergePlan) -> bool:
+    """Whether base and result are more than the system should keep in its cache.
+
+    Making room there for what nobody reads again would cost it more than the copying itself.
+    """
+    import psutil
+
+    return 2 * plan.nbytes > psutil.virtual_memory().available // 2
+
+
+def _write_shard(shard: PlannedShard, descriptor: int, shared: Shared) -> dict[str, TensorEntry]:
+    files = {tensor.source.file for tensor in shard.tensors}
+    sources = {file: open_tensors(shared.base / file, shared.forget) for file in files}
+    write_at(descriptor, memoryview(shard.header), 0)
+    shared.progress.advance(len(shard.header))
+    # The largest first: the threads then end together.
+    order = sorted(shard.tensors, key=lambda tensor: -tensor.target.nbytes)
+    jobs = [Job(tensor, shard.file, sources[tensor.source.file], descriptor, shared) for tensor in order]
+    done = {shared.workers.submit(_copy if job.tensor.copied else _compute, job): job.tensor for job in jobs}
+    entries: dict[str, TensorEntry] = {}
+    waiting = 0
+    try:
+        for future in as_completed(done):
+            entries[done[future].name] = future.result()
+            waiting += done[future].target.nbytes
+            if waiting >= FLUSH_BYTES:
+                shared.settler.flush(descriptor)
+                waiting = 0
+    finally:
+        for future in done:
+            future.cancel()
+        wait(done)  # nobody may write to the file once it is closed
+        for source in sources.values():
+            source.close()
+    return {tensor.name: entries[tensor.name] for tensor in shard.tensors}
+
+
+def _copy(job: Job) -> TensorEntry:
+    import torch
+
+    place, dtype = job.tensor.source, getattr(torch, DTYPES[job.tensor.source.dtype][0])
+    buffer = memoryview(bytearray(min(COPY_BYTES, place.nbytes)))
+    digest = hashlib.sha256()
+    # After the first piece the others begin where blocks of the file do, so that they may be shared.
+    lead = -place.offset % BLOCK
+    for start, count in pieces(place.nbytes, COPY_BYTES, first=0 if lead % dtype.itemsize else lead):
+        data = buffer[:count]
+        job.source.read_into(job.tensor.origin, place, start, data)
+        digest.update(data)
+        if not is_finite(torch.frombuffer(data, dtype=dtype)):
+            raise InputError(
+                f"{place.file}: tensor {job.tensor.origin} has NaN or infinite values; copy the base again"
+            )
+        job.source.copy_to(place, start, data, job.target, job.tensor.target.offset + start)
+        job.shared.progress.advance(count)
+    return job.entry("copied", digest.hexdigest(), digest.hexdigest())
+
+
+def _compute(job: Job) -> TensorEntry:
+    import torch
+
+    tensor = job.tensor
+    dtype = getattr(torch, DTYPES[tensor.target.dtype][0])
+    changes = [change.widened() for change in tensor.changes]
+    # Only a change is worth noise: what has none is converted to the nearest value.
+    rounded_to = job.shared.rounding.of(tensor.name) if changes else round_nearest
+    converted = dtype if tensor.source.dtype != tensor.target.dtype else None
+    hash_in, hash_out, tally = hashlib.sha256(), hashlib.sha256(), Tally()
+    offset = tensor.target.offset
+    for rows, data, weight in _blocks(job):
+        hash_in.update(data)
+        exact, delta = exact_sum(weight, changes, rows) if changes else (weight, None)
+        rounded = rounded_to(exact, dtype)
+        if not is_finite(rounded):
+            raise InputError(
+                f"tensor {tensor.name} has NaN or infinite values in {dtype}; "
+                "use --dtype float32 or bfloat16, or check the base and the adapter"
+            )
+        if delta is not None:
+            before = weight if converted is None else round_nearest(weight, converted).double()
+            tally += _tally(weight, before, delta, rounded)
+        written = rounded.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        hash_out.update(written)
+        write_at(job.target, written, offset)
+        offset += len(written)
+        job.shared.progress.advance(len(written))
+    hashes = hash_in.hexdigest(), hash_out.hexdigest()
+    action = _action(tensor.changes)
+    if action == "replaced" and hashes[0] == hashes[1]:
+        return job.entry("copied", *hashes)  # PEFT saves some base weights with an adapter
+    return job.entry(action, *hashes, tally if changes else None)
+
+
+def _action(changes: tuple[Change, ...]) -> Action:
+    if not changes:
+        return "converted"
+    return "replaced" if all(isinstance(change, Replaced) for change in changes) else "merged"
+
+
+def _blocks(job: Job) -> "Iterator[tuple[slice, memoryview, torch.Tensor]]":
+    """Rows, their bytes, and their values in float64; the bytes are good until the next block."""
+    import torch
+
+    place = job.tensor.source
+    name, size = DTYPES[place.dtype]
+    columns = place.shape[1] if len(place.shape) > 1 else 1
+    height = max(1, BLOCK_ELEMENTS // columns)
+    buffer = memoryview(bytearray(min(height, place.shape[0]) * columns * size))
+    for start in range(0, place.shape[0], height):
+        rows = slice(start, min(start + height, place.shape[0]))
+        data = buffer[: (rows.stop - rows.start) * columns * size]
+        job.source.read_into(job.tensor.origin, place, start * columns * size, data)
+        values = torch.frombuffer(data, dtype=getattr(torch, name)).double()
+        yield rows, data, values.reshape(-1, *place.shape[1:])
+
+
+def _tally(weight: "torch.Tensor", before: "torch.Tensor", delta: "torch.Tensor", rounded: "torch.Tensor") -> Tally:
+    """``before`` is the weight in the type of ``rounded``, in float64 as the others."""
+    import torch
+
+    moved, d, w = (rounded.double() - before).flatten(), delta.flatten(), weight.flatten()
+    error = moved - d
+    return Tally(
+        elements=w.numel(),
+        weight_square=float(torch.dot(w, w)),
+        delta_square=float(torch.dot(d, d)),
+        kept=float(torch.dot(moved, d)),
+        error_square=float(torch.dot(error, error)),
+        changed=int(torch.count_nonzero(moved)),
+    )
+
+
+@contextmanager
+def _single_threaded_torch() -> Iterator[None]:
+    """The threads here share the cores among themselves; torch's own would only get in their way."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
