@@ -223,8 +223,8 @@ def test_bases_that_are_not_there(
     expect(merge(base=Path("someone/some-model-that-is-not-cached")), 3, "some-model-that-is-not-cached")
     expect(merge(lora=tmp_path / "nowhere.pth"), 3, "nowhere.pth does not exist")
     expect(merge(lora=tmp_path), 3, "has 0 .pth files")
-    (tmp_path / "adapter_config.json").touch()
-    expect(merge(lora=tmp_path), 3, "is a PEFT directory")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}', encoding="utf-8")
+    expect(merge(lora=tmp_path), 3, "peft_type 'IA3' is not supported")
 
 
 def test_base_weights_that_are_damaged(merge: Callable[..., Result], qwen2: Golden, tmp_path: Path) -> None:

@@ -1,16 +1,220 @@
-"""PEFT directories: known by their configuration, and refused so far."""
+"""PEFT directories: adapter_config.json says which tensors must be there, and what they mean."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from exporter.adapters.adapter import Adapter
+from exporter.adapters.adapter import Adapter, check_values, some
+from exporter.adapters.changes import Added, Change, Dora, LowRank, Replaced
+from exporter.adapters.peft_config import LoraSettings, read_settings
+from exporter.adapters.peft_modules import EMBEDDING, HEAD, Coverage, Shape, cover, tensor_shapes
 from exporter.checkpoint import Checkpoint
+from exporter.pth import read_pth
+from exporter.staging import sha256
 from pos2d.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+
+    Tensors = Mapping[str, torch.Tensor]
+
 ADAPTER_CONFIG = "adapter_config.json"
+SAFE_WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
+PREFIXES = ("base_model.model.", "module.", "_orig_mod.")
+FACTORS = ("lora_A.weight", "lora_B.weight")
+EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
+MAGNITUDE = "lora_magnitude_vector"
+TIED = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
 
 
 def read_peft(path: Path, base: Checkpoint, weight: float = 1.0) -> Adapter:
-    """Raises:
-    InputError: always.
+    """Read the directory ``path`` without running code from it and hold every tensor against ``base``.
+
+    Raises:
+        InputError: a configuration that is not understood to the last key, a missing or left-over tensor, shapes of
+            another base, or values that are not finite.
+        UnsafeInputError: adapter_model.bin would run code.
     """
-    raise InputError(f"{path} is a PEFT directory, which is not supported; give one .pth file of the trainer")
+    settings = read_settings(path / ADAPTER_CONFIG)
+    try:
+        coverage = cover(settings, base)
+        _check_patterns(settings, coverage)
+    except TimeoutError as error:
+        raise InputError(f"{settings.file}: {error}") from None
+    _refuse_unmergeable(settings, coverage, base)
+    file = path / SAFE_WEIGHTS if (path / SAFE_WEIGHTS).is_file() else path / PICKLED_WEIGHTS
+    tensors = _without_copies(_plain_names(_read_tensors(file), file), coverage, file)
+    _check_fit(tensors, settings, coverage, base, file)
+    check_values(tensors, file)
+    base_values = _base_values(tensors, coverage, base, file)
+    if settings.dora and set(base_values) & {f"{module}.weight" for module in coverage.targets}:
+        raise InputError(
+            f"{file} has base weights {some(sorted(base_values))} of modules that use_dora stretches; save the "
+            "adapter again with save_embedding_layers=False"
+        )
+    if settings.tying and base.sizes.tied:
+        _check_tying(tensors, file)
+    changes: dict[str, list[Change]] = defaultdict(list)
+    whole = {name: tensors[name] for name in (*coverage.saved, *coverage.biases)} | base_values
+    for name, tensor in whole.items():
+        changes[name].append(Replaced(weight, tensor))
+    for module in coverage.targets:
+        for name, change in _low_rank(module, tensors, settings, weight).items():
+            changes[name].append(change)
+    if not changes:
+        raise InputError(f"{settings.file} names no module of {base.directory}; give the base that it was trained on")
+    several = {name: tuple(those) for name, those in changes.items()}
+    return Adapter(path, "peft", sha256(file), weight, several, config_sha256=sha256(settings.file))
+
+
+def _check_patterns(settings: LoraSettings, coverage: Coverage) -> None:
+    """Every expression is tried here once, so that none can take for ever later."""
+    for module in coverage.targets:
+        settings.scale_of(module)
+
+
+def _refuse_unmergeable(settings: LoraSettings, coverage: Coverage, base: Checkpoint) -> None:
+    if settings.dora and EMBEDDING in coverage.targets:
+        # There PEFT stretches the columns, over all tokens at once.
+        raise InputError(f"{settings.file}: use_dora on {EMBEDDING} is not supported; exclude it from target_modules")
+    if settings.lora_bias and EMBEDDING in coverage.targets:
+        raise InputError(f"{settings.file}: lora_bias on {EMBEDDING} has no meaning; exclude it from target_modules")
+    without = [module for module in coverage.targets if f"{module}.bias" not in base.tensors]
+    if settings.lora_bias and without:
+        raise InputError(
+            f"{settings.file}: lora_bias needs a bias in the base, but {some(without)} of {base.directory} has none; "
+            "train without lora_bias"
+        )
+
+
+def _read_tensors(file: Path) -> "Tensors":
+    if file.name == PICKLED_WEIGHTS:
+        if not file.is_file():
+            raise InputError(f"{file.parent} has no {SAFE_WEIGHTS} and no {PICKLED_WEIGHTS}; save the adapter again")
+        return read_pth(file)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as content:
+            return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} cannot be read: {error}; save the adapter again") from None
+
+
+def _plain_names(content: "Tensors", file: Path) -> "dict[str, torch.Tensor]":
+    """Without what wrappers put into names, and with the spelling of every release of PEFT made one."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in content.items():
+        short = name
+        while short.startswith(PREFIXES):
+            short = next(short.removeprefix(prefix) for prefix in PREFIXES if short.startswith(prefix))
+        short = short.replace(".base_layer.", ".")
+        if short.endswith(f".{MAGNITUDE}.weight"):
+            short = short.removesuffix(".weight")
+        if short in tensors:
+            raise InputError(f"{file}: tensor {name} is there twice, under different prefixes; save the adapter again")
+        tensors[short] = tensor
+    return tensors
+
+
+def _without_copies(tensors: "Tensors", coverage: Coverage, file: Path) -> "Tensors":
+    """Some saves hold a module of modules_to_save as it was trained, the same again, and as it was before."""
+    import torch
+
+    kept = {}
+    for name, tensor in tensors.items():
+        trained = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+        if trained == name or trained not in coverage.saved:
+            kept[name] = tensor
+        elif ".modules_to_save." in name and not torch.equal(tensors.get(trained, tensor), tensor):
+            raise InputError(f"{file}: {name} differs from {trained}; save the adapter again")
+    return kept
+
+
+def _check_fit(tensors: "Tensors", settings: LoraSettings, coverage: Coverage, base: Checkpoint, file: Path) -> None:
+    owed = coverage.saved | coverage.biases
+    for module, shape in coverage.targets.items():
+        owed |= _owed_by(module, shape, settings)
+    lost = sorted(set(coverage.biases) - set(coverage.saved) - set(tensors))
+    if settings.bias == "lora_only" and len(lost) == len(coverage.biases) > 0:
+        # Releases that call the module base_layer looked for its bias under the old name.
+        raise InputError(
+            f"{file} lacks the biases that bias 'lora_only' trained, {some(lost)}; older releases of PEFT lost them, "
+            "train with a newer one or set bias to none to do without them"
+        )
+    known = {name: tensor_shapes(base)[name] for name in TIED} | owed
+    wrong = [
+        f"{name} {tuple(tensor.shape)} instead of {known[name]}"
+        for name, tensor in tensors.items()
+        if name in known and tuple(tensor.shape) != known[name]
+    ]
+    missing, left_over = sorted(set(owed) - set(tensors)), sorted(set(tensors) - set(known))
+    faults = {"wrong shapes": wrong, "missing tensors": missing, "left-over tensors": left_over}
+    found = [f"{label} {some(names)}" for label, names in faults.items() if names]
+    if found:
+        raise InputError(
+            f"{file} does not fit {base.directory} and {settings.file.name}: {'; '.join(found)}; give the base that it "
+            "was trained on, or save the adapter again"
+        )
+
+
+def _owed_by(module: str, shape: Shape, settings: LoraSettings) -> dict[str, Shape]:
+    rank, (rows, columns) = settings.rank_of(module), shape
+    if module == EMBEDDING:
+        a, b = EMBEDDING_FACTORS
+        return {f"{module}.{a}": (rank, rows), f"{module}.{b}": (columns, rank)}
+    a, b = FACTORS
+    owed: dict[str, Shape] = {f"{module}.{a}": (rank, columns), f"{module}.{b}": (rows, rank)}
+    if settings.dora:
+        owed[f"{module}.{MAGNITUDE}"] = (rows,)
+    if settings.lora_bias:
+        owed[f"{module}.lora_B.bias"] = (rows,)
+    return owed
+
+
+def _base_values(tensors: "Tensors", coverage: Coverage, base: Checkpoint, file: Path) -> "dict[str, torch.Tensor]":
+    """The base's embedding and head that PEFT may save with an adapter; where they are tied, one stands for both."""
+    import torch
+
+    free = [name for name in TIED if name not in coverage.saved]
+    values = {name: tensors[name] for name in free if name in tensors}
+    if base.sizes.tied and values:
+        first, *others = values.values()
+        if not all(torch.equal(first, other) for other in others):
+            raise InputError(
+                f"{file}: base weights {' and '.join(TIED)} differ, but {base.directory} ties them; save the adapter "
+                "again or give a base that does not tie them"
+            )
+        values = dict.fromkeys(free, first)
+    return values
+
+
+def _check_tying(tensors: "Tensors", file: Path) -> None:
+    """Both sides of a tied adapter are saved."""
+    import torch
+
+    down, up = (tensors.get(f"{EMBEDDING}.{factor}") for factor in EMBEDDING_FACTORS)
+    a, b = (tensors.get(f"{HEAD}.{factor}") for factor in FACTORS)
+    embedding, head = (tensors.get(name) for name in TIED)
+    pairs = [(embedding, head), (down, None if b is None else b.T), (up, None if a is None else a.T)]
+    if any(one is not None and other is not None and not torch.equal(one, other) for one, other in pairs):
+        raise InputError(
+            f"{file}: ensure_weight_tying is true, but the tensors of {EMBEDDING} and {HEAD} differ; it is not clear "
+            "which of the two was trained, save the adapter again"
+        )
+
+
+def _low_rank(module: str, tensors: "Tensors", settings: LoraSettings, weight: float) -> dict[str, Change]:
+    scale, name = settings.scale_of(module), f"{module}.weight"
+    if module == EMBEDDING:
+        # PEFT holds them for the transposed weight.
+        down, up = (tensors[f"{module}.{factor}"] for factor in EMBEDDING_FACTORS)
+        return {name: LowRank(weight, up.T, down.T, scale)}
+    a, b = (tensors[f"{module}.{factor}"] for factor in FACTORS)
+    if settings.dora:
+        return {name: Dora(weight, a, b, tensors[f"{module}.{MAGNITUDE}"], scale)}
+    changes: dict[str, Change] = {name: LowRank(weight, a, b, scale)}
+    if settings.lora_bias:
+        changes[f"{module}.bias"] = Added(weight * scale, tensors[f"{module}.lora_B.bias"])
+    return changes

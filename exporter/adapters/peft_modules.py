@@ -1,0 +1,116 @@
+"""Which modules of a base PEFT adapts and which it saves whole, by PEFT's own rules of matching names."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from exporter.adapters.adapter import some
+from exporter.adapters.patterns import fits, fits_whole
+from exporter.adapters.peft_config import LAYER_NUMBER, SAVED_MODULE, LoraSettings
+from exporter.checkpoint import Checkpoint
+from pos2d.errors import InputError
+
+Shape = tuple[int, ...]
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+# What PEFT takes for the two by the last part of their names.
+EMBEDDING_KINDS = {"embed_tokens", "lm_head"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Coverage:
+    """What the configuration says that the file holds: ``targets`` are modules, ``saved`` and ``biases`` tensors."""
+
+    targets: dict[str, Shape]
+    saved: dict[str, Shape]
+    biases: dict[str, Shape]
+
+
+def cover(settings: LoraSettings, base: Checkpoint) -> Coverage:
+    """Raises:
+    InputError: a module is both adapted and saved whole.
+    """
+    shapes = tensor_shapes(base)
+    tied = _tied_together(settings) if settings.tying and base.sizes.tied else ""
+    saved = {
+        name: shape
+        for name, shape in shapes.items()
+        if _is_saved(settings, name) or (tied == "saved" and name.removesuffix(".weight") in (EMBEDDING, HEAD))
+    }
+    targets = {
+        module: shape
+        for module, shape in _module_shapes(base).items()
+        if _is_target(settings, module) or (tied == "targets" and module in (EMBEDDING, HEAD))
+    }
+    both = [module for module in targets if f"{module}.weight" in saved]
+    if both:
+        raise InputError(
+            f"{settings.file}: target_modules and modules_to_save both name {some(both)}; leave it in one of them"
+        )
+    wanted = {"none": set(), "all": set(shapes), "lora_only": {f"{m}.bias" for m in targets}}[settings.bias]
+    biases = {name: shape for name, shape in shapes.items() if name.endswith(".bias") and name in wanted}
+    return Coverage(targets, saved, biases)
+
+
+def tensor_shapes(base: Checkpoint) -> dict[str, Shape]:
+    """Those of the base and of its head, which PEFT trains on its own even where it is tied."""
+    shapes = {name: place.shape for name, place in base.tensors.items()}
+    return {f"{HEAD}.weight": shapes[f"{EMBEDDING}.weight"], **shapes}
+
+
+def _module_shapes(base: Checkpoint) -> dict[str, Shape]:
+    shapes = tensor_shapes(base)
+    return base.linear_shapes() | {module: shapes[f"{module}.weight"] for module in (EMBEDDING, HEAD)}
+
+
+def _tied_together(settings: LoraSettings) -> str:
+    """With ``ensure_weight_tying``, one of embedding and head brings the other with it."""
+    if any(_kind(name) in EMBEDDING_KINDS for name in settings.saved):
+        return "saved"
+    if isinstance(settings.targets, str):
+        named = any(fits_whole(settings.targets, name) for name in EMBEDDING_KINDS)
+    else:
+        named = any(_kind(name) in EMBEDDING_KINDS for name in settings.targets)
+    return "targets" if named else ""
+
+
+def _is_saved(settings: LoraSettings, tensor: str) -> bool:
+    """A module is meant by any end of its name: ``norm`` means ``input_layernorm`` too."""
+    return any(module.endswith(settings.saved) for module in _parents(tensor))
+
+
+def _parents(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _is_target(settings: LoraSettings, module: str) -> bool:
+    if _is_named(settings.excluded, module) or any(fits(SAVED_MODULE.format(text), module) for text in settings.saved):
+        return False
+    if isinstance(settings.targets, str):
+        if settings.targets.lower() == "all-linear":
+            return module not in (EMBEDDING, HEAD)
+        return _is_named(settings.targets, module)
+    # A module that is named in full is adapted in whatever layer it lies.
+    return module in settings.targets or (_is_named(settings.targets, module) and _lies_in_layers(settings, module))
+
+
+def _is_named(names: str | tuple[str, ...], module: str) -> bool:
+    if isinstance(names, str):
+        return fits_whole(names, module)
+    return module in names or module.endswith(tuple(f".{name}" for name in names))
+
+
+def _lies_in_layers(settings: LoraSettings, module: str) -> bool:
+    if not settings.layers:
+        return True
+    # Without a pattern, the first number in the name is the layer's.
+    for text in settings.layers_pattern or (r"[^.]*",):
+        match = fits(LAYER_NUMBER.format(text), module)
+        if match:
+            return int(match["idx"]) in settings.layers
+    return False
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
