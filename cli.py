@@ -172,6 +172,23 @@ def export(as_json: bool, **flags: Any) -> None:
 
 
 @cli.command()
+@click.argument("path")
+@click.option("--base-model", metavar="DIR_OR_HUB_ID", help="Say whether the adapter fits this base.")
+@revision_option
+@click.option("--guess-ratio", is_flag=True, help="Find the ratio and the stride of the training, by reading --text.")
+@click.option("--text", metavar="FILE", help="A few dozen lines like the training data: JSONL, or paragraphs.")
+@json_option
+def inspect(as_json: bool, **flags: Any) -> None:
+    """Explain an adapter, a base or an artifact."""
+    import exporter
+    from exporter.inspection.text import inspect_lines
+
+    report = exporter.inspect(**flags)
+    show(report, as_json, "\n".join(inspect_lines(report)))
+    report.raise_if_misfit()
+
+
+@cli.command()
 @click.argument("artifact")
 @click.option(
     "--against", required=True, metavar="MERGED_OR_ONNX", help="The reference: another artifact of the same model."

@@ -87,6 +87,7 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
     for name, function in (
         ("merge", exporter.merge),
         ("export", exporter.export),
+        ("inspect", exporter.inspect),
         ("verify", runtime.verify),
         ("run", runtime.run),
     ):

@@ -1,0 +1,157 @@
+"""Explain what lies at a path: an adapter, a base or an artifact; and whether, and how, an adapter fits a base."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporter.adapters import Adapter, read_adapters
+from exporter.adapters.peft import ADAPTER_CONFIG
+from exporter.base import read_base
+from exporter.checkpoint import Checkpoint
+from exporter.inspection.adapter_facts import AdapterFacts, peft_facts, trainer_facts
+from exporter.inspection.guess import Guess, guess_positions
+from exporter.inspection.model_facts import ArtifactFacts, BaseFacts, artifact_facts, base_facts
+from exporter.inspection.samples import read_samples
+from pos2d.errors import InputError, UsageError
+from pos2d.manifest import FILE_NAME
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+WHAT = {
+    "trainer": "LoRA of the trainer",
+    "state dict": "full state of the trainer",
+    "peft": "PEFT LoRA",
+    "base": "base model",
+    "artifact": "artifact of this tool",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Whether an adapter fits ``base``; ``reason`` is the sentence with which ``merge`` would refuse it."""
+
+    base: str
+    fits: bool
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class InspectReport:
+    """One of ``adapter``, ``base`` and ``artifact`` is there; ``fit`` and ``guess`` where they were asked for."""
+
+    path: str
+    what: str
+    adapter: AdapterFacts | None = None
+    base: BaseFacts | None = None
+    artifact: ArtifactFacts | None = None
+    fit: Fit | None = None
+    guess: Guess | None = None
+
+    def raise_if_misfit(self) -> None:
+        """Raises:
+        InputError: the adapter does not fit the base that it was held against.
+        """
+        if self.fit is not None and self.fit.reason is not None:
+            raise InputError(self.fit.reason)
+
+
+def inspect(
+    path: str | Path,
+    *,
+    base_model: str | Path | None = None,
+    revision: str | None = None,
+    guess_ratio: bool = False,
+    text: str | Path | None = None,
+) -> InspectReport:
+    """Explain ``path`` from configuration, headers and small tensors; nothing in it is run and nothing is written.
+
+    Args:
+        path: the trainer's ``.pth`` or a directory with one, a PEFT directory, a base or an artifact.
+        base_model: say whether the adapter fits this base; ``revision`` is of a base from the Hub.
+        guess_ratio: score ratios and strides on ``text``, a file like the training data, of which
+            :mod:`exporter.inspection.samples` names the forms. This loads the base in float32.
+
+    Raises:
+        UsageError: flags without the flag or the kind of path that they belong to.
+        InputError: ``path`` is none of these or is damaged; with ``guess_ratio``, an adapter that does not fit.
+        UnsafeInputError: a file that would run code.
+    """
+    path = Path(path)
+    _check_flags(base_model, revision, guess_ratio, text)
+    kind = _kind(path)
+    if kind != "adapter" and base_model is not None:
+        raise UsageError(f"{path} is not an adapter, so --base-model says nothing about it; leave it out")
+    if kind == "artifact":
+        return InspectReport(str(path), WHAT[kind], artifact=artifact_facts(path))
+    if kind == "base":
+        return InspectReport(str(path), WHAT[kind], base=base_facts(read_base(str(path))))
+    facts = peft_facts(path) if (path / ADAPTER_CONFIG).is_file() else trainer_facts(_single_file(path))
+    if base_model is None:
+        return InspectReport(str(path), WHAT[facts.form], adapter=facts)
+    try:
+        base, adapters = _read_both(path, base_model, revision)
+    except InputError as misfit:
+        if guess_ratio:
+            raise
+        fit = Fit(str(base_model), False, str(misfit))
+        return InspectReport(str(path), WHAT[facts.form], adapter=facts, fit=fit)
+    guess = _guess(base, adapters, text) if text is not None else None
+    return InspectReport(str(path), WHAT[facts.form], adapter=facts, fit=Fit(str(base_model), True, None), guess=guess)
+
+
+def _check_flags(base_model: object, revision: object, guess_ratio: bool, text: object) -> None:
+    if guess_ratio and base_model is None:
+        raise UsageError("--guess-ratio reads a text with the adapter in its base; give --base-model")
+    if guess_ratio and text is None:
+        raise UsageError("--guess-ratio needs a text like the training data, a few dozen lines of it; give --text")
+    if text is not None and not guess_ratio:
+        raise UsageError("--text is read for --guess-ratio only; give both")
+    if revision is not None and base_model is None:
+        raise UsageError("--revision is that of a base from the Hub; give --base-model")
+
+
+def _kind(path: Path) -> str:
+    """``artifact``, ``adapter`` or ``base``, by what lies there."""
+    if path.is_file():
+        if path.suffix in (".safetensors", ".onnx", ".json"):
+            raise InputError(f"{path} is one file of several; give its directory")
+        return "adapter"
+    if not path.is_dir():
+        raise InputError(f"{path} does not exist; give an adapter, a base model's directory or an artifact")
+    for name, kind in ((FILE_NAME, "artifact"), (ADAPTER_CONFIG, "adapter"), ("config.json", "base")):
+        if (path / name).is_file():
+            return kind
+    if any(path.glob("*.pth")):
+        return "adapter"
+    raise InputError(
+        f"{path} is nothing that this tool knows: it has no {FILE_NAME} (an artifact), no {ADAPTER_CONFIG} (PEFT), no "
+        "config.json (a base model) and no .pth file (the trainer's)"
+    )
+
+
+def _single_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    files = sorted(path.glob("*.pth"))
+    if len(files) != 1:
+        raise InputError(f"{path} has {len(files)} .pth files; name one of them, such as {files[0].name}")
+    return files[0]
+
+
+def _read_both(path: Path, base_model: str | Path, revision: str | None) -> tuple[Checkpoint, list[Adapter]]:
+    base = read_base(base_model, revision=revision)
+    return base, read_adapters([path], base)
+
+
+def _guess(base: Checkpoint, adapters: list[Adapter], text: str | Path) -> Guess:
+    samples = read_samples(Path(text), _tokenizer(base.directory))
+    return guess_positions(base, adapters, samples)
+
+
+def _tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
+    if not (directory / "tokenizer.json").is_file():
+        raise InputError(f"{directory} has no tokenizer.json, so a text cannot be read with it; put the file there")
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(directory)

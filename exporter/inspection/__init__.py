@@ -1,0 +1,1 @@
+"""What can be said of adapters, bases and artifacts without running them; the verb is exporter/inspect.py."""

@@ -1,0 +1,263 @@
+"""What an adapter file says about itself: form, shapes, coverage, and the well-known bases that it can fit."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod, sqrt
+from pathlib import Path
+from typing import Any
+
+from exporter.adapters.adapter import kind, some
+from exporter.adapters.peft import ADAPTER_CONFIG
+from exporter.adapters.trainer import SUFFIXES, pair_factors, without_prefixes
+from exporter.checkpoint import EMBEDDING
+from exporter.inspection.known_bases import KINDS, KNOWN_BASES
+from exporter.pth import read_pth
+from exporter.staging import sha256
+from pos2d.errors import InputError
+
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PEFT_PREFIX = "base_model.model."
+# Old files name the adapter before ".weight"; a bias beside B is no factor.
+PEFT_FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.(?!bias$)[^.]+)??(?:\.weight)?$")
+PEFT_SETTINGS = (
+    *("base_model_name_or_path", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("use_dora", "bias", "modules_to_save", "layers_to_transform", "fan_in_fan_out"),
+)
+IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# What safetensors calls the types.
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """Shape and type of every tensor of a file; ``values`` reads one, as a torch tensor."""
+
+    shapes: Mapping[str, Shape]
+    dtypes: Mapping[str, str]
+    values: Callable[[str], Any] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleKind:
+    """Layers that have this kind of module, counted, and its ``(out, in)``: one shape unless the file is odd."""
+
+    layers: int
+    missing_layers: tuple[int, ...]
+    shapes: tuple[Shape, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """``form``: ``trainer`` (its LoRA), ``state dict`` (its full fine-tune) or ``peft``; delta = scale * B @ A.
+
+    ``layers`` counts up to the last one that occurs. ``other_modules`` are adapted outside of the layers.
+    ``untrained`` modules have a B of zeros, ``not_finite`` ones NaN or infinite factors (neither is looked for in a
+    state dict, whose sha256 is left out as well: that would read all of it). ``settings`` are those of a PEFT
+    configuration. ``fits`` names well-known bases with these shapes.
+    """
+
+    form: str
+    file: str
+    bytes: int
+    sha256: str | None
+    parameters: int
+    dtypes: Mapping[str, int]
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    layers: int
+    modules: Mapping[str, ModuleKind]
+    other_modules: tuple[str, ...]
+    untrained: tuple[str, ...]
+    not_finite: tuple[str, ...]
+    settings: Mapping[str, Any]
+    fits: tuple[str, ...]
+
+
+def trainer_facts(path: Path) -> AdapterFacts:
+    """The trainer's LoRA or state dict.
+
+    Raises:
+        InputError: neither of the two, or factors without their partner.
+        UnsafeInputError: the file would run code.
+    """
+    content = without_prefixes(read_pth(path), path)
+    tensors = Tensors(
+        shapes={name: tuple(tensor.shape) for name, tensor in content.items()},
+        dtypes={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in content.items()},
+        values=content.__getitem__,
+    )
+    if any(name.endswith(SUFFIXES) for name in content):
+        factors = {module: (module + SUFFIXES[0], module + SUFFIXES[1]) for module in pair_factors(content, path)}
+        return _low_rank_facts("trainer", path, tensors, factors, dict.fromkeys(factors, 1.0), {})
+    if EMBEDDING not in content:
+        raise InputError(
+            f"{path} is not an adapter: no tensor is named *.lora.A.weight or *.lora.B.weight, nor is it the state of "
+            "a whole model"
+        )
+    linears = {n.removesuffix(".weight"): s for n, s in tensors.shapes.items() if n.endswith("_proj.weight")}
+    return _facts("state dict", path, tensors, linears)
+
+
+def peft_facts(directory: Path) -> AdapterFacts:
+    """A PEFT directory.
+
+    Raises:
+        InputError: a configuration that cannot be read, another method than LoRA, no weights, or half a pair.
+        UnsafeInputError: the weights would run code.
+    """
+    config = _peft_config(directory)
+    path = next((directory / name for name in PEFT_WEIGHTS if (directory / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{directory} has no {' and no '.join(PEFT_WEIGHTS)}; save the adapter again")
+    tensors = _safetensors(path) if path.suffix == ".safetensors" else _peft_bin(path)
+    pairs: dict[str, dict[str, str]] = {}
+    for name in tensors.shapes:
+        if found := PEFT_FACTOR.search(name):
+            pairs.setdefault(name[: found.start()].removeprefix(PEFT_PREFIX), {})[found[1]] = name
+    half = sorted(module for module, names in pairs.items() if len(names) < 2)
+    if half or not pairs:
+        what = f"lacks one of the factors of {some(half)}" if half else "has no tensor named *.lora_A.weight"
+        raise InputError(f"{path} {what}; save the adapter again")
+    factors = {module: (names["A"], names["B"]) for module, names in pairs.items()}
+    scales = {module: _peft_scale(module, tensors.shapes[a][0], config) for module, (a, _) in factors.items()}
+    settings = {key: config[key] for key in PEFT_SETTINGS if config.get(key) not in (None, {}, [])}
+    return _low_rank_facts("peft", path, tensors, factors, scales, settings)
+
+
+def _peft_config(directory: Path) -> dict[str, Any]:
+    path = directory / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    method = config.get("peft_type") if isinstance(config, dict) else None
+    if method != "LORA":
+        raise InputError(f"{path}: peft_type {method!r} is not LORA, the only PEFT method that can be merged here")
+    return dict(config)
+
+
+def _peft_scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA; ``alpha_pattern`` names exceptions by the end of a module's name."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), config.get("lora_alpha"))
+    return float(alpha or rank) / (sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _safetensors(path: Path) -> Tensors:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        reader: Any = safe_open(path, framework="pt")
+        slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    return Tensors(
+        shapes={name: tuple(piece.get_shape()) for name, piece in slices.items()},
+        dtypes={name: DTYPES.get(piece.get_dtype(), piece.get_dtype()) for name, piece in slices.items()},
+        values=reader.get_tensor,
+    )
+
+
+def _peft_bin(path: Path) -> Tensors:
+    content = read_pth(path)
+    return Tensors(
+        shapes={name: tuple(tensor.shape) for name, tensor in content.items()},
+        dtypes={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in content.items()},
+        values=content.__getitem__,
+    )
+
+
+def _low_rank_facts(
+    form: str,
+    path: Path,
+    tensors: Tensors,
+    factors: Mapping[str, tuple[str, str]],
+    scales: Mapping[str, float],
+    settings: Mapping[str, Any],
+) -> AdapterFacts:
+    flat = sorted(m for m, pair in factors.items() if any(len(tensors.shapes[name]) != 2 for name in pair))
+    if flat:
+        raise InputError(f"{path}: the factors of {some(flat)} are not matrices; save the adapter again")
+    linears = {module: (tensors.shapes[b][0], tensors.shapes[a][1]) for module, (a, b) in factors.items()}
+    ranks = {size for a, b in factors.values() for size in (tensors.shapes[a][0], tensors.shapes[b][1])}
+    return _facts(
+        form,
+        path,
+        tensors,
+        linears,
+        sha256=sha256(path),
+        ranks=tuple(sorted(ranks)),
+        scales=tuple(sorted(set(scales.values()))),
+        untrained=tuple(m for m, (_, b) in sorted(factors.items()) if not tensors.values(b).any()),
+        not_finite=tuple(m for m, pair in sorted(factors.items()) if not _finite(tensors, pair)),
+        settings=settings,
+    )
+
+
+def _finite(tensors: Tensors, names: tuple[str, str]) -> bool:
+    return all(bool(tensors.values(name).isfinite().all()) for name in names)
+
+
+def _facts(form: str, path: Path, tensors: Tensors, linears: Mapping[str, Shape], **found: Any) -> AdapterFacts:
+    dtypes = list(tensors.dtypes.values())
+    places = {module: int(layer[1]) for module in linears if (layer := IN_LAYER.search(module))}
+    layers = 1 + max(places.values(), default=-1)
+    modules = {
+        name: _module_kind({places[m]: linears[m] for m in places if kind(m) == name}, layers)
+        for name in sorted({kind(module) for module in places}, key=_in_order)
+    }
+    settings = found.get("settings", {})
+    some_layers = form == "peft" and settings.get("layers_to_transform") is not None
+    defaults: dict[str, Any] = {
+        "sha256": None,
+        "ranks": (),
+        "scales": (),
+        "untrained": (),
+        "not_finite": (),
+        "settings": {},
+    }
+    return AdapterFacts(
+        form=form,
+        file=path.name,
+        bytes=path.stat().st_size,
+        parameters=sum(prod(shape) for shape in tensors.shapes.values()),
+        dtypes={dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))},
+        layers=layers,
+        modules=modules,
+        other_modules=tuple(sorted(set(linears) - set(places))),
+        fits=fitting_bases(form, modules, layers, some_layers=some_layers),
+        **(defaults | found),
+    )
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    return (KINDS.index(name) if name in KINDS else len(KINDS)), name
+
+
+def _module_kind(shapes: Mapping[int, Shape], layers: int) -> ModuleKind:
+    missing = tuple(layer for layer in range(layers) if layer not in shapes)
+    return ModuleKind(len(shapes), missing, tuple(sorted(set(shapes.values()))))
+
+
+def fitting_bases(
+    form: str, modules: Mapping[str, ModuleKind], layers: int, *, some_layers: bool = False
+) -> tuple[str, ...]:
+    """Well-known bases whose linear layers have these shapes.
+
+    A trainer's LoRA must cover every layer and all square kinds of the base, a state dict all kinds; a PEFT adapter
+    only what it was told to, and not the last layers where it was given ``some_layers``.
+    """
+    fits = []
+    for base in KNOWN_BASES:
+        linears = base.linears()
+        owed = {"trainer": base.square(), "state dict": list(linears), "peft": []}[form]
+        same = all(found.shapes == (linears.get(name),) for name, found in modules.items())
+        whole = form == "peft" or not any(found.missing_layers for found in modules.values())
+        deep = layers <= base.layers if some_layers else layers == base.layers
+        if modules and same and whole and deep and set(owed) <= set(modules):
+            fits.append(base.name)
+    return tuple(fits)

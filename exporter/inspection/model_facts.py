@@ -1,0 +1,113 @@
+"""What a base checkpoint or one of our artifacts says about itself, from configuration, headers and manifest."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from exporter.adapters.adapter import kind
+from exporter.base import rope_settings
+from exporter.checkpoint import Checkpoint
+from exporter.config import end_tokens
+from exporter.inspection.adapter_facts import DTYPES
+from exporter.inspection.known_bases import KINDS
+from pos2d.manifest import read_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFacts:
+    """Counts are of features, heads and layers; ``bytes`` of the weight files; ``dtypes`` maps a type to its tensors.
+
+    ``rope`` has type and theta and whatever scales them. ``trainer_covers``: kinds of linear layers that are square,
+    which are those that the trainer adapts.
+    """
+
+    family: str
+    parameters: int
+    bytes: int
+    dtypes: Mapping[str, int]
+    shards: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context_length: int
+    tied: bool
+    rope: Mapping[str, Any]
+    eos_token_ids: tuple[int, ...]
+    trainer_covers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactFacts:
+    """The manifest's own facts; ``bytes`` of all files. ``totals`` and ``parity`` are there where it has them."""
+
+    kind: str
+    family: str
+    dtype: str
+    rope_2d: Mapping[str, Any]
+    base: Mapping[str, Any]
+    adapters: tuple[Mapping[str, Any], ...]
+    vocab: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    files: Mapping[str, int]
+    bytes: int
+    totals: Mapping[str, Any] | None
+    parity: Mapping[str, Any] | None
+    graph: Mapping[str, Any] | None
+    tool_version: str
+
+
+def base_facts(base: Checkpoint) -> BaseFacts:
+    sizes = base.sizes
+    dtypes = [DTYPES.get(place.dtype, place.dtype) for place in base.tensors.values()]
+    square = [kind(module) for module, shape in base.linear_shapes().items() if shape[0] == shape[1]]
+    return BaseFacts(
+        family=sizes.family,
+        parameters=sum(prod(place.shape) for place in base.tensors.values()),
+        bytes=sum((base.directory / file).stat().st_size for file in base.files),
+        dtypes={dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))},
+        shards=len(base.files),
+        layers=sizes.layers,
+        hidden=sizes.hidden,
+        intermediate=sizes.intermediate,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        vocab=sizes.vocab,
+        context_length=sizes.context_length,
+        tied=sizes.tied,
+        rope=rope_settings(base.config),
+        eos_token_ids=end_tokens(base),
+        trainer_covers=tuple(name for name in KINDS if name in square),
+    )
+
+
+def artifact_facts(directory: Path) -> ArtifactFacts:
+    """Raises:
+    InputError: a manifest that cannot be read, or files that are not those that it names.
+    """
+    manifest = read_manifest(directory)
+    block = manifest.to_dict()
+    return ArtifactFacts(
+        kind=manifest.kind,
+        family=manifest.family,
+        dtype=manifest.dtype,
+        rope_2d=block["rope_2d"],
+        base=manifest.base,
+        adapters=manifest.adapters,
+        vocab=manifest.vocab_size,
+        context_length=manifest.context_length,
+        eos_token_ids=tuple(manifest.eos_token_ids),
+        files={name: facts["bytes"] for name, facts in manifest.files.items()},
+        bytes=manifest.total_bytes,
+        totals=(manifest.ledger or {}).get("totals"),
+        parity=manifest.parity,
+        graph=manifest.graph,
+        tool_version=manifest.tool_version,
+    )
