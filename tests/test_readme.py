@@ -1,4 +1,4 @@
-"""Every command of the README, run as it stands there on the real demo model."""
+"""Every command of the README and of the docs, run as it stands there on the real demo model."""
 
 import os
 import re
@@ -13,8 +13,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,25 @@ def test_commands_and_then_python(workplace: Path) -> None:
     for program in (given + plain.replace("generate(input_ids)", "generate(input_ids, max_new_tokens=3)"), merged_anew):
         done = run(workplace, [sys.executable, "-c", program])
         assert done.returncode == 0, done.stderr
+
+
+def test_commands_of_the_docs(workplace: Path) -> None:
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        for shell in blocks("bash", path.read_text(encoding="utf-8")):
+            done = run(workplace, ["bash", "-euo", "pipefail", "-c", f'PATH="$PWD/.venv/bin:$PATH"\n{shell}'])
+            assert done.returncode == 0, f"{path.name}: {done.stderr}"
+
+
+def test_the_retention_table_is_what_its_script_makes() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "retention.py")]
+    made = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    stated = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
+    assert made.splitlines()[0] in stated
+    cells = [re.findall(r"(\d+)% \((\S+)\)", text) for text in (made, stated)]
+    assert len(cells[0]) == len(cells[1]) == 16
+    for now, then in zip(*cells, strict=True):
+        assert abs(int(now[0]) - int(then[0])) <= 1  # another processor may draw the last digit differently
+        assert float(now[1]) == pytest.approx(float(then[1]), rel=0.1)
 
 
 def test_make_targets_exist() -> None:
