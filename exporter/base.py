@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint import OLD_INDEX, OLD_SINGLE, Checkpoint, read_checkpoint, read_config
+from exporter.checkpoint import EMBEDDING, HEAD, OLD_INDEX, OLD_SINGLE, Checkpoint, read_checkpoint, read_config
+from exporter.tensors import opened, sha256_of
 from pos2d.errors import InputError, UsageError
 from pos2d.families import CLASS_NAMES, MODEL_TYPE_PREFIX
 
@@ -20,7 +21,8 @@ def read_base(base_model: str | Path, *, revision: str | None = None, bake_rope:
     Raises:
         UsageError: a revision of a local directory.
         InputError: not a checkpoint, an unknown architecture, no rotary embedding, a rope type that changes with the
-            length, a quantised or an already merged base, or tensors that do not fit the configuration.
+            length, a quantised or an already merged base, or tensors that do not fit the configuration, a head that
+            differs from the embedding it is tied to among them.
         UnsafeInputError: an index that names files outside the directory, or weights that would run code.
     """
     directory, commit = _resolve(str(base_model), revision)
@@ -38,7 +40,9 @@ def read_base(base_model: str | Path, *, revision: str | None = None, bake_rope:
     if "quantization_config" in config:
         raise InputError(f"{source}: the base is quantised; merge into the unquantised base, then quantise the result")
     _check_rope(config, source)
-    return read_checkpoint(directory, config, commit)
+    base = read_checkpoint(directory, config, commit)
+    _check_head(base)
+    return base
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,6 +65,23 @@ def _check_rope(config: Mapping[str, Any], source: str) -> None:
         )
     if config.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
         raise InputError(f"{source}: partial_rotary_factor is not supported; all of a head must be rotary")
+
+
+def _check_head(base: Checkpoint) -> None:
+    """Some checkpoints hold a head although their configuration ties it; releases of transformers do not agree on which
+    of the two a model has where they differ."""
+    head, embedding = base.spare_head, base.tensors.get(EMBEDDING)
+    if head is None or embedding is None:
+        return
+    with opened(base.directory, {head.file, embedding.file}) as files:
+        same = head.dtype == embedding.dtype and (
+            sha256_of(files[head.file], HEAD, head) == sha256_of(files[embedding.file], EMBEDDING, embedding)
+        )
+    if not same:
+        raise InputError(
+            f"{base.directory}: {HEAD} differs from {EMBEDDING}, which config.json ties it to; set tie_word_embeddings "
+            "to false there to keep both, or remove the head"
+        )
 
 
 def _resolve(base_model: str, revision: str | None) -> tuple[Path, str | None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from exporter.json_object import read_json_object
 from exporter.pth import check_storage, read_pth
 from pos2d.errors import InputError, UnsafeInputError
 from pos2d.families import Dimensions, expected_tensors
@@ -109,13 +110,10 @@ def read_checkpoint(directory: Path, config: Mapping[str, Any], revision: str | 
 
 def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give a Hugging Face model directory") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give a Hugging Face model directory")
+    config = read_json_object(path, "copy the model again")
+    if "model_type" not in config:
         raise InputError(f"{path} has no model_type; give a Hugging Face model directory")
     return config
 
@@ -137,13 +135,12 @@ def _scan_safetensors(directory: Path, file: str) -> dict[str, TensorPlace]:
         raise InputError(f"{path} does not exist or is not a file; copy the model again")
     try:
         with path.open("rb") as stream:
-            if int.from_bytes(stream.read(8), "little") > MAX_HEADER_BYTES:
-                raise InputError(f"{path} has a header of more than {MAX_HEADER_BYTES >> 20} MiB; copy the model again")
-        with safe_open(path, framework="np"):
-            pass  # the library has now checked the header: lengths, overlaps, holes
-        with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            if length > MAX_HEADER_BYTES:
+                raise InputError(f"{path} has a header of more than {MAX_HEADER_BYTES >> 20} MiB; copy the model again")
+            text = stream.read(length)
+        with safe_open(path, framework="np"):
+            header = json.loads(text)  # which the library has now checked: lengths, overlaps, holes
     except (SafetensorError, OSError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     header.pop("__metadata__", None)
@@ -161,6 +158,11 @@ def _scan_pth(directory: Path, file: str) -> dict[str, TensorPlace]:
     return {
         name: TensorPlace(file, tuple(tensor.shape), _short_name(str(tensor.dtype))) for name, tensor in tensors.items()
     }
+
+
+def torch_name(dtype: str) -> str:
+    """torch's name of a safetensors type; a type that no base may have keeps its own."""
+    return DTYPES[dtype][0] if dtype in DTYPES else dtype
 
 
 def _short_name(torch_name: str) -> str:

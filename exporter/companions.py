@@ -1,12 +1,11 @@
 """Files that travel with the weights: tokenizer, chat template, generation settings."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from exporter.json_object import read_json_object
 from exporter.staging import write_json
-from pos2d.errors import InputError
 
 COMPANIONS = (
     "generation_config.json",
@@ -29,13 +28,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Raises:
     InputError: not a JSON object.
     """
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}; copy the model again") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{path} is not a JSON object; copy the model again")
-    return settings
+    return read_json_object(path, "copy the model again")
 
 
 def check_companions(source: Path) -> None:

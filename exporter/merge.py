@@ -18,7 +18,6 @@ from exporter.merging.plan import MergePlan, plan_merge
 from exporter.merging.preflight import Needs, needs_of
 from exporter.merging.resume import finished_artifact
 from exporter.merging.rounding import ROUNDINGS, Rounding
-from exporter.merging.tied import check_head
 from exporter.merging.weights import write_weights
 from exporter.staging import JOURNAL, check_output, file_facts, sha256, staged, write_json
 from pos2d import __version__, hf
@@ -125,15 +124,15 @@ def merge(
     _check_flags(rope_2d_ratio, pair_indices, no_patch_rope, dtype, rounding)
     check_output(output, force=force or resume)
     base = read_base(base_model, revision=revision, bake_rope=not no_patch_rope)
-    check_head(base)
     check_companions(base.directory)
     frequencies = base.sizes.num_frequencies
     spec = _resolve_spec(frequencies, rope_2d_ratio, pair_indices, no_patch_rope, branch_stride, align_to)
     adapters = read_adapters([lora] if isinstance(lora, str | Path) else lora, base, lora_rank)
     plan = plan_merge(base, adapters, dtype, max_shard_size)
-    options = {"dtype": dtype, "max_shard_size": max_shard_size, "rounding": Rounding(rounding, seed).to_dict()}
+    rounded = Rounding(rounding, seed)
+    options = {"dtype": dtype, "max_shard_size": max_shard_size, "rounding": rounded.to_dict()}
     recipe = _recipe(str(base_model), base, spec, adapters, options)
-    task = Task(base, spec, plan, Rounding(rounding, seed), end_tokens(base), recipe)
+    task = Task(base, spec, plan, rounded, end_tokens(base), recipe)
     needs = needs_of(plan, adapters, output)
 
     manifest = finished_artifact(output, task.recipe, base, plan) if resume and not dry_run else None

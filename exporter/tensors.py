@@ -1,9 +1,11 @@
 """The bytes of a checkpoint's tensors: read in pieces, and shared with their copy where the file system can."""
 
+import hashlib
 import os
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 # File systems that share blocks (btrfs, XFS, bcachefs) do so in whole ones.
 BLOCK = 4096
+PIECE_BYTES = 4 << 20
 CLONE_RANGE = 0x4020940D  # FICLONERANGE of Linux
 
 
@@ -93,6 +96,27 @@ def open_tensors(path: Path, forget: bool = False) -> TensorFile:
     Raises as :func:`exporter.pth.read_pth` for a file of ``torch.save``.
     """
     return SafetensorsFile(path, forget) if path.suffix == ".safetensors" else PthFile(path)
+
+
+@contextmanager
+def opened(directory: Path, files: Iterable[str], forget: bool = False) -> Iterator[Mapping[str, TensorFile]]:
+    """Files of a checkpoint by name, closed after the block; see :func:`open_tensors`."""
+    with ExitStack() as stack:
+        found: dict[str, TensorFile] = {}
+        for file in files:
+            found[file] = open_tensors(directory / file, forget)
+            stack.callback(found[file].close)
+        yield found
+
+
+def sha256_of(file: TensorFile, name: str, place: TensorPlace) -> str:
+    """Of a tensor's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for start, count in pieces(place.nbytes, PIECE_BYTES):
+        buffer = memoryview(bytearray(count))
+        file.read_into(name, place, start, buffer)
+        digest.update(buffer)
+    return digest.hexdigest()
 
 
 def forget_cached(file: int, offset: int, length: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
@@ -78,6 +79,11 @@ def random_adapter(modules: dict[str, Shape], rank: int = 4, seed: int = 1) -> d
         adapter[f"{name}.lora.A.weight"] = torch.randn(rank, columns, generator=draw) * 0.1
         adapter[f"{name}.lora.B.weight"] = torch.randn(rows, rank, generator=draw) * 0.1
     return adapter
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a directory's safetensors files."""
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def square(modules: dict[str, Shape]) -> dict[str, Shape]:

@@ -15,15 +15,11 @@ import exporter
 import runtime
 from pos2d.errors import InputError, UnsafeInputError, UsageError
 from pos2d.manifest import read_manifest
-from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
+from tests.bases import CONFIGS, linear_modules, random_adapter, square, weights, write_adapter, write_base
 from tests.test_errors import Payload
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Tensors = dict[str, torch.Tensor]
-
-
-def weights(directory: Path) -> Tensors:
-    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def same(left: Tensors, right: Tensors) -> bool:

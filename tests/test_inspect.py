@@ -405,3 +405,20 @@ def test_lines_are_aligned_and_repeated_labels_left_out() -> None:
 
 def test_an_adapter_without_decoder_layers_fits_nothing() -> None:
     assert fitting_bases("peft", {}, 0) == ()
+
+
+def test_an_expression_of_an_adapter_that_takes_for_ever_is_refused(tmp_path: Path) -> None:
+    tensors = peft_tensors(known("Qwen2.5-0.5B"), [0])
+    slow = write_peft(tmp_path / "peft", tensors, alpha_pattern={"([a-z._0-9]|[a-z.]|[a-z])+[A-Z]": 4})
+    with pytest.raises(InputError, match=r"adapter_config\.json: the regular expression .* takes too long"):
+        exporter.inspect(slow)
+
+
+def test_a_base_whose_head_is_torn_does_not_fit_as_merge_would_say(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", CONFIGS["qwen2 with linear rope"])
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, base / "model.safetensors")
+    lora = write_adapter(tmp_path / "lora.pth", random_adapter(square(linear_modules(base))))
+    fit = exporter.inspect(lora, base_model=base).fit
+    assert fit is not None
+    assert "lm_head.weight differs from model.embed_tokens.weight" in str(fit.reason)

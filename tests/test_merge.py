@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import exporter
 from pos2d.errors import InputError, UsageError
 from pos2d.manifest import read_manifest
-from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
+from tests.bases import CONFIGS, linear_modules, random_adapter, square, weights, write_adapter, write_base
 from tests.conftest import Golden
 from tests.test_rounding import nearest
 
@@ -24,10 +24,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"), CONFIGS["qwen2 with linear rope"])
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def float64_sum(weight: torch.Tensor, adapter: dict[str, torch.Tensor], module: str) -> torch.Tensor:

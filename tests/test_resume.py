@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import pty
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import exporter.staging
 from pos2d.errors import InputError, OutputError, StorageError
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base, write_tokenizer
 from tests.kill_points import tree
+from tests.terminal import shown_on_terminal
 
 ROOT = Path(__file__).parent.parent
 Inputs = tuple[Path, Path]
@@ -381,16 +381,7 @@ def test_progress_is_in_bytes_and_for_terminals_only(inputs: Inputs, tmp_path: P
     command = [sys.executable, str(ROOT / "cli.py"), *map(str, flags)]
     assert subprocess.run(command, check=True, capture_output=True).stderr == b""
 
-    reader, writer = pty.openpty()
-    shown = b""
-    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=writer, env=environment) as process:
-        os.close(writer)
-        with contextlib.suppress(OSError):  # the end of a terminal is an error
-            while piece := os.read(reader, 65536):
-                shown += piece
-    os.close(reader)
-    assert process.returncode == 0
+    shown = shown_on_terminal(command, ("stderr",), 120)
     kilobytes = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) / 1000
-    assert b"merging" in shown
-    assert f"/{kilobytes:.1f} kB" in shown.decode()
+    assert "merging" in shown
+    assert f"/{kilobytes:.1f} kB" in shown

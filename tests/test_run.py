@@ -1,11 +1,7 @@
 """From text to text: templates, contexts, streaming, JSON, and what ``run`` refuses."""
 
-import contextlib
 import json
-import os
-import pty
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +15,7 @@ import exporter
 import runtime
 from runtime.text import GrowingText, encode_prompts, load_tokenizer
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
+from tests.terminal import shown_on_terminal
 
 Call = Callable[..., Result]
 ROOT = Path(__file__).parent.parent
@@ -115,7 +112,6 @@ def test_command_line_prints_answers_to_stdout_and_figures_to_stderr(call: Call,
 
 @pytest.mark.parametrize(("columns", "side_by_side"), [(100, True), (40, False)])
 def test_on_a_terminal_answers_stand_side_by_side(artifacts: Path, columns: int, side_by_side: bool) -> None:
-    reader, writer = pty.openpty()
     command = [
         sys.executable,
         str(ROOT / "cli.py"),
@@ -128,16 +124,8 @@ def test_on_a_terminal_answers_stand_side_by_side(artifacts: Path, columns: int,
         "-n",
         "4",
     ]
-    environment = {**os.environ, "COLUMNS": str(columns), "LINES": "30", "TERM": "xterm"}
-    shown = b""
-    with subprocess.Popen(command, stdin=writer, stdout=writer, stderr=subprocess.DEVNULL, env=environment) as process:
-        os.close(writer)
-        with contextlib.suppress(OSError):  # the end of a terminal is an error
-            while piece := os.read(reader, 65536):
-                shown += piece
-    os.close(reader)
-    assert process.returncode == 0
-    last = shown.decode().split("\x1b[2K")[-1].splitlines()
+    shown = shown_on_terminal(command, ("stdin", "stdout"), columns)
+    last = shown.split("\x1b[2K")[-1].splitlines()
     titles = [line for line in last if " one " in line or " two " in line]
     assert len(titles) == (1 if side_by_side else 2)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from exporter.adapters.adapter import Adapter, check_values, some
 from exporter.adapters.changes import Added, Change, Dora, LowRank, Replaced
 from exporter.adapters.peft_config import LoraSettings, read_settings
-from exporter.adapters.peft_modules import EMBEDDING, HEAD, Coverage, Shape, cover, tensor_shapes
-from exporter.checkpoint import Checkpoint
+from exporter.adapters.peft_modules import EMBED_TOKENS, LM_HEAD, Coverage, Shape, cover, tensor_shapes
+from exporter.checkpoint import EMBEDDING, HEAD, Checkpoint
 from exporter.pth import read_pth
 from exporter.staging import sha256
 from pos2d.errors import InputError
@@ -25,7 +25,7 @@ PREFIXES = ("base_model.model.", "module.", "_orig_mod.")
 FACTORS = ("lora_A.weight", "lora_B.weight")
 EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE = "lora_magnitude_vector"
-TIED = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
+TIED = (EMBEDDING, HEAD)
 
 
 def read_peft(path: Path, base: Checkpoint, weight: float = 1.0) -> Adapter:
@@ -75,11 +75,13 @@ def _check_patterns(settings: LoraSettings, coverage: Coverage) -> None:
 
 
 def _refuse_unmergeable(settings: LoraSettings, coverage: Coverage, base: Checkpoint) -> None:
-    if settings.dora and EMBEDDING in coverage.targets:
+    if settings.dora and EMBED_TOKENS in coverage.targets:
         # There PEFT stretches the columns, over all tokens at once.
-        raise InputError(f"{settings.file}: use_dora on {EMBEDDING} is not supported; exclude it from target_modules")
-    if settings.lora_bias and EMBEDDING in coverage.targets:
-        raise InputError(f"{settings.file}: lora_bias on {EMBEDDING} has no meaning; exclude it from target_modules")
+        raise InputError(
+            f"{settings.file}: use_dora on {EMBED_TOKENS} is not supported; exclude it from target_modules"
+        )
+    if settings.lora_bias and EMBED_TOKENS in coverage.targets:
+        raise InputError(f"{settings.file}: lora_bias on {EMBED_TOKENS} has no meaning; exclude it from target_modules")
     without = [module for module in coverage.targets if f"{module}.bias" not in base.tensors]
     if settings.lora_bias and without:
         raise InputError(
@@ -161,7 +163,7 @@ def _check_fit(tensors: "Tensors", settings: LoraSettings, coverage: Coverage, b
 
 def _owed_by(module: str, shape: Shape, settings: LoraSettings) -> dict[str, Shape]:
     rank, (rows, columns) = settings.rank_of(module), shape
-    if module == EMBEDDING:
+    if module == EMBED_TOKENS:
         a, b = EMBEDDING_FACTORS
         return {f"{module}.{a}": (rank, rows), f"{module}.{b}": (columns, rank)}
     a, b = FACTORS
@@ -194,20 +196,20 @@ def _check_tying(tensors: "Tensors", file: Path) -> None:
     """Both sides of a tied adapter are saved."""
     import torch
 
-    down, up = (tensors.get(f"{EMBEDDING}.{factor}") for factor in EMBEDDING_FACTORS)
-    a, b = (tensors.get(f"{HEAD}.{factor}") for factor in FACTORS)
+    down, up = (tensors.get(f"{EMBED_TOKENS}.{factor}") for factor in EMBEDDING_FACTORS)
+    a, b = (tensors.get(f"{LM_HEAD}.{factor}") for factor in FACTORS)
     embedding, head = (tensors.get(name) for name in TIED)
     pairs = [(embedding, head), (down, None if b is None else b.T), (up, None if a is None else a.T)]
     if any(one is not None and other is not None and not torch.equal(one, other) for one, other in pairs):
         raise InputError(
-            f"{file}: ensure_weight_tying is true, but the tensors of {EMBEDDING} and {HEAD} differ; it is not clear "
-            "which of the two was trained, save the adapter again"
+            f"{file}: ensure_weight_tying is true, but the tensors of {EMBED_TOKENS} and {LM_HEAD} differ; it is not "
+            "clear which of the two was trained, save the adapter again"
         )
 
 
 def _low_rank(module: str, tensors: "Tensors", settings: LoraSettings, weight: float) -> dict[str, Change]:
     scale, name = settings.scale_of(module), f"{module}.weight"
-    if module == EMBEDDING:
+    if module == EMBED_TOKENS:
         # PEFT holds them for the transposed weight.
         down, up = (tensors[f"{module}.{factor}"] for factor in EMBEDDING_FACTORS)
         return {name: LowRank(weight, up.T, down.T, scale)}

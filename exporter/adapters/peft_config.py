@@ -1,6 +1,5 @@
 """adapter_config.json of PEFT's LoRA: every key is understood, harmless or refused by name."""
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from exporter.adapters.patterns import fault_of, fits
+from exporter.json_object import read_json_object
 from pos2d.errors import InputError
 
 Value = TypeVar("Value", int, float)
@@ -119,15 +119,9 @@ def read_settings(file: Path) -> LoraSettings:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file} does not exist; give the directory that PEFT saved") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read: {error}; save the adapter again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file} is not a JSON object; save the adapter again")
-    return config
+    if not file.is_file():
+        raise InputError(f"{file} does not exist; give the directory that PEFT saved")
+    return read_json_object(file, "save the adapter again")
 
 
 def _refuse_unsupported(config: Mapping[str, Any], file: Path) -> None:

@@ -3,15 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from exporter.adapters.adapter import some
+from exporter.adapters.adapter import kind, some
 from exporter.adapters.patterns import fits, fits_whole
 from exporter.adapters.peft_config import LAYER_NUMBER, SAVED_MODULE, LoraSettings
-from exporter.checkpoint import Checkpoint
+from exporter.checkpoint import EMBEDDING, HEAD, Checkpoint
 from pos2d.errors import InputError
 
 Shape = tuple[int, ...]
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+EMBED_TOKENS, LM_HEAD = (name.removesuffix(".weight") for name in (EMBEDDING, HEAD))
 # What PEFT takes for the two by the last part of their names.
 EMBEDDING_KINDS = {"embed_tokens", "lm_head"}
 
@@ -34,12 +34,12 @@ def cover(settings: LoraSettings, base: Checkpoint) -> Coverage:
     saved = {
         name: shape
         for name, shape in shapes.items()
-        if _is_saved(settings, name) or (tied == "saved" and name.removesuffix(".weight") in (EMBEDDING, HEAD))
+        if _is_saved(settings, name) or (tied == "saved" and name.removesuffix(".weight") in (EMBED_TOKENS, LM_HEAD))
     }
     targets = {
         module: shape
         for module, shape in _module_shapes(base).items()
-        if _is_target(settings, module) or (tied == "targets" and module in (EMBEDDING, HEAD))
+        if _is_target(settings, module) or (tied == "targets" and module in (EMBED_TOKENS, LM_HEAD))
     }
     both = [module for module in targets if f"{module}.weight" in saved]
     if both:
@@ -54,22 +54,22 @@ def cover(settings: LoraSettings, base: Checkpoint) -> Coverage:
 def tensor_shapes(base: Checkpoint) -> dict[str, Shape]:
     """Those of the base and of its head, which PEFT trains on its own even where it is tied."""
     shapes = {name: place.shape for name, place in base.tensors.items()}
-    return {f"{HEAD}.weight": shapes[f"{EMBEDDING}.weight"], **shapes}
+    return {HEAD: shapes[EMBEDDING], **shapes}
 
 
 def _module_shapes(base: Checkpoint) -> dict[str, Shape]:
     shapes = tensor_shapes(base)
-    return base.linear_shapes() | {module: shapes[f"{module}.weight"] for module in (EMBEDDING, HEAD)}
+    return base.linear_shapes() | {module: shapes[f"{module}.weight"] for module in (EMBED_TOKENS, LM_HEAD)}
 
 
 def _tied_together(settings: LoraSettings) -> str:
     """With ``ensure_weight_tying``, one of embedding and head brings the other with it."""
-    if any(_kind(name) in EMBEDDING_KINDS for name in settings.saved):
+    if any(kind(name) in EMBEDDING_KINDS for name in settings.saved):
         return "saved"
     if isinstance(settings.targets, str):
         named = any(fits_whole(settings.targets, name) for name in EMBEDDING_KINDS)
     else:
-        named = any(_kind(name) in EMBEDDING_KINDS for name in settings.targets)
+        named = any(kind(name) in EMBEDDING_KINDS for name in settings.targets)
     return "targets" if named else ""
 
 
@@ -89,7 +89,7 @@ def _is_target(settings: LoraSettings, module: str) -> bool:
         return False
     if isinstance(settings.targets, str):
         if settings.targets.lower() == "all-linear":
-            return module not in (EMBEDDING, HEAD)
+            return module not in (EMBED_TOKENS, LM_HEAD)
         return _is_named(settings.targets, module)
     # A module that is named in full is adapted in whatever layer it lies.
     return module in settings.targets or (_is_named(settings.targets, module) and _lies_in_layers(settings, module))
@@ -110,7 +110,3 @@ def _lies_in_layers(settings: LoraSettings, module: str) -> bool:
         if match:
             return int(match["idx"]) in settings.layers
     return False
-
-
-def _kind(name: str) -> str:
-    return name.rpartition(".")[2]

@@ -1,6 +1,5 @@
 """What an adapter file says about itself: form, shapes, coverage, and the well-known bases that it can fit."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from exporter.adapters.adapter import kind, some
+from exporter.adapters.patterns import fits
 from exporter.adapters.peft import ADAPTER_CONFIG
+from exporter.adapters.peft_config import KEY_OF_PATTERN
 from exporter.adapters.trainer import SUFFIXES, pair_factors, without_prefixes
-from exporter.checkpoint import EMBEDDING
+from exporter.checkpoint import EMBEDDING, torch_name
 from exporter.inspection.known_bases import KINDS, KNOWN_BASES
+from exporter.json_object import read_json_object
 from exporter.pth import read_pth
 from exporter.staging import sha256
 from pos2d.errors import InputError
@@ -26,8 +28,6 @@ PEFT_SETTINGS = (
     *("use_dora", "bias", "modules_to_save", "layers_to_transform", "fan_in_fan_out"),
 )
 IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-# What safetensors calls the types.
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 Shape = tuple[int, ...]
 
@@ -123,27 +123,28 @@ def peft_facts(directory: Path) -> AdapterFacts:
         what = f"lacks one of the factors of {some(half)}" if half else "has no tensor named *.lora_A.weight"
         raise InputError(f"{path} {what}; save the adapter again")
     factors = {module: (names["A"], names["B"]) for module, names in pairs.items()}
-    scales = {module: _peft_scale(module, tensors.shapes[a][0], config) for module, (a, _) in factors.items()}
+    try:
+        scales = {module: _peft_scale(module, tensors.shapes[a][0], config) for module, (a, _) in factors.items()}
+    except TimeoutError as error:
+        raise InputError(f"{directory / ADAPTER_CONFIG}: {error}") from None
     settings = {key: config[key] for key in PEFT_SETTINGS if config.get(key) not in (None, {}, [])}
     return _low_rank_facts("peft", path, tensors, factors, scales, settings)
 
 
 def _peft_config(directory: Path) -> dict[str, Any]:
     path = directory / ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    method = config.get("peft_type") if isinstance(config, dict) else None
-    if method != "LORA":
+    config = read_json_object(path, "save the adapter again")
+    if config.get("peft_type") != "LORA":
+        method = config.get("peft_type")
         raise InputError(f"{path}: peft_type {method!r} is not LORA, the only PEFT method that can be merged here")
-    return dict(config)
+    return config
 
 
 def _peft_scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
     """alpha / r, or alpha / sqrt(r) with rsLoRA; ``alpha_pattern`` names exceptions by the end of a module's name."""
     patterns = config.get("alpha_pattern") or {}
-    alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), config.get("lora_alpha"))
+    named = (alpha for text, alpha in patterns.items() if fits(KEY_OF_PATTERN.format(text), module))
+    alpha = next(named, config.get("lora_alpha"))
     return float(alpha or rank) / (sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -157,7 +158,7 @@ def _safetensors(path: Path) -> Tensors:
         raise InputError(f"{path} cannot be read: {error}") from None
     return Tensors(
         shapes={name: tuple(piece.get_shape()) for name, piece in slices.items()},
-        dtypes={name: DTYPES.get(piece.get_dtype(), piece.get_dtype()) for name, piece in slices.items()},
+        dtypes={name: torch_name(piece.get_dtype()) for name, piece in slices.items()},
         values=reader.get_tensor,
     )
 

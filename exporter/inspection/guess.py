@@ -18,7 +18,7 @@ from exporter.checkpoint import DTYPES, EMBEDDING, HEAD, Checkpoint
 from exporter.config import baked_config
 from exporter.inspection.samples import Sample
 from exporter.merging.plan import PlannedTensor, plan_merge
-from exporter.tensors import TensorFile, open_tensors
+from exporter.tensors import TensorFile, opened
 from pos2d.families import CLASS_NAMES
 from pos2d.layout import build_layout
 from pos2d.progress import Progress
@@ -161,10 +161,8 @@ def merged_model(base: Checkpoint, adapters: Sequence[Adapter], spec: Rope2DSpec
         model = getattr(modeling_pos2d, f"{name}ForCausalLM")(config).eval()
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(type(rotary.stock)(config), spec.axes)
-    files = {file: open_tensors(base.directory / file) for file in base.files}
-    state = {tensor.name: _merged(tensor, files[tensor.source.file]) for tensor in plan.tensors}
-    for file in files.values():
-        file.close()
+    with opened(base.directory, base.files) as files:
+        state = {tensor.name: _merged(tensor, files[tensor.source.file]) for tensor in plan.tensors}
     if plan.tied:
         state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)

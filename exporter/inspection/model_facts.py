@@ -8,9 +8,8 @@ from typing import Any
 
 from exporter.adapters.adapter import kind
 from exporter.base import rope_settings
-from exporter.checkpoint import Checkpoint
+from exporter.checkpoint import Checkpoint, torch_name
 from exporter.config import end_tokens
-from exporter.inspection.adapter_facts import DTYPES
 from exporter.inspection.known_bases import KINDS
 from pos2d.manifest import read_manifest
 
@@ -65,7 +64,7 @@ class ArtifactFacts:
 
 def base_facts(base: Checkpoint) -> BaseFacts:
     sizes = base.sizes
-    dtypes = [DTYPES.get(place.dtype, place.dtype) for place in base.tensors.values()]
+    dtypes = [torch_name(place.dtype) for place in base.tensors.values()]
     square = [kind(module) for module, shape in base.linear_shapes().items() if shape[0] == shape[1]]
     return BaseFacts(
         family=sizes.family,

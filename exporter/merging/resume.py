@@ -10,11 +10,9 @@ from exporter.checkpoint import Checkpoint
 from exporter.merging.ledger import TensorEntry, read_ledger
 from exporter.merging.plan import MergePlan, PlannedShard
 from exporter.staging import discard_workspace, sha256
-from exporter.tensors import open_tensors, pieces
+from exporter.tensors import PIECE_BYTES, opened, pieces, sha256_of
 from pos2d.errors import InputError
 from pos2d.manifest import Manifest, read_manifest
-
-PIECE_BYTES = 4 << 20
 
 
 def is_intact(shard: PlannedShard, entries: Mapping[str, TensorEntry], directory: Path) -> bool:
@@ -64,17 +62,8 @@ def _is_whole(output: Path, manifest: Manifest, plan: MergePlan, ledger: Mapping
 
 
 def _is_made_from(base: Checkpoint, plan: MergePlan, ledger: Mapping[str, TensorEntry]) -> bool:
-    files = {file: open_tensors(base.directory / file) for file in base.files}
-    try:
-        for tensor in plan.tensors:
-            digest = hashlib.sha256()
-            for start, count in pieces(tensor.source.nbytes, PIECE_BYTES):
-                buffer = memoryview(bytearray(count))
-                files[tensor.source.file].read_into(tensor.origin, tensor.source, start, buffer)
-                digest.update(buffer)
-            if tensor.name not in ledger or ledger[tensor.name].sha256_in != digest.hexdigest():
-                return False
-    finally:
-        for file in files.values():
-            file.close()
-    return True
+    with opened(base.directory, base.files) as files:
+        return all(
+            t.name in ledger and ledger[t.name].sha256_in == sha256_of(files[t.source.file], t.origin, t.source)
+            for t in plan.tensors
+        )

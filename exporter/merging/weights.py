@@ -18,7 +18,7 @@ from exporter.merging.plan import MergePlan, PlannedShard, PlannedTensor
 from exporter.merging.resume import is_intact
 from exporter.merging.rounding import Rounding, is_finite, round_nearest
 from exporter.merging.settler import Settler
-from exporter.tensors import BLOCK, TensorFile, open_tensors, pieces, write_at
+from exporter.tensors import BLOCK, TensorFile, opened, pieces, write_at
 from pos2d.errors import InputError
 from pos2d.progress import Progress
 
@@ -122,29 +122,26 @@ def _outgrows_cache(plan: MergePlan) -> bool:
 
 
 def _write_shard(shard: PlannedShard, descriptor: int, shared: Shared) -> dict[str, TensorEntry]:
-    files = {tensor.source.file for tensor in shard.tensors}
-    sources = {file: open_tensors(shared.base / file, shared.forget) for file in files}
     write_at(descriptor, memoryview(shard.header), 0)
     shared.progress.advance(len(shard.header))
-    # The largest first: the threads then end together.
-    order = sorted(shard.tensors, key=lambda tensor: -tensor.target.nbytes)
-    jobs = [Job(tensor, shard.file, sources[tensor.source.file], descriptor, shared) for tensor in order]
-    done = {shared.workers.submit(_copy if job.tensor.copied else _compute, job): job.tensor for job in jobs}
-    entries: dict[str, TensorEntry] = {}
-    waiting = 0
-    try:
-        for future in as_completed(done):
-            entries[done[future].name] = future.result()
-            waiting += done[future].target.nbytes
-            if waiting >= FLUSH_BYTES:
-                shared.settler.flush(descriptor)
-                waiting = 0
-    finally:
-        for future in done:
-            future.cancel()
-        wait(done)  # nobody may write to the file once it is closed
-        for source in sources.values():
-            source.close()
+    with opened(shared.base, {tensor.source.file for tensor in shard.tensors}, shared.forget) as sources:
+        # The largest first: the threads then end together.
+        order = sorted(shard.tensors, key=lambda tensor: -tensor.target.nbytes)
+        jobs = [Job(tensor, shard.file, sources[tensor.source.file], descriptor, shared) for tensor in order]
+        done = {shared.workers.submit(_copy if job.tensor.copied else _compute, job): job.tensor for job in jobs}
+        entries: dict[str, TensorEntry] = {}
+        waiting = 0
+        try:
+            for future in as_completed(done):
+                entries[done[future].name] = future.result()
+                waiting += done[future].target.nbytes
+                if waiting >= FLUSH_BYTES:
+                    shared.settler.flush(descriptor)
+                    waiting = 0
+        finally:
+            for future in done:
+                future.cancel()
+            wait(done)  # nobody may read or write a file once it is closed
     return {tensor.name: entries[tensor.name] for tensor in shard.tensors}
 
 
@@ -177,7 +174,7 @@ def _compute(job: Job) -> TensorEntry:
     changes = [change.widened() for change in tensor.changes]
     # Only a change is worth noise: what has none is converted to the nearest value.
     rounded_to = job.shared.rounding.of(tensor.name) if changes else round_nearest
-    converted = dtype if tensor.source.dtype != tensor.target.dtype else None
+    same_type = tensor.source.dtype == tensor.target.dtype
     hash_in, hash_out, tally = hashlib.sha256(), hashlib.sha256(), Tally()
     offset = tensor.target.offset
     for rows, data, weight in _blocks(job):
@@ -190,7 +187,7 @@ def _compute(job: Job) -> TensorEntry:
                 "use --dtype float32 or bfloat16, or check the base and the adapter"
             )
         if delta is not None:
-            before = weight if converted is None else round_nearest(weight, converted).double()
+            before = weight if same_type else round_nearest(weight, dtype).double()
             tally += _tally(weight, before, delta, rounded)
         written = rounded.contiguous().reshape(-1).view(torch.uint8).numpy().data
         hash_out.update(written)
