@@ -11,10 +11,21 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import click
 
+from cli_options import (
+    adapter_options,
+    dtype_choice,
+    force_option,
+    json_option,
+    loading_options,
+    output_option,
+    revision_option,
+    shard_option,
+)
 from pos2d import __version__
 from pos2d.errors import Pos2DError
 
@@ -73,43 +84,12 @@ def cli() -> None:
     """Deploy a LoRA that was trained with 2D RoPE: merge it, export it, check it, run it."""
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-output_option = click.option("-o", "--output", required=True, metavar="OUT", help="Directory to write.")
-force_option = click.option("--force", is_flag=True, help="Replace an artifact that stands at OUT.")
-revision_option = click.option("--revision", metavar="COMMIT", help="Of a Hub id: a commit, tag or branch.")
-device_option = click.option(
-    "--device", default="cpu", show_default=True, help="torch device; ONNX artifacts run on the CPU."
-)
-
-
 @cli.command()
-@click.option("--base-model", required=True, metavar="DIR_OR_HUB_ID", help="The model that the adapter was trained on.")
-@revision_option
-@click.option(
-    "--lora",
-    required=True,
-    multiple=True,
-    metavar="PATH[=WEIGHT]",
-    help="The trainer's .pth or a PEFT directory. Repeat it to add several, each with its weight.",
-)
+@adapter_options(required=True)
 @output_option
 @click.option(
-    "--rope-2d-ratio", type=float, help="Share of the frequencies that turn with branch and time.  [default: 0.5]"
-)
-@click.option("--pair-indices", metavar="5,6,7,8", help="These frequencies instead of a ratio, counted from 1.")
-@click.option("--no-patch-rope", is_flag=True, help="The adapter was trained without 2D RoPE.")
-@click.option("--branch-stride", type=int, default=128, show_default=True, help="Branch value between neighbours.")
-@click.option(
-    "--align-to",
-    type=click.Choice(["left", "right"]),
-    default="left",
-    show_default=True,
-    help="Where prompts of different length line up.",
-)
-@click.option("--lora-rank", type=int, help="Refuse an adapter of another rank.")
-@click.option(
     "--dtype",
-    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    type=dtype_choice,
     default="auto",
     show_default=True,
     help="Type of the written weights; auto keeps the base's.",
@@ -122,7 +102,7 @@ device_option = click.option(
     help="stochastic keeps small changes on average where a half would swallow them.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
-@click.option("--max-shard-size", metavar="5GB", help="Shard anew; the base's files are kept otherwise.")
+@shard_option
 @click.option("--dry-run", is_flag=True, help="Check everything, say what is needed, write nothing.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted merge of the same inputs.")
 @force_option
@@ -130,45 +110,52 @@ device_option = click.option(
 def merge(as_json: bool, **flags: Any) -> None:
     """Add adapters to their base model and bake the positions.
 
-    Ratio, stride and alignment must be those of the training; the trainer does not save them.
+    Ratio, stride and alignment must be those of the training; the trainer does not save them. Without --max-shard-size
+    the base's files are kept.
     """
     import exporter
 
     report = exporter.merge(**flags)
-    for warning in report.warnings:
-        click.echo(f"warning: {warning}", err=True)
+    warn(report.warnings)
     show(report, as_json, "\n".join(report.lines()))
 
 
 @cli.command()
-@click.argument("merged")
+@click.argument("merged", required=False)
 @output_option
 @click.option(
     "--format",
-    type=click.Choice(["onnx"]),
+    type=click.Choice(["onnx", "bnb"]),
     default="onnx",
     show_default=True,
-    help="onnx: a float32 graph with its KV cache.",
+    help="onnx: a float32 graph with its KV cache; bnb: a bitsandbytes checkpoint.",
 )
-@click.option("--no-verify", is_flag=True, help="Skip the closing comparison with MERGED.")
+@click.option("--quant", type=click.Choice(["8bit", "nf4"]), help="Of bnb: int8 rows, or 4 bits in blocks of 64.")
+@click.option(
+    "--skip-modules",
+    default="lm_head",
+    show_default=True,
+    metavar="NAMES",
+    help="Of bnb: linear layers that are not quantised, by name (model.layers.0), or by its end (down_proj).",
+)
+@adapter_options(required=False)
+@click.option(
+    "--dtype", type=dtype_choice, default="auto", show_default=True, help="Of bnb: type of what is not quantised."
+)
+@shard_option
+@click.option("--no-verify", is_flag=True, help="Of onnx: skip the closing comparison with MERGED.")
 @force_option
 @json_option
 def export(as_json: bool, **flags: Any) -> None:
-    """Turn a MERGED directory into an ONNX graph that takes pos2d."""
+    """Turn a MERGED directory into an ONNX graph that takes pos2d, or quantise it.
+
+    bnb also starts from --base-model and --lora: then the exact sum is quantised, before any rounding.
+    """
     import exporter
 
     report = exporter.export(**flags)
-    checked = "not verified"
-    if report.parity is not None:
-        checked = (
-            f"logits within {report.parity['max_abs_diff']:.1e} of the merged model, "
-            f"top token agrees on {report.parity['top1_agreement']:.1%}"
-        )
-    show(
-        report,
-        as_json,
-        f"{report.output}: {report.format}, {megabytes(report.bytes)} in {report.seconds:.1f} s; {checked}",
-    )
+    warn(report.warnings)
+    show(report, as_json, report.summary())
 
 
 @cli.command()
@@ -229,14 +216,7 @@ def verify(as_json: bool, **flags: Any) -> None:
     "[default: the artifact's]",
 )
 @click.option("--ignore-chat-template", is_flag=True, help="Take the texts as they are.")
-@device_option
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="Type to compute in; auto keeps the stored one.",
-)
+@loading_options
 @json_option
 def run(prompt: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Answer prompts with an ARTIFACT, several side by side."""
@@ -261,8 +241,9 @@ def show(report: Any, as_json: bool, summary: str) -> None:
     click.echo(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) if as_json else summary)
 
 
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
+def warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ def decode(model: Any, spec: "Rope2DSpec", branches: Sequence[list[int]], limit:
                 input_ids=torch.from_numpy(layout.ids[known:])[None],
                 position_ids=torch.from_numpy(layout.positions[known:])[None],
                 pos2d=torch.from_numpy(layout.pos2d[known:])[None],
-                attention_mask=torch.from_numpy(layout.mask(len(layout) - known))[None, None],
+                attention_mask=torch.from_numpy(layout.mask(known))[None, None],
                 past_key_values=cache,
             ).logits[0]
         chosen = {k: int(logits[layout.last[k] - known].argmax()) for k in live}

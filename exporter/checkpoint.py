@@ -20,6 +20,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_HEADER_BYTES = 16 << 20
 # safetensors' name of a type to torch's, and its bytes.
 DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
+# Bytes of every type that a checkpoint of ours may hold: weights are quantised to the whole numbers.
+WIDTHS = {short: width for short, (_, width) in DTYPES.items()} | {"I8": 1, "U8": 1}
 SAFETENSORS_NAMES = {name: short for short, (name, _) in DTYPES.items()}
 
 
@@ -44,7 +46,7 @@ class TensorPlace:
 
     @property
     def nbytes(self) -> int:
-        return self.elements * DTYPES[self.dtype][1]
+        return self.elements * WIDTHS[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Files that travel with the weights: tokenizer, chat template, generation settings."""
+"""Files that travel with the weights: tokenizer, chat template, generation settings, and the model's code."""
 
 import shutil
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from exporter.json_object import read_json_object
 from exporter.staging import write_json
+from pos2d import hf
 
 COMPANIONS = (
     "generation_config.json",
@@ -19,6 +20,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+CODE = ("configuration_pos2d.py", "modeling_pos2d.py")
 TOKENIZER_SETTINGS, GENERATION_SETTINGS = "tokenizer_config.json", "generation_config.json"
 # What transformers 5 calls the class that both generations know by the other name.
 NEW_TOKENIZER_CLASS, TOKENIZER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
@@ -50,3 +52,9 @@ def copy_companions(source: Path, target: Path) -> None:
         settings = read_settings(path)
         if settings.get("tokenizer_class") == NEW_TOKENIZER_CLASS:
             write_json(path, settings | {"tokenizer_class": TOKENIZER_CLASS})
+
+
+def copy_code(target: Path) -> None:
+    """The model files with which plain transformers loads a torch artifact."""
+    for name in CODE:
+        shutil.copyfile(Path(hf.__file__).parent / name, target / name)

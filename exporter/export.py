@@ -1,159 +1,190 @@
-"""Turn a merged directory into another format: so far an ONNX graph that takes ``pos2d``."""
+"""Turn a merged directory, or a base and its adapters, into what runs: an ONNX graph or a bitsandbytes checkpoint."""
 
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
-from exporter.checkpoint import Checkpoint, read_checkpoint, read_config
 from exporter.companions import copy_companions
+from exporter.formats.bnb import QuantPlan, QuantTotals, plan_bnb, write_bnb
+from exporter.formats.onnx import write_onnx
+from exporter.merge import DTYPES
+from exporter.merging.ledger import RETENTION_THRESHOLD
+from exporter.sources import Source, TrainedPositions, from_adapters, from_merged
 from exporter.staging import check_output, file_facts, staged
-from pos2d.errors import InputError, ParityError, Pos2DError, UsageError
-from pos2d.families import CLASS_NAMES
-from pos2d.manifest import Manifest, read_manifest
+from pos2d.errors import ParityError, Pos2DError, UsageError
+from pos2d.manifest import Manifest
 from pos2d.progress import Progress
+from pos2d.recipe import Quant
+from pos2d.spec import Align
 
-if TYPE_CHECKING:
-    import numpy as np
-    import onnx_ir as ir
-
-FORMATS = ("onnx",)
-GRAPH_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+FORMATS = ("onnx", "bnb")
 
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What an export wrote; ``parity`` holds the figures of the closing check, or nothing where it was skipped."""
+    """What an export wrote; ``bytes`` is the size of the whole directory.
+
+    ``parity``: the figures of the closing check of an ONNX graph, or nothing where it was skipped. ``quantised``: what
+    quantising did to the weights, where they were.
+    """
 
     output: str
     format: str
-    nodes: int
+    quant: str | None
     bytes: int
     seconds: float
     parity: Mapping[str, Any] | None
+    quantised: QuantTotals | None
+    warnings: tuple[str, ...]
+
+    def summary(self) -> str:
+        """A line for people."""
+        what = " ".join(filter(None, (self.format, self.quant)))
+        figures = "not verified"
+        if self.parity is not None:
+            figures = (
+                f"logits within {self.parity['max_abs_diff']:.1e} of the merged model, "
+                f"top token agrees on {self.parity['top1_agreement']:.1%}"
+            )
+        if self.quantised is not None:
+            totals = self.quantised
+            kept = "" if totals.retention is None else f", {totals.retention:.1%} of the adapter kept"
+            figures = f"{totals.quantised} of {totals.tensors} tensors quantised, noise {totals.noise:.2%}{kept}"
+        return f"{self.output}: {what}, {self.bytes / 1e6:.1f} MB in {self.seconds:.1f} s; {figures}"
 
 
 def export(
-    merged: str | Path, output: str | Path, *, format: str = "onnx", no_verify: bool = False, force: bool = False
+    merged: str | Path | None,
+    output: str | Path,
+    *,
+    format: str = "onnx",
+    quant: Quant | None = None,
+    skip_modules: str = "lm_head",
+    base_model: str | Path | None = None,
+    revision: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
+    rope_2d_ratio: float | None = None,
+    pair_indices: str | Sequence[int] | None = None,
+    no_patch_rope: bool = False,
+    branch_stride: int = 128,
+    align_to: Align = "left",
+    lora_rank: int | None = None,
+    dtype: str = "auto",
+    max_shard_size: str | None = None,
+    no_verify: bool = False,
+    force: bool = False,
 ) -> ExportReport:
-    """Write ``output``, a float32 ONNX decoder with its KV cache, from a directory that :func:`exporter.merge` wrote.
+    """Write ``output`` from a merged directory, or (``bnb``) from ``base_model`` and ``lora``.
 
-    The result is held against ``merged`` by the ``verify`` command, in a process of its own and from the written files
-    alone, before it takes its place; ``no_verify`` skips that. ``force`` replaces an artifact that is there.
+    ``onnx`` is a float32 decoder with its KV cache. It is held against ``merged`` by the ``verify`` command, in a
+    process of its own and from the written files alone, before it takes its place; ``no_verify`` skips that.
+
+    ``bnb`` is a bitsandbytes checkpoint, ``quant`` ``8bit`` or ``nf4``, written tensor by tensor. Every value is
+    quantised from what the source holds: from ``base_model`` and ``lora`` that is the exact sum, from ``merged`` the
+    sum as it was rounded. ``skip_modules`` names the linear layers that stay as they are, ``dtype`` the type of all
+    that is not quantised (``auto``: each tensor keeps its own).
+
+    The other flags are those of :func:`exporter.merge`.
 
     Raises:
-        UsageError: a format that does not exist.
-        InputError: ``merged`` is not a merged directory, or its weights do not fit its configuration.
+        UsageError: flags that contradict each other, a format or a module that does not exist.
+        InputError: ``merged`` is not a merged directory, or its weights do not fit its configuration; for the other
+            sources, and for UnsafeInputError, see :func:`exporter.merge`.
         ParityError: the written graph does not agree with ``merged``; nothing is kept.
         OutputError, StorageError: see :func:`exporter.staging.staged`.
     """
     started = time.monotonic()
-    merged, output = Path(merged), Path(output)
-    if format not in FORMATS:
-        raise UsageError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    output = Path(output)
+    positions = TrainedPositions(rope_2d_ratio, pair_indices, no_patch_rope, branch_stride, align_to)
+    _check_flags(format, quant, dtype, merged, base_model)
     check_output(output, force=force)
-    source = read_manifest(merged)
-    if source.kind != "merged":
-        raise InputError(f"{merged} is of kind {source.kind}; export starts from a merged directory")
-    checkpoint = read_checkpoint(merged, read_config(merged))
-
+    if merged is not None:
+        source = from_merged(Path(merged))
+    else:
+        source = from_adapters(str(base_model), lora, positions, revision=revision, lora_rank=lora_rank)
     with staged(output, force=force) as staging:
-        model = _build(checkpoint, source)
-        _save(model, staging)
-        copy_companions(merged, staging)
-        manifest = replace(
-            source,
-            kind="onnx",
-            dtype="float32",
-            ledger=None,
-            graph=_describe(model),
-            files=file_facts(staging),
-            parity=None,
-        )
-        manifest.write(staging)
-        parity = None if no_verify else _verify(staging, merged)
-        replace(manifest, parity=parity).write(staging)
+        copy_companions(source.base.directory, staging)
+        if quant is None:
+            manifest = _export_onnx(source, staging, no_verify)
+        else:
+            manifest = _export_bnb(source, plan_bnb(source, quant, skip_modules, dtype, max_shard_size), staging)
+    return _report(output, format, manifest, source, time.monotonic() - started)
+
+
+def _report(output: Path, format: str, manifest: Manifest, source: Source, seconds: float) -> ExportReport:
+    quantised = QuantTotals(**manifest.ledger["totals"]) if manifest.ledger is not None else None
     return ExportReport(
         output=str(output),
         format=format,
-        nodes=len(model.graph),
+        quant=manifest.quant.name if manifest.quant is not None else None,
         bytes=manifest.total_bytes,
-        seconds=time.monotonic() - started,
-        parity=parity,
+        seconds=seconds,
+        parity=manifest.parity,
+        quantised=quantised,
+        warnings=() if quantised is None else tuple(_warnings(source)),
     )
 
 
-def _build(checkpoint: Checkpoint, manifest: Manifest) -> "ir.Model":
-    from exporter.graph import build_decoder
-
-    inv_freq, scaling = _frequencies(checkpoint)
-    return build_decoder(
-        checkpoint.sizes, manifest.rope_2d, inv_freq, scaling, lambda name: _lazy_tensor(checkpoint, name)
-    )
-
-
-def _frequencies(checkpoint: Checkpoint) -> "tuple[np.ndarray, float]":
-    """Inverse frequencies ``[F]`` and attention scaling, as the torch model computes them."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    from pos2d.hf import configuration_pos2d
-
-    config = getattr(configuration_pos2d, f"{CLASS_NAMES[checkpoint.sizes.family]}Config").from_pretrained(
-        checkpoint.directory
-    )
-    rotary = LlamaRotaryEmbedding(config)  # the other families' class is the same code
-    return rotary.inv_freq.numpy(), float(rotary.attention_scaling)
-
-
-def _lazy_tensor(checkpoint: Checkpoint, name: str) -> "ir.LazyTensor":
-    """A tensor that is read when the graph is written, and forgotten after."""
-    import onnx_ir as ir
-    from safetensors import safe_open
-
-    place = checkpoint.tensors[name]
-
-    def read() -> "ir.TensorProtocol":
-        with safe_open(checkpoint.directory / place.file, framework="pt") as reader:
-            return ir.tensor(reader.get_tensor(name).float().numpy(), name=name)
-
-    return ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(place.shape), name=name)
-
-
-def _save(model: "ir.Model", staging: Path) -> None:
-    import onnx_ir as ir
-
-    weights = sum(1 for value in model.graph.initializers.values() if isinstance(value.const_value, ir.LazyTensor))
-    with Progress("writing weights", weights) as progress:
-        ir.save(
-            model,
-            staging / GRAPH_FILE,
-            external_data=DATA_FILE,
-            size_threshold_bytes=1024,
-            alignment=4096,
-            callback=lambda _tensor, _info: progress.advance(),
+def _check_flags(format: str, quant: str | None, dtype: str, merged: object, base_model: object) -> None:
+    if format not in FORMATS:
+        raise UsageError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    if (merged is None) == (base_model is None):
+        raise UsageError("give either a MERGED directory or --base-model with --lora")
+    if format == "bnb" and quant not in get_args(Quant):
+        raise UsageError(f"--format bnb needs --quant {' or '.join(get_args(Quant))}")
+    if format == "onnx" and (quant is not None or merged is None or dtype != "auto"):
+        raise UsageError(
+            "--format onnx writes float32 from a MERGED directory; --quant, --dtype and --lora are for bnb"
         )
 
 
-def _describe(model: "ir.Model") -> dict[str, Any]:
-    """File names, opsets, and every input and output with its type and shape (named dimensions as strings)."""
+def _export_onnx(source: Source, staging: Path, no_verify: bool) -> Manifest:
+    graph = write_onnx(source, staging)
+    manifest = _manifest(source, staging, kind="onnx", dtype="float32", options=source.options, graph=graph)
+    manifest.write(staging)
+    if not no_verify:
+        manifest = replace(manifest, parity=_verify(staging, source.base.directory))
+        manifest.write(staging)
+    return manifest
 
-    def describe(value: "ir.Value") -> dict[str, Any]:
-        dims = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ()]
-        dtype = value.dtype.numpy().name if value.dtype is not None else "unknown"
-        return {"name": value.name, "dtype": dtype, "shape": dims}
 
-    return {
-        "file": GRAPH_FILE,
-        "data": DATA_FILE,
-        "opsets": dict(model.opset_imports),
-        "inputs": [describe(value) for value in model.graph.inputs],
-        "outputs": [describe(value) for value in model.graph.outputs],
-    }
+def _export_bnb(source: Source, plan: QuantPlan, staging: Path) -> Manifest:
+    totals = {"totals": asdict(write_bnb(source, plan, staging))}
+    manifest = _manifest(
+        source, staging, kind="bnb", dtype=plan.dtype, options=source.options, quant=plan.recipe, ledger=totals
+    )
+    manifest.write(staging)
+    return manifest
+
+
+def _manifest(source: Source, staging: Path, **facts: Any) -> Manifest:
+    sizes = source.base.sizes
+    return Manifest(
+        family=sizes.family,
+        vocab_size=sizes.vocab,
+        context_length=sizes.context_length,
+        eos_token_ids=source.eos_token_ids,
+        files=file_facts(staging),
+        **{**source.origin, "rope_2d": source.spec, **facts},
+    )
+
+
+def _warnings(source: Source) -> Iterator[str]:
+    """What was lost before the weights came here."""
+    retention = source.retention
+    if retention is not None and abs(retention - 1) > 1 - RETENTION_THRESHOLD:
+        yield (
+            f"{source.base.directory} holds {retention:.0%} of its adapter, as its type rounded it, and only that was "
+            "quantised; --base-model with --lora quantises the exact sum"
+        )
 
 
 def _verify(staging: Path, merged: Path) -> dict[str, Any]:

@@ -1,17 +1,14 @@
 """Merge adapters into their base and bake the positions: base + LoRA -> a Hugging Face directory."""
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.adapters import Adapter, read_adapters
-from exporter.base import read_base
 from exporter.checkpoint import INDEX, Checkpoint
-from exporter.companions import check_companions, copy_companions
-from exporter.config import baked_config, end_tokens
+from exporter.companions import copy_code, copy_companions
+from exporter.config import baked_config
 from exporter.merging.journal import Journal
 from exporter.merging.ledger import Ledger, Totals, read_ledger, table, total, warnings
 from exporter.merging.plan import MergePlan, plan_merge
@@ -19,15 +16,13 @@ from exporter.merging.preflight import Needs, needs_of
 from exporter.merging.resume import finished_artifact
 from exporter.merging.rounding import ROUNDINGS, Rounding
 from exporter.merging.weights import write_weights
-from exporter.staging import JOURNAL, check_output, file_facts, sha256, staged, write_json
-from pos2d import __version__, hf
+from exporter.sources import Source, TrainedPositions, from_adapters
+from exporter.staging import JOURNAL, check_output, file_facts, staged, write_json
 from pos2d.errors import UsageError
 from pos2d.manifest import Manifest
-from pos2d.spec import Align, Rope2DSpec, pair_indices_for_ratio, parse_pair_indices, spans
+from pos2d.spec import Align, spans
 
 DTYPES = ("float32", "float16", "bfloat16")
-DEFAULT_RATIO = 0.5
-TRAVELLING_CODE = ("configuration_pos2d.py", "modeling_pos2d.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +67,11 @@ class MergeReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """A merge that was checked; ``recipe`` is what its manifest says of how it is made."""
+    """A merge that was checked; ``recipe`` is what its manifest says of how it is made: equal ones make equal bytes."""
 
-    base: Checkpoint
-    spec: Rope2DSpec
+    source: Source
     plan: MergePlan
     rounding: Rounding
-    eos_token_ids: tuple[int, ...]
     recipe: dict[str, Any]
 
 
@@ -121,21 +114,17 @@ def merge(
     """
     started = time.monotonic()
     output = Path(output)
-    _check_flags(rope_2d_ratio, pair_indices, no_patch_rope, dtype, rounding)
+    _check_flags(dtype, rounding)
+    positions = TrainedPositions(rope_2d_ratio, pair_indices, no_patch_rope, branch_stride, align_to)
     check_output(output, force=force or resume)
-    base = read_base(base_model, revision=revision, bake_rope=not no_patch_rope)
-    check_companions(base.directory)
-    frequencies = base.sizes.num_frequencies
-    spec = _resolve_spec(frequencies, rope_2d_ratio, pair_indices, no_patch_rope, branch_stride, align_to)
-    adapters = read_adapters([lora] if isinstance(lora, str | Path) else lora, base, lora_rank)
-    plan = plan_merge(base, adapters, dtype, max_shard_size)
+    source = from_adapters(base_model, lora, positions, revision=revision, lora_rank=lora_rank)
+    plan = plan_merge(source.base, source.adapters, dtype, max_shard_size)
     rounded = Rounding(rounding, seed)
     options = {"dtype": dtype, "max_shard_size": max_shard_size, "rounding": rounded.to_dict()}
-    recipe = _recipe(str(base_model), base, spec, adapters, options)
-    task = Task(base, spec, plan, rounded, end_tokens(base), recipe)
-    needs = needs_of(plan, adapters, output)
+    task = Task(source, plan, rounded, source.origin | {"options": options})
+    needs = needs_of(plan, source.adapters, output)
 
-    manifest = finished_artifact(output, task.recipe, base, plan) if resume and not dry_run else None
+    manifest = finished_artifact(output, task.recipe, source.base, plan) if resume and not dry_run else None
     if manifest is None:
         check_output(output, force=force)
         needs.check(output)
@@ -145,20 +134,19 @@ def merge(
 
 def _carry_out(task: Task, output: Path, force: bool, resume: bool) -> Manifest:
     with staged(output, force=force, resume=resume) as staging:
-        journal = Journal(staging.parent / JOURNAL, task.recipe | {"base_files": _stamps(task.base)})
-        ledger = write_weights(task.plan, task.base.directory, task.rounding, journal, staging)
+        journal = Journal(staging.parent / JOURNAL, task.recipe | {"base_files": _stamps(task.source.base)})
+        ledger = write_weights(task.plan, task.source.base.directory, task.rounding, journal, staging)
         return _write_rest(task, ledger, staging)
 
 
 def _write_rest(task: Task, ledger: Ledger, staging: Path) -> Manifest:
     """Everything beside the weights, the manifest last."""
-    base, plan = task.base, task.plan
+    base, plan = task.source.base, task.plan
     index = plan.index()
     if index is not None:
         write_json(staging / INDEX, index)
-    write_json(staging / "config.json", baked_config(base, task.spec, plan.dtype, plan.tied))
-    for name in TRAVELLING_CODE:
-        shutil.copyfile(Path(hf.__file__).parent / name, staging / name)
+    write_json(staging / "config.json", baked_config(base, task.source.spec, plan.dtype, plan.tied))
+    copy_code(staging)
     copy_companions(base.directory, staging)
     manifest = Manifest(
         kind="merged",
@@ -166,13 +154,13 @@ def _write_rest(task: Task, ledger: Ledger, staging: Path) -> Manifest:
         dtype=plan.dtype,
         vocab_size=base.sizes.vocab,
         context_length=base.sizes.context_length,
-        eos_token_ids=task.eos_token_ids,
+        eos_token_ids=task.source.eos_token_ids,
         files=file_facts(staging, without={shard.file for shard in plan.shards}),
         ledger={
             "totals": asdict(total(ledger.values())),
             "tensors": {name: entry.to_dict() for name, entry in ledger.items()},
         },
-        **{**task.recipe, "rope_2d": task.spec},
+        **{**task.recipe, "rope_2d": task.source.spec},
     )
     manifest.write(staging)
     return manifest
@@ -183,10 +171,10 @@ def _report(task: Task, output: Path, needs: Needs, manifest: Manifest | None, s
     return MergeReport(
         output=str(output),
         dry_run=manifest is None,
-        family=task.base.sizes.family,
+        family=task.source.base.sizes.family,
         dtype=task.plan.dtype,
         rope_2d=task.recipe["rope_2d"],
-        untied=task.base.sizes.tied and not task.plan.tied,
+        untied=task.source.base.sizes.tied and not task.plan.tied,
         base=task.recipe["base"],
         adapters=task.recipe["adapters"],
         needs=needs,
@@ -198,48 +186,14 @@ def _report(task: Task, output: Path, needs: Needs, manifest: Manifest | None, s
     )
 
 
-def _recipe(
-    base_model: str, base: Checkpoint, spec: Rope2DSpec, adapters: Sequence[Adapter], options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The part of the manifest that says how the artifact is made; equal recipes make equal bytes."""
-    # A local path is nobody else's business; a Hub id and a commit are where to find the base again.
-    name = Path(base_model).name if base.revision is None else base_model
-    return {
-        "base": {"name": name, "revision": base.revision, "config_sha256": sha256(base.directory / "config.json")},
-        "rope_2d": spec.to_dict(),
-        "adapters": tuple(adapter.to_dict() for adapter in adapters),
-        "options": options,
-        "tool_version": __version__,
-    }
-
-
 def _stamps(base: Checkpoint) -> dict[str, list[int]]:
     """Size and time of the base's files, by which a resumed merge knows that they are still the same."""
     stats = {file: (base.directory / file).stat() for file in base.files}
     return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
 
 
-def _check_flags(ratio: float | None, pair_indices: object, no_patch_rope: bool, dtype: str, rounding: str) -> None:
-    if sum((ratio is not None, pair_indices is not None, no_patch_rope)) > 1:
-        raise UsageError("--rope-2d-ratio, --pair-indices and --no-patch-rope exclude one another; give one of them")
+def _check_flags(dtype: str, rounding: str) -> None:
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     if rounding not in ROUNDINGS:
         raise UsageError(f"rounding {rounding!r} is not one of {', '.join(ROUNDINGS)}")
-
-
-def _resolve_spec(
-    frequencies: int,
-    ratio: float | None,
-    pair_indices: str | Sequence[int] | None,
-    no_patch_rope: bool,
-    branch_stride: int,
-    align_to: Align,
-) -> Rope2DSpec:
-    if no_patch_rope:
-        return Rope2DSpec(frequencies, (), branch_stride, align_to, visibility="isolated")
-    if pair_indices is not None:
-        indices = parse_pair_indices(pair_indices)
-    else:
-        indices = pair_indices_for_ratio(frequencies, DEFAULT_RATIO if ratio is None else ratio)
-    return Rope2DSpec(frequencies, indices, branch_stride, align_to)

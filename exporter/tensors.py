@@ -9,17 +9,20 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from exporter.checkpoint import TensorPlace
+from exporter.checkpoint import DTYPES, TensorPlace
 from exporter.pth import read_pth
 from pos2d.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import torch
 
 # File systems that share blocks (btrfs, XFS, bcachefs) do so in whole ones.
 BLOCK = 4096
 PIECE_BYTES = 4 << 20
+# Elements of a tensor that are computed with at once: they stay in the processor's cache.
+BLOCK_ELEMENTS = 1 << 16
 CLONE_RANGE = 0x4020940D  # FICLONERANGE of Linux
 
 
@@ -117,6 +120,25 @@ def sha256_of(file: TensorFile, name: str, place: TensorPlace) -> str:
         file.read_into(name, place, start, buffer)
         digest.update(buffer)
     return digest.hexdigest()
+
+
+def row_blocks(
+    file: TensorFile, name: str, place: TensorPlace, at_once: int = BLOCK_ELEMENTS
+) -> "Iterator[tuple[slice, memoryview, torch.Tensor]]":
+    """Rows of a tensor (about ``at_once`` elements), their bytes, and their values in float64; the bytes are good until
+    the next block."""
+    import torch
+
+    dtype, size = DTYPES[place.dtype]
+    columns = place.shape[1] if len(place.shape) > 1 else 1
+    height = max(1, at_once // columns)
+    buffer = memoryview(bytearray(min(height, place.shape[0]) * columns * size))
+    for start in range(0, place.shape[0], height):
+        rows = slice(start, min(start + height, place.shape[0]))
+        data = buffer[: (rows.stop - rows.start) * columns * size]
+        file.read_into(name, place, start * columns * size, data)
+        values = torch.frombuffer(data, dtype=getattr(torch, dtype)).double()
+        yield rows, data, values.reshape(-1, *place.shape[1:])
 
 
 def forget_cached(file: int, offset: int, length: int) -> None:

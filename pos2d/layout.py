@@ -39,17 +39,18 @@ class Layout:
         """Branch and time of every token, ``[S, 2]``."""
         return np.stack([self.branches, self.times], axis=-1)
 
-    def mask(self, num_queries: int | None = None) -> Bools:
-        """Which tokens the newest ``num_queries`` (all by default) may attend to, ``[num_queries, S]``.
+    def mask(self, start: int = 0, stop: int | None = None) -> Bools:
+        """Which of the first ``stop`` tokens those from ``start`` on may attend to, bool ``[stop - start, stop]``.
 
         A token sees itself and every token of an earlier time; in the isolated visibility only those of its own
         branch and of the context.
         """
-        first = len(self) - (len(self) if num_queries is None else num_queries)
-        visible = self.times[None, :] < self.times[first:, None]
+        stop = len(self) if stop is None else stop
+        visible = self.times[None, :stop] < self.times[start:stop, None]
         if self.visibility == "isolated":
-            visible &= (self.owners[None, :] == self.owners[first:, None]) | (self.owners[None, :] == CONTEXT)
-        visible[np.arange(len(self) - first), np.arange(first, len(self))] = True
+            owners = self.owners[None, :stop]
+            visible &= (owners == self.owners[start:stop, None]) | (owners == CONTEXT)
+        visible[np.arange(stop - start), np.arange(start, stop)] = True
         return visible
 
     def append(self, tokens: Sequence[int | None]) -> "Layout":

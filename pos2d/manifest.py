@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pos2d.errors import InputError
+from pos2d.recipe import QuantRecipe
 from pos2d.spec import Rope2DSpec
 
-Kind = Literal["merged", "onnx"]
+Kind = Literal["merged", "bnb", "onnx"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FILE_NAME = "manifest.json"
 
 
@@ -21,7 +22,9 @@ class Manifest:
 
     ``files`` maps a name to its bytes and sha256; the weights of a merge have one for each tensor, in the ledger.
     ``base``, ``adapters``: where the weights came from; ``options``: how they were summed and rounded.
-    ``ledger``: totals and tensors of a merge. ``graph``: inputs and outputs of an ONNX artifact.
+    ``quant``: how the linear layers are quantised, absent where they are not.
+    ``ledger``: totals and tensors of a merge, totals of a quantisation.
+    ``graph``: inputs and outputs of an ONNX artifact.
     ``parity``: the figures of the check that ended the export, absent where it was skipped.
     """
 
@@ -37,6 +40,7 @@ class Manifest:
     options: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
     tool_version: str
+    quant: QuantRecipe | None = None
     ledger: Mapping[str, Any] | None = None
     graph: Mapping[str, Any] | None = None
     parity: Mapping[str, Any] | None = None
@@ -47,7 +51,10 @@ class Manifest:
         return sum(facts["bytes"] for facts in self.files.values())
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"rope_2d": self.rope_2d.to_dict()}
+        return asdict(self) | {
+            "rope_2d": self.rope_2d.to_dict(),
+            "quant": self.quant.to_dict() if self.quant is not None else None,
+        }
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> "Manifest":
@@ -70,6 +77,7 @@ class Manifest:
             **{
                 **block,
                 "rope_2d": Rope2DSpec.from_dict(block["rope_2d"]),
+                "quant": QuantRecipe.from_dict(block["quant"]) if block["quant"] is not None else None,
                 "eos_token_ids": tuple(block["eos_token_ids"]),
                 "adapters": tuple(block["adapters"]),
             }

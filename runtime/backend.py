@@ -17,9 +17,15 @@ class Backend(Protocol):
         """An empty cache for one batch of sequences."""
 
     def forward(
-        self, input_ids: Ints, position_ids: Ints, pos2d: Ints, mask: Bools, cache: Any | None = None
+        self,
+        input_ids: Ints,
+        position_ids: Ints,
+        pos2d: Ints,
+        mask: Bools,
+        cache: Any | None = None,
+        rows: Ints | None = None,
     ) -> Floats:
-        """Logits ``[B, S, V]``.
+        """Logits ``[B, S, V]``, or ``[B, R, V]`` of those tokens alone that ``rows`` ``[R]`` names.
 
         Shapes: ``input_ids`` and ``position_ids`` ``[B, S]``, ``pos2d`` ``[B, S, 2]``, ``mask`` ``[B, S, T]`` with True
         where attention is allowed and T the cached tokens and these.

@@ -4,12 +4,16 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from pos2d.errors import InputError
-from pos2d.layout import Layout
+from pos2d.layout import Ints, Layout
 from runtime.backend import Backend, Floats
 from runtime.sampling import Sampler
 
 FinishReason = Literal["stop", "length"]
+# Tokens of a prompt that are read at once: their attention scores and MLP values are what a long prompt costs.
+PIECE = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ def decode(
     """
     check_length(layout, context_length)
     cache = backend.new_cache()
-    rows = forward(backend, layout, len(layout), cache)[list(layout.last)]
+    rows = read_prompts(backend, layout, cache)
     row_of = {branch: branch for branch in range(len(layout.last))}
     finished: list[FinishReason | None] = [None] * len(layout.last)
 
@@ -64,14 +68,35 @@ def decode(
         row_of = {branch: row for row, branch in enumerate(live)}
 
 
+def read_prompts(backend: Backend, layout: Layout, cache: object) -> Floats:
+    """Logits ``[N, V]`` of the last token of every branch, after all of ``layout`` went into the empty ``cache``.
+
+    Long prompts are read in pieces: nobody sees a token that stands behind him before decoding begins.
+    """
+    found: dict[int, Floats] = {}
+    for start in range(0, len(layout), PIECE):
+        stop = min(start + PIECE, len(layout))
+        wanted = [slot for slot in layout.last if start <= slot < stop]
+        rows = np.array(wanted or [stop - 1]) - start
+        logits = _forward(backend, layout, start, stop, cache, rows)
+        found |= dict(zip(wanted, logits, strict=False))
+    return np.stack([found[slot] for slot in layout.last])
+
+
 def forward(backend: Backend, layout: Layout, num_new: int, cache: object | None = None) -> Floats:
     """Logits ``[num_new, V]`` of the newest tokens of one sequence; the older ones are in ``cache``."""
-    new = slice(len(layout) - num_new, None)
-    logits = backend.forward(
-        layout.ids[None, new], layout.positions[None, new], layout.pos2d[None, new], layout.mask(num_new)[None], cache
-    )
-    newest: Floats = logits[0]
-    return newest
+    return _forward(backend, layout, len(layout) - num_new, len(layout), cache)
+
+
+def _forward(
+    backend: Backend, layout: Layout, start: int, stop: int, cache: object | None, rows: Ints | None = None
+) -> Floats:
+    new = slice(start, stop)
+    mask = layout.mask(start, stop)
+    logits: Floats = backend.forward(
+        layout.ids[None, new], layout.positions[None, new], layout.pos2d[None, new], mask[None], cache, rows
+    )[0]
+    return logits
 
 
 def span(layout: Layout) -> int:

@@ -1,30 +1,34 @@
 """Open an artifact of any kind; what it is stands in its manifest."""
 
 from pathlib import Path
+from typing import Unpack
 
 from pos2d.manifest import read_manifest
 from runtime.backend import Backend
 from runtime.model import Model
+from runtime.options import LoadFlags, LoadOptions
 
 
-def load(path: str | Path, device: str = "cpu", dtype: str = "auto") -> Model:
-    """A merged directory on torch, or an ONNX one on ONNX Runtime.
+def load(path: str | Path, **flags: Unpack[LoadFlags]) -> Model:
+    """A merged or bitsandbytes directory on torch, or an ONNX one on ONNX Runtime.
 
-    ``device`` is torch's name of a device (ONNX artifacts: ``cpu``); ``dtype`` ``auto`` keeps the stored type.
+    ``flags`` are the fields of :class:`runtime.options.LoadOptions`.
 
     Raises:
         InputError: not an artifact, or one whose files are missing or cut.
-        UsageError: a device or type that this artifact cannot use.
+        UsageError: a device, type or kernel that this artifact cannot use, or flags that contradict each other.
+        StorageError: the devices together are too small.
     """
+    options = LoadOptions(**flags)
     directory = Path(path)
     manifest = read_manifest(directory)
     backend: Backend
     if manifest.kind == "onnx":
         from runtime.onnx_backend import OnnxBackend
 
-        backend = OnnxBackend(directory, manifest, device, dtype)
+        backend = OnnxBackend(directory, manifest, options)
     else:
         from runtime.torch_backend import TorchBackend
 
-        backend = TorchBackend(directory, manifest, device, dtype)
+        backend = TorchBackend(directory, manifest, options)
     return Model(directory, manifest, backend)

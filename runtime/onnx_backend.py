@@ -9,6 +9,7 @@ from pos2d.errors import InputError, UsageError
 from pos2d.layout import Bools, Ints
 from pos2d.manifest import Manifest
 from runtime.backend import Floats
+from runtime.options import LoadOptions
 
 PAST, PRESENT = "past_key_values.", "present."
 
@@ -23,16 +24,23 @@ class OnnxCache:
 class OnnxBackend:
     """One float32 decoder on the CPU."""
 
-    def __init__(self, directory: Path, manifest: Manifest, device: str, dtype: str) -> None:
-        if device != "cpu":
-            raise UsageError(f"device {device!r}: ONNX artifacts run on the CPU; leave --device out")
-        if dtype not in ("auto", "float32"):
-            raise UsageError(f"dtype {dtype!r}: this ONNX artifact computes in float32; leave --dtype out")
+    def __init__(self, directory: Path, manifest: Manifest, options: LoadOptions) -> None:
+        if options.device not in ("auto", "cpu"):
+            raise UsageError(f"device {options.device!r}: ONNX artifacts run on the CPU; leave --device out")
+        if options.dtype not in ("auto", "float32"):
+            raise UsageError(f"dtype {options.dtype!r}: this ONNX artifact computes in float32; leave --dtype out")
+        if options != LoadOptions(device=options.device, dtype=options.dtype):
+            raise UsageError(
+                f"{directory} is an ONNX artifact; --quant, --int8-kernel, --attn-implementation, --device-map and "
+                "--max-memory are for merged and bnb ones"
+            )
         graph = manifest.graph or {}
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
         try:
-            self._session = ort.InferenceSession(directory / graph["file"], options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(
+                directory / graph["file"], settings, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # ONNX Runtime has no public error class
             raise InputError(f"{directory / graph['file']} cannot be loaded: {error}; export it again") from None
         self._empty_shapes = {
@@ -43,7 +51,13 @@ class OnnxBackend:
         return OnnxCache({})
 
     def forward(
-        self, input_ids: Ints, position_ids: Ints, pos2d: Ints, mask: Bools, cache: OnnxCache | None = None
+        self,
+        input_ids: Ints,
+        position_ids: Ints,
+        pos2d: Ints,
+        mask: Bools,
+        cache: OnnxCache | None = None,
+        rows: Ints | None = None,
     ) -> Floats:
         binding = self._session.io_binding()
         feeds = {"input_ids": input_ids, "position_ids": position_ids, "pos2d": pos2d, "attention_mask": mask[:, None]}
@@ -60,7 +74,7 @@ class OnnxBackend:
         if cache is not None:
             cache.values = dict(zip(past, present, strict=True))
         result: Floats = logits.numpy()
-        return result
+        return result if rows is None else result[:, rows]
 
     def _empty_past(self, batch: int) -> dict[str, ort.OrtValue]:
         return {

@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 from pos2d.spec import Visibility
 from runtime.engine import Column, FinishReason
 from runtime.load import load
+from runtime.options import LoadFlags
 from runtime.text import GrowingText, encode_prompts, load_tokenizer
 
 TextListener = Callable[[int, str], None]
@@ -50,21 +52,20 @@ def run(
     seed: int = 0,
     visibility: Visibility | None = None,
     ignore_chat_template: bool = False,
-    device: str = "cpu",
-    dtype: str = "auto",
     on_text: TextListener | None = None,
+    **loading: Unpack[LoadFlags],
 ) -> RunReport:
     """Answer every prompt; ``on_text(branch, new_text)`` hears the text as it is written.
 
     ``context`` is seen by all prompts. Prompts go through the artifact's chat template where it has one. The other
-    arguments are those of :meth:`runtime.Model.stream_ids` and :func:`runtime.load`.
+    arguments are those of :meth:`runtime.Model.stream_ids`, ``loading`` those of :func:`runtime.load`.
 
     Raises:
         InputError: not an artifact, no tokenizer, an empty prompt, prompts longer than the model.
         UsageError: a number, device or type that cannot be used.
     """
     started = time.monotonic()
-    model = load(artifact, device, dtype)
+    model = load(artifact, **loading)
     tokenizer = load_tokenizer(model.path)
     seen = visibility or model.manifest.rope_2d.visibility
     encoded = encode_prompts(
@@ -79,21 +80,15 @@ def run(
     )
     loaded = time.monotonic()
     answers = _collect(columns, [GrowingText(tokenizer) for _ in prompt], on_text)
-    new_tokens = sum(len(text.ids) for text in answers.texts)
-    later = new_tokens - sum(1 for text in answers.texts if text.ids)
-    decode_seconds = answers.ended - answers.first
     return RunReport(
         visibility=seen,
-        completions=tuple(
-            Completion(asked, text.text, tuple(text.ids), reason)
-            for asked, text, reason in zip(prompt, answers.texts, answers.reasons, strict=True)
-        ),
+        completions=_completions(prompt, answers),
         prompt_tokens=sum(map(len, encoded.branches)) + len(encoded.context or ()),
-        new_tokens=new_tokens,
+        new_tokens=answers.tokens,
         load_seconds=loaded - started,
         first_seconds=answers.first - loaded,
-        decode_seconds=decode_seconds,
-        tokens_per_second=later / decode_seconds if later else 0.0,
+        decode_seconds=answers.ended - answers.first,
+        tokens_per_second=answers.rate,
     )
 
 
@@ -105,6 +100,23 @@ class _Answers:
     reasons: tuple[FinishReason, ...]
     first: float
     ended: float
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(text.ids) for text in self.texts)
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second after the first column."""
+        later = self.tokens - sum(1 for text in self.texts if text.ids)
+        return later / (self.ended - self.first) if later else 0.0
+
+
+def _completions(prompts: Sequence[str], answers: _Answers) -> tuple[Completion, ...]:
+    return tuple(
+        Completion(prompt, text.text, tuple(text.ids), reason)
+        for prompt, text, reason in zip(prompts, answers.texts, answers.reasons, strict=True)
+    )
 
 
 def _collect(columns: Iterable[Column], texts: list[GrowingText], on_text: TextListener | None) -> _Answers:

@@ -1,75 +1,113 @@
-"""Merged directories on torch, with the model classes of this package (no code from the artifact is run)."""
+"""Merged and bitsandbytes directories on torch, with the model classes of this package (no code of theirs is run)."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache
-from transformers.utils import logging
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
-from pos2d.errors import InputError, UsageError
-from pos2d.families import CLASS_NAMES
-from pos2d.hf import modeling_pos2d
+from pos2d.errors import UsageError
 from pos2d.layout import Bools, Ints
 from pos2d.manifest import Manifest
+from pos2d.quiet import quietly
+from pos2d.recipe import QuantRecipe
+from runtime.attention import NAME as COLUMNS
 from runtime.backend import Floats
-
-DTYPES = ("float32", "float16", "bfloat16")
+from runtime.cache import new_cache
+from runtime.devices import Homes, one_device, place_of, spread
+from runtime.options import LoadOptions
+from runtime.torch_loading import HEAD, empty_decoder, fill_decoder, quantised_modules, stored_tensors
 
 
 class TorchBackend:
-    """One decoder on one device; ``dtype`` ``auto`` keeps the stored type."""
+    """One decoder on one device, or spread over several."""
 
-    def __init__(self, directory: Path, manifest: Manifest, device: str, dtype: str) -> None:
-        if dtype not in ("auto", *DTYPES):
-            raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-        self._device = _device(device)
-        kind = getattr(modeling_pos2d, f"{CLASS_NAMES[manifest.family]}ForCausalLM")
-        with _quiet_loading():
-            self._model, loading = kind.from_pretrained(
-                directory, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
-            )
-        faults = {key: sorted(map(str, loading[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-        if any(faults.values()):
-            raise InputError(f"{directory}: the weights do not fit the model: {faults}; make the artifact again")
-        self._model.eval().to(self._device)
+    def __init__(self, directory: Path, manifest: Manifest, options: LoadOptions) -> None:
+        recipe = _recipe(directory, manifest, options)
+        device = one_device(options.device)
+        self.dtype = _compute_dtype(manifest, options, recipe, device)
+        self._model = empty_decoder(
+            directory, manifest.family, COLUMNS if options.attn_implementation == "sdpa" else "eager"
+        )
+        homes: Homes = {"": device}
+        if options.device_map is not None:
+            homes = spread(_sized(self._model, recipe, self.dtype), options.max_memory)
+        fill_decoder(
+            self._model,
+            stored_tensors(directory, manifest),
+            recipe,
+            stored=manifest.quant is not None,
+            kernel=options.int8_kernel,
+            dtype=self.dtype,
+            place=place_of(homes),
+        )
+        self._quantised = recipe is not None
+        self._device = place_of(homes)("model.embed_tokens")
+        self._model.model.rotary_emb.to(self._device)
+        if len(set(homes.values())) > 1:
+            from accelerate import dispatch_model
 
-    def new_cache(self) -> DynamicCache:
-        return DynamicCache()
+            self._model = dispatch_model(self._model, device_map=homes)
+
+    def new_cache(self) -> Cache:
+        return new_cache()
 
     @torch.inference_mode()
     def forward(
-        self, input_ids: Ints, position_ids: Ints, pos2d: Ints, mask: Bools, cache: DynamicCache | None = None
+        self,
+        input_ids: Ints,
+        position_ids: Ints,
+        pos2d: Ints,
+        mask: Bools,
+        cache: Cache | None = None,
+        rows: Ints | None = None,
     ) -> Floats:
-        logits = self._model(
-            input_ids=torch.tensor(input_ids, device=self._device),
-            position_ids=torch.tensor(position_ids, device=self._device),
-            pos2d=torch.tensor(pos2d, device=self._device),
-            attention_mask=torch.tensor(mask, device=self._device)[:, None],
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).logits
+        with quietly("bitsandbytes") if self._quantised else nullcontext():  # it tells of every cast of every layer
+            logits = self._model(
+                input_ids=self._tensor(input_ids),
+                position_ids=self._tensor(position_ids),
+                pos2d=self._tensor(pos2d),
+                attention_mask=self._tensor(mask)[:, None],
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=0 if rows is None else self._tensor(rows),
+            ).logits
         result: Floats = logits.float().cpu().numpy()
         return result
 
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """transformers draws a bar on standard error even where that is not a terminal; leave its setting as it was."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
+    def _tensor(self, values: Ints | Bools) -> torch.Tensor:
+        return torch.tensor(values, device=self._device)
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
+def _recipe(directory: Path, manifest: Manifest, options: LoadOptions) -> QuantRecipe | None:
+    if manifest.quant is None:
+        return None if options.quant is None else QuantRecipe(options.quant, (HEAD,))
+    if options.quant not in (None, manifest.quant.name):
+        raise UsageError(
+            f"{directory} is quantised to {manifest.quant.name}; --quant {options.quant} needs a merged one"
+        )
+    return manifest.quant
+
+
+def _compute_dtype(
+    manifest: Manifest, options: LoadOptions, recipe: QuantRecipe | None, device: torch.device
+) -> torch.dtype:
+    if options.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, options.dtype)
+        return chosen
+    # The packed int8 product of CPUs is one of bfloat16.
+    packed = recipe is not None and recipe.name == "8bit" and device.type == "cpu" and options.int8_kernel != "bnb"
+    stored: torch.dtype = getattr(torch, manifest.dtype)
+    return torch.bfloat16 if packed else stored
+
+
+def _sized(model: PreTrainedModel, recipe: QuantRecipe | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The empty model with parameters of the types, and so of the sizes, that they are going to have."""
+    for parameter in model.parameters():  # not the frequencies, which stay float32
+        parameter.data = parameter.data.to(dtype)
+    for layer in quantised_modules(model, recipe).values():
+        rows, columns = layer.weight.shape
+        packed = (rows, columns) if recipe is not None and recipe.name == "8bit" else ((rows * columns + 1) // 2, 1)
+        layer.weight = torch.nn.Parameter(torch.empty(packed, dtype=torch.uint8, device="meta"), requires_grad=False)
+    return model

@@ -81,7 +81,7 @@ def verify(artifact: str | Path, against: str | Path, *, rtol: float = DEFAULT_R
     """
     if not rtol > 0:
         raise UsageError(f"rtol {rtol} must be above 0")
-    candidate, reference = load(artifact, dtype="float32"), load(against, dtype="float32")
+    candidate, reference = (load(path, device="cpu", dtype="float32") for path in (artifact, against))
     _check_same_model(candidate, reference)
     cases: list[CaseParity] = []
     with Progress("verifying", 2 * len(PROBES)) as progress:

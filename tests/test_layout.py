@@ -57,7 +57,7 @@ def test_columnar_mask_sees_every_earlier_time_and_itself(align_to: str, context
         for j in range(len(made)):
             assert made.mask()[i, j] == (made.times[j] < made.times[i] or i == j)
     np.testing.assert_array_equal(columnar_mask(made.times[None])[0], made.mask())
-    np.testing.assert_array_equal(made.mask(2), made.mask()[-2:])
+    np.testing.assert_array_equal(made.mask(len(made) - 2), made.mask()[-2:])
 
 
 def test_right_alignment_ends_all_prompts_in_one_column() -> None:
@@ -71,7 +71,9 @@ def test_append_gives_the_next_slots_in_branch_order_and_each_branch_its_next_ti
     np.testing.assert_array_equal(made.times[-3:], [3, 1, 2])
     np.testing.assert_array_equal(made.branches[-3:], [0, 128, 256])
     # The first branch's new token sees the two that stand after it, because their times are earlier.
-    np.testing.assert_array_equal(made.mask(3)[:, -3:], [[True, True, True], [False, True, False], [False, True, True]])
+    np.testing.assert_array_equal(
+        made.mask(len(made) - 3)[:, -3:], [[True, True, True], [False, True, False], [False, True, True]]
+    )
 
 
 def test_a_stopped_branch_gets_no_token() -> None:

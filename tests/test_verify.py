@@ -116,7 +116,7 @@ def test_export_writes_the_figures_into_the_manifest(qwen2: Golden, artifact_of:
 def test_export_keeps_nothing_that_fails_its_check(
     qwen2: Golden, artifact_of: ArtifactOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import exporter.graph as graph
+    import exporter.formats.graph as graph
 
     build = graph.build_decoder
     monkeypatch.setattr(graph, "build_decoder", lambda s, spec, freq, scale, w: build(s, spec, freq * 1.01, scale, w))

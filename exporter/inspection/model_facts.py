@@ -48,6 +48,7 @@ class ArtifactFacts:
     kind: str
     family: str
     dtype: str
+    quant: Mapping[str, Any] | None
     rope_2d: Mapping[str, Any]
     base: Mapping[str, Any]
     adapters: tuple[Mapping[str, Any], ...]
@@ -97,6 +98,7 @@ def artifact_facts(directory: Path) -> ArtifactFacts:
         kind=manifest.kind,
         family=manifest.family,
         dtype=manifest.dtype,
+        quant=block["quant"],
         rope_2d=block["rope_2d"],
         base=manifest.base,
         adapters=manifest.adapters,

@@ -94,6 +94,8 @@ def _artifact(facts: ArtifactFacts) -> Iterable[Row]:
     rope = facts.rope_2d
     axes = [rope["axes"].count(axis) for axis in (0, 1, 2)]
     yield "kind", f"{facts.kind}, {facts.family}, {facts.dtype}, made by version {facts.tool_version}"
+    if facts.quant:
+        yield "quantised", f"{facts.quant['name']}, but for {some(facts.quant['skip_modules']) or 'nothing'}"
     if rope["pair_indices"]:
         yield "2D RoPE", f"frequencies {spans(rope['pair_indices'])} of {len(rope['axes'])}"
         yield "2D RoPE", f"{axes[0]} turn with position, {axes[1]} with branch, {axes[2]} with time"

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pos2d.manifest import Manifest
+
+if TYPE_CHECKING:
+    import torch
 
 RETENTION_THRESHOLD = 0.9
 Action = Literal["copied", "converted", "merged", "replaced"]
@@ -98,6 +101,22 @@ class Tally:
             "error": math.sqrt(self.error_square / self.delta_square) if self.delta_square else None,
             "changed": self.changed / self.elements,
         }
+
+
+def tally_of(weight: "torch.Tensor", before: "torch.Tensor", delta: "torch.Tensor", rounded: "torch.Tensor") -> Tally:
+    """Of rows of one tensor; ``before`` is the weight in the type of ``rounded``, in float64 as the others."""
+    import torch
+
+    moved, d, w = (rounded.double() - before).flatten(), delta.flatten(), weight.flatten()
+    error = moved - d
+    return Tally(
+        elements=w.numel(),
+        weight_square=float(torch.dot(w, w)),
+        delta_square=float(torch.dot(d, d)),
+        kept=float(torch.dot(moved, d)),
+        error_square=float(torch.dot(error, error)),
+        changed=int(torch.count_nonzero(moved)),
+    )
 
 
 def read_ledger(manifest: Manifest) -> dict[str, TensorEntry]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from exporter.adapters import Adapter
 from exporter.adapters.changes import Change
-from exporter.checkpoint import DTYPES, EMBEDDING, HEAD, SAFETENSORS_NAMES, SINGLE, Checkpoint, TensorPlace
+from exporter.checkpoint import DTYPES, EMBEDDING, HEAD, SAFETENSORS_NAMES, SINGLE, WIDTHS, Checkpoint, TensorPlace
 from exporter.merging.tied import stays_tied
 from pos2d.errors import UsageError
 
@@ -76,27 +76,32 @@ class MergePlan:
 
 
 def plan_merge(
-    base: Checkpoint, adapters: Sequence[Adapter], dtype: str = "auto", max_shard_size: str | None = None
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    dtype: str = "auto",
+    max_shard_size: str | None = None,
+    untied: bool = False,
 ) -> MergePlan:
     """Lay out the result: in the base's files, or anew where ``max_shard_size`` (``5GB``) says so.
 
-    ``dtype`` is ``auto`` (each tensor keeps the base's) or a torch name.
+    ``dtype`` is ``auto`` (each tensor keeps the base's) or a torch name. ``untied`` makes a tied head a tensor of its
+    own in any case.
 
     Raises:
         UsageError: a size that cannot be read.
     """
     changes = combined(adapters)
-    tied = stays_tied(base, changes)
+    tied = stays_tied(base, changes) and not untied
     origins = {name: name for name in base.tensors}
     if base.sizes.tied and not tied:
         origins[HEAD] = EMBEDDING
     places = {name: base.tensors[origin] for name, origin in origins.items()}
     types = {name: place.dtype if dtype == "auto" else SAFETENSORS_NAMES[dtype] for name, place in places.items()}
     sizes = {name: place.elements * DTYPES[types[name]][1] for name, place in places.items()}
-    files = _files_of_base(places) if max_shard_size is None else _split(sizes, max_shard_size)
+    files = _files_of_base(places) if max_shard_size is None else split(sizes, max_shard_size)
     shards = []
     for file, names in files.items():
-        header, targets = _lay_out(file, {name: (types[name], places[name].shape) for name in names})
+        header, targets = lay_out(file, {name: (types[name], places[name].shape) for name in names})
         tensors = tuple(
             PlannedTensor(
                 name=name,
@@ -122,7 +127,7 @@ def _files_of_base(places: Mapping[str, TensorPlace]) -> dict[str, list[str]]:
     return {SINGLE: next(iter(ordered.values()))} if len(ordered) == 1 else ordered
 
 
-def _split(sizes: Mapping[str, int], max_shard_size: str) -> dict[str, list[str]]:
+def split(sizes: Mapping[str, int], max_shard_size: str) -> dict[str, list[str]]:
     from huggingface_hub import split_state_dict_into_shards_factory
 
     try:
@@ -139,10 +144,10 @@ def _split(sizes: Mapping[str, int], max_shard_size: str) -> dict[str, list[str]
     return split.filename_to_tensors
 
 
-def _lay_out(file: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorPlace]]:
+def lay_out(file: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorPlace]]:
     """The header and every tensor's place, in the order that the safetensors library writes: wide types first, then
     by name, the header padded to eight bytes."""
-    order = sorted(tensors, key=lambda name: (-DTYPES[tensors[name][0]][1], _rank_of_type(tensors[name][0]), name))
+    order = sorted(tensors, key=lambda name: (-WIDTHS[tensors[name][0]], _rank_of_type(tensors[name][0]), name))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, int] = {}
     end = 0
@@ -160,7 +165,7 @@ def _lay_out(file: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> t
 
 def _rank_of_type(dtype: str) -> int:
     """Types of one width: the library's own order."""
-    return ["BF16", "F16", "F32", "F64"].index(dtype)
+    return ["U8", "I8", "BF16", "F16", "F32", "F64"].index(dtype)
 
 
 def combined(adapters: Sequence[Adapter]) -> dict[str, list[Change]]:

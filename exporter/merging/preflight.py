@@ -7,8 +7,10 @@ from pathlib import Path
 
 from exporter.adapters import Adapter
 from exporter.merging.plan import MergePlan
-from exporter.merging.weights import BLOCK_ELEMENTS, COPY_BYTES, worker_count
+from exporter.merging.weights import COPY_BYTES
 from exporter.staging import workspace_of
+from exporter.tensors import BLOCK_ELEMENTS
+from exporter.workers import worker_count
 from pos2d.errors import StorageError
 
 # What the process has before its first tensor: measured with torch 2.13 for CPUs at 0.26 GB; its CUDA builds take more.

@@ -2,35 +2,28 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from exporter.adapters.changes import Change, Replaced, exact_sum
 from exporter.checkpoint import DTYPES
 from exporter.merging.journal import Journal
-from exporter.merging.ledger import Action, Tally, TensorEntry
+from exporter.merging.ledger import Action, Tally, TensorEntry, tally_of
 from exporter.merging.plan import MergePlan, PlannedShard, PlannedTensor
 from exporter.merging.resume import is_intact
 from exporter.merging.rounding import Rounding, is_finite, round_nearest
 from exporter.merging.settler import Settler
-from exporter.tensors import BLOCK, TensorFile, opened, pieces, write_at
+from exporter.tensors import BLOCK, TensorFile, opened, pieces, row_blocks, write_at
+from exporter.workers import single_threaded_torch, worker_count
 from pos2d.errors import InputError
 from pos2d.progress import Progress
 
-if TYPE_CHECKING:
-    import torch
-
-# Bytes read at once of a tensor that is copied, and elements of one that is computed: a block stays in the cache.
+# Bytes read at once of a tensor that is copied: a piece stays in the cache.
 COPY_BYTES = 1 << 20
-BLOCK_ELEMENTS = 1 << 16
 # The disk takes in what is written while the rest is computed, whenever this much is waiting.
 FLUSH_BYTES = 64 << 20
-MAX_WORKERS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +83,7 @@ def write_weights(
         Progress("merging", plan.nbytes, unit="bytes") as progress,
         Settler(forget) as settler,
         ThreadPoolExecutor(worker_count()) as workers,
-        _single_threaded_torch(),
+        single_threaded_torch(),
     ):
         shared = Shared(base, rounding, workers, settler, progress, forget)
         progress.advance(sum(shard.nbytes for shard in plan.shards if shard.file in finished))
@@ -105,10 +98,6 @@ def write_weights(
             settler.settle(descriptor, partial(journal.write, dict(finished)))
         settler.wait()
     return {name: entry for shard in plan.shards for name, entry in finished[shard.file].items()}
-
-
-def worker_count() -> int:
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _outgrows_cache(plan: MergePlan) -> bool:
@@ -177,7 +166,7 @@ def _compute(job: Job) -> TensorEntry:
     same_type = tensor.source.dtype == tensor.target.dtype
     hash_in, hash_out, tally = hashlib.sha256(), hashlib.sha256(), Tally()
     offset = tensor.target.offset
-    for rows, data, weight in _blocks(job):
+    for rows, data, weight in row_blocks(job.source, tensor.origin, tensor.source):
         hash_in.update(data)
         exact, delta = exact_sum(weight, changes, rows) if changes else (weight, None)
         rounded = rounded_to(exact, dtype)
@@ -188,7 +177,7 @@ def _compute(job: Job) -> TensorEntry:
             )
         if delta is not None:
             before = weight if same_type else round_nearest(weight, dtype).double()
-            tally += _tally(weight, before, delta, rounded)
+            tally += tally_of(weight, before, delta, rounded)
         written = rounded.contiguous().reshape(-1).view(torch.uint8).numpy().data
         hash_out.update(written)
         write_at(job.target, written, offset)
@@ -205,49 +194,3 @@ def _action(changes: tuple[Change, ...]) -> Action:
     if not changes:
         return "converted"
     return "replaced" if all(isinstance(change, Replaced) for change in changes) else "merged"
-
-
-def _blocks(job: Job) -> "Iterator[tuple[slice, memoryview, torch.Tensor]]":
-    """Rows, their bytes, and their values in float64; the bytes are good until the next block."""
-    import torch
-
-    place = job.tensor.source
-    name, size = DTYPES[place.dtype]
-    columns = place.shape[1] if len(place.shape) > 1 else 1
-    height = max(1, BLOCK_ELEMENTS // columns)
-    buffer = memoryview(bytearray(min(height, place.shape[0]) * columns * size))
-    for start in range(0, place.shape[0], height):
-        rows = slice(start, min(start + height, place.shape[0]))
-        data = buffer[: (rows.stop - rows.start) * columns * size]
-        job.source.read_into(job.tensor.origin, place, start * columns * size, data)
-        values = torch.frombuffer(data, dtype=getattr(torch, name)).double()
-        yield rows, data, values.reshape(-1, *place.shape[1:])
-
-
-def _tally(weight: "torch.Tensor", before: "torch.Tensor", delta: "torch.Tensor", rounded: "torch.Tensor") -> Tally:
-    """``before`` is the weight in the type of ``rounded``, in float64 as the others."""
-    import torch
-
-    moved, d, w = (rounded.double() - before).flatten(), delta.flatten(), weight.flatten()
-    error = moved - d
-    return Tally(
-        elements=w.numel(),
-        weight_square=float(torch.dot(w, w)),
-        delta_square=float(torch.dot(d, d)),
-        kept=float(torch.dot(moved, d)),
-        error_square=float(torch.dot(error, error)),
-        changed=int(torch.count_nonzero(moved)),
-    )
-
-
-@contextmanager
-def _single_threaded_torch() -> Iterator[None]:
-    """The threads here share the cores among themselves; torch's own would only get in their way."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -124,7 +124,7 @@ class Pos2DModelMixin:
                 attention_mask = columnar_mask(pos2d[..., 1])
             else:
                 raise ValueError("pos2d after a filled cache or with padding needs attention_mask [B, 1, S, T]")
-        if attention_mask.dtype == torch.bool:
+        if attention_mask.dtype == torch.bool and self.config._attn_implementation == "eager":
             attention_mask = additive(
                 attention_mask, self.embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
             )

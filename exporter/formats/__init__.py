@@ -1,0 +1,1 @@
+"""What an export can write, one form a file."""

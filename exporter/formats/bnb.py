@@ -1,0 +1,225 @@
+"""A bitsandbytes checkpoint, written from the exact sum of base and adapters, shard by shard and without a GPU."""
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.adapters.changes import exact_sum
+from exporter.checkpoint import HEAD, INDEX, TensorPlace
+from exporter.companions import copy_code
+from exporter.config import baked_config
+from exporter.formats.encodings import Encoding, Int8Rows, Nf4Blocks, Rounded
+from exporter.merging.ledger import Tally, tally_of
+from exporter.merging.plan import MergePlan, PlannedTensor, lay_out, plan_merge, split
+from exporter.merging.rounding import is_finite
+from exporter.sources import Source
+from exporter.staging import write_json
+from exporter.tensors import BLOCK_ELEMENTS, TensorFile, opened, row_blocks, write_at
+from exporter.workers import single_threaded_torch, worker_count
+from pos2d.errors import InputError, UsageError
+from pos2d.progress import Progress
+from pos2d.recipe import Quant, QuantRecipe
+
+DEFAULT_SHARD_SIZE = "5GB"
+# Activations above it are multiplied in 16 bits by bitsandbytes' own kernel: the default of its papers and loaders.
+OUTLIER_THRESHOLD = 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class QuantTotals:
+    """``quantised`` of ``tensors`` weights.
+
+    ``noise``: rms(Q - W - D) / rms(W) of the quantised ones, Q being what a loader computes with, W the base and D what
+    adapters add; ``retention``: <Q - W, D> / <D, D>, absent where nothing is added.
+    """
+
+    tensors: int
+    quantised: int
+    noise: float
+    retention: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Output:
+    """One weight, how it is written, and where every tensor that is written for it lies."""
+
+    tensor: PlannedTensor
+    encoding: Encoding
+    places: Mapping[str, TensorPlace]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard:
+    file: str
+    header: bytes
+    outputs: tuple[Output, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantPlan:
+    """All shards; ``dtype`` is torch's name of the type of what is not quantised."""
+
+    shards: tuple[Shard, ...]
+    recipe: QuantRecipe
+    dtype: str
+    tied: bool
+
+    @property
+    def nbytes(self) -> int:
+        places = (place for shard in self.shards for output in shard.outputs for place in output.places.values())
+        return sum(len(shard.header) for shard in self.shards) + sum(place.nbytes for place in places)
+
+
+def plan_bnb(
+    source: Source, quant: Quant, skip_modules: str = "lm_head", dtype: str = "auto", max_shard_size: str | None = None
+) -> QuantPlan:
+    """Lay out the result. ``skip_modules``: linear layers that keep their type, separated by commas: full names, last
+    parts (``down_proj``) or whole blocks (``model.layers.0``). A tied head that is not among them gets its own tensor.
+
+    Raises:
+        UsageError: a module that is not there, or a size that cannot be read.
+    """
+    skipped = _resolve(skip_modules, list(source.base.linear_shapes()))
+    plan = plan_merge(source.base, source.adapters, dtype, untied=HEAD.removesuffix(".weight") not in skipped)
+    recipe = QuantRecipe(quant, skipped)
+    modules = set(source.base.linear_shapes()) - set(skipped)
+    encodings = {t.name: _encoding(t, recipe, plan.dtype, modules) for t in plan.tensors}
+    written = {t.name: encodings[t.name].outputs(t.name, t.target.shape) for t in plan.tensors}
+    sizes = {
+        name: sum(TensorPlace("", shape, kind).nbytes for kind, shape in outputs.values())
+        for name, outputs in written.items()
+    }
+    files = split(sizes, max_shard_size or DEFAULT_SHARD_SIZE)
+    shards = tuple(_shard(file, names, plan, encodings, written) for file, names in files.items())
+    return QuantPlan(shards, recipe, plan.dtype, plan.tied)
+
+
+def write_bnb(source: Source, plan: QuantPlan, target: Path) -> QuantTotals:
+    """Write weights, index, configuration and code into ``target``.
+
+    Raises:
+        InputError: values that are not finite, or a base that changed while it was read.
+    """
+    tallies: list[Tally] = []
+    with Progress("quantising", plan.nbytes, unit="bytes") as progress, single_threaded_torch():
+        for shard in plan.shards:
+            tallies += _write_shard(shard, source.base.directory, target, progress)
+    if len(plan.shards) > 1:
+        write_json(target / INDEX, _index(plan))
+    config = baked_config(source.base, source.spec, plan.dtype, plan.tied)
+    write_json(target / "config.json", config | {"quantization_config": _loading(plan.recipe, plan.dtype)})
+    copy_code(target)
+    total = sum(tallies, Tally())
+    return QuantTotals(
+        tensors=sum(len(shard.outputs) for shard in plan.shards),
+        quantised=len(tallies),
+        noise=(total.error_square / total.weight_square) ** 0.5,
+        retention=total.kept / total.delta_square if total.delta_square else None,
+    )
+
+
+def _resolve(skip_modules: str, modules: list[str]) -> tuple[str, ...]:
+    """Full names of the modules that ``skip_modules`` names, in the model's order."""
+    wanted = [part for part in skip_modules.replace(",", " ").split() if part]
+
+    def named(module: str, part: str) -> bool:
+        return module == part or module.endswith(f".{part}") or module.startswith(f"{part}.")
+
+    unknown = [part for part in wanted if not any(named(module, part) for module in modules)]
+    if unknown:
+        kinds = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
+        raise UsageError(f"--skip-modules: {', '.join(unknown)} names no linear layer of this model; it has {kinds}")
+    return tuple(module for module in modules if any(named(module, part) for part in wanted))
+
+
+def _encoding(tensor: PlannedTensor, recipe: QuantRecipe, dtype: str, modules: set[str]) -> Encoding:
+    if tensor.name.removesuffix(".weight") not in modules:
+        return Rounded(tensor.target.dtype)
+    return Int8Rows() if recipe.name == "8bit" else Nf4Blocks(dtype)
+
+
+def _shard(
+    file: str,
+    names: list[str],
+    plan: MergePlan,
+    encodings: Mapping[str, Encoding],
+    written: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]],
+) -> Shard:
+    header, places = lay_out(file, {output: kind for name in names for output, kind in written[name].items()})
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    outputs = (Output(tensors[n], encodings[n], {output: places[output] for output in written[n]}) for n in names)
+    return Shard(file, header, tuple(outputs))
+
+
+def _write_shard(shard: Shard, base: Path, target: Path, progress: Progress) -> list[Tally]:
+    """Sums over every quantised tensor of a shard."""
+    descriptor = os.open(target / shard.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        write_at(descriptor, memoryview(shard.header), 0)
+        progress.advance(len(shard.header))
+        with (
+            opened(base, {output.tensor.source.file for output in shard.outputs}) as files,
+            ThreadPoolExecutor(worker_count()) as workers,
+        ):
+            # The largest first: the threads then end together.
+            order = sorted(shard.outputs, key=lambda output: -output.tensor.source.nbytes)
+            done = [
+                workers.submit(_write_tensor, output, files[output.tensor.source.file], descriptor, progress)
+                for output in order
+            ]
+            try:
+                return [tally for tally in (future.result() for future in done) if tally is not None]
+            finally:
+                for future in done:
+                    future.cancel()
+    finally:
+        os.close(descriptor)
+
+
+def _write_tensor(output: Output, file: TensorFile, descriptor: int, progress: Progress) -> Tally | None:
+    """Sums over a quantised tensor; nothing of others."""
+    import torch
+
+    tensor, encoding = output.tensor, output.encoding
+    changes = [change.widened() for change in tensor.changes]
+    tally = Tally()
+
+    def write(name: str, offset: int, data: memoryview) -> None:
+        write_at(descriptor, data, output.places[name].offset + offset)
+        progress.advance(len(data))
+
+    at_once = BLOCK_ELEMENTS if encoding.takes_rows(tensor.target.shape) else tensor.source.elements
+    for rows, _, weight in row_blocks(file, tensor.origin, tensor.source, at_once):
+        exact, delta = exact_sum(weight, changes, rows) if changes else (weight, torch.zeros_like(weight))
+        stored = encoding.encode(tensor.name, rows.start, exact, write)
+        if not is_finite(stored):
+            raise InputError(f"tensor {tensor.name} has NaN or infinite values; check the base and the adapter")
+        tally += tally_of(weight, weight, delta, stored)
+    encoding.finish(tensor.name, tensor.target.shape, write)
+    return None if isinstance(encoding, Rounded) else tally
+
+
+def _index(plan: QuantPlan) -> dict[str, Any]:
+    places = {name: place for shard in plan.shards for o in shard.outputs for name, place in o.places.items()}
+    return {
+        "metadata": {"total_size": sum(place.nbytes for place in places.values())},
+        "weight_map": {name: place.file for name, place in places.items()},
+    }
+
+
+def _loading(recipe: QuantRecipe, dtype: str) -> dict[str, Any]:
+    """What transformers reads of it, in the form of both generations."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": recipe.name == "8bit",
+        "load_in_4bit": recipe.name == "nf4",
+        "llm_int8_threshold": OUTLIER_THRESHOLD,
+        "llm_int8_skip_modules": list(recipe.skip_modules),
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_use_double_quant": False,
+    }

@@ -1,0 +1,156 @@
+"""How the exact values of one tensor become bytes of a checkpoint: rounded, as int8 rows, or as nf4 blocks.
+
+An encoding says which tensors it writes before it sees a value, so that a file can be laid out, and then takes float64
+rows in any order. What it returns is what a loader will compute with, in float64.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from exporter.checkpoint import DTYPES
+from exporter.merging.rounding import round_nearest
+from pos2d.errors import UsageError
+from pos2d.int8 import STEPS, quantise_rows
+from pos2d.quiet import quietly
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+# Name of an output, its first byte, and the bytes.
+Write = Callable[[str, int, memoryview], None]
+
+NF4_BLOCK = 64
+
+
+class Encoding(Protocol):
+    def outputs(self, name: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
+        """Safetensors type and shape of every tensor that is written for tensor ``name``."""
+
+    def takes_rows(self, shape: Shape) -> bool:
+        """Whether some rows may be encoded without the others."""
+
+    def encode(self, name: str, first: int, exact: "torch.Tensor", write: Write) -> "torch.Tensor":
+        """Write float64 rows, the ``first`` of them by its number; returns the values that were stored for them."""
+
+    def finish(self, name: str, shape: Shape, write: Write) -> None:
+        """Write what belongs to the tensor as a whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """The nearest values of ``dtype`` (safetensors' name)."""
+
+    dtype: str
+
+    def outputs(self, name: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
+        return {name: (self.dtype, shape)}
+
+    def takes_rows(self, shape: Shape) -> bool:
+        return True
+
+    def encode(self, name: str, first: int, exact: "torch.Tensor", write: Write) -> "torch.Tensor":
+        import torch
+
+        rounded = round_nearest(exact, getattr(torch, DTYPES[self.dtype][0]))
+        write(name, first * exact[0].numel() * rounded.itemsize, _bytes(rounded))
+        return rounded.double()
+
+    def finish(self, name: str, shape: Shape, write: Write) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Rows:
+    """bitsandbytes' own format: int8 ``[out, in]``, the largest magnitude of each row in float32 ``[out]``, and the
+    number 0, its name for plain rows."""
+
+    def outputs(self, name: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
+        return {
+            name: ("I8", shape),
+            _beside(name, "SCB"): ("F32", shape[:1]),
+            _beside(name, "weight_format"): ("U8", ()),
+        }
+
+    def takes_rows(self, shape: Shape) -> bool:
+        return True
+
+    def encode(self, name: str, first: int, exact: "torch.Tensor", write: Write) -> "torch.Tensor":
+        steps, scales = quantise_rows(exact)
+        write(name, first * exact.shape[1], _bytes(steps))
+        write(_beside(name, "SCB"), first * scales.itemsize, _bytes(scales))
+        return steps.double() * (scales.double() / STEPS)[:, None]
+
+    def finish(self, name: str, shape: Shape, write: Write) -> None:
+        write(_beside(name, "weight_format"), 0, memoryview(b"\0"))
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4Blocks:
+    """bitsandbytes' own format: two values a byte, the largest magnitude of each block in float32, the 16 values of the
+    code, and a note of type and shape; ``dtype`` is torch's name of the type that loaders compute in."""
+
+    dtype: str
+
+    def outputs(self, name: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
+        count = shape[0] * shape[1]
+        found = {name: ("U8", (-(-count // 2), 1)), f"{name}.absmax": ("F32", (-(-count // NF4_BLOCK),))}
+        for key, tensor in self._notes(shape).items():
+            found[f"{name}.{key}"] = ("U8" if tensor.itemsize == 1 else "F32", tuple(tensor.shape))
+        return found
+
+    def takes_rows(self, shape: Shape) -> bool:
+        # Blocks run on from row to row.
+        return shape[1] % NF4_BLOCK == 0
+
+    def encode(self, name: str, first: int, exact: "torch.Tensor", write: Write) -> "torch.Tensor":
+        functional = _bitsandbytes()
+        packed, state = functional.quantize_4bit(exact.float(), blocksize=NF4_BLOCK, quant_type="nf4")
+        before = first * exact.shape[1]
+        write(name, before // 2, _bytes(packed))
+        write(f"{name}.absmax", before // NF4_BLOCK * state.absmax.itemsize, _bytes(state.absmax))
+        stored: torch.Tensor = functional.dequantize_4bit(packed, state)
+        return stored.double()
+
+    def finish(self, name: str, shape: Shape, write: Write) -> None:
+        for key, tensor in self._notes(shape).items():
+            write(f"{name}.{key}", 0, _bytes(tensor))
+
+    def _notes(self, shape: Shape) -> "dict[str, torch.Tensor]":
+        """What bitsandbytes stores beside values and scales."""
+        import torch
+
+        functional = _bitsandbytes()
+        state = functional.QuantState(
+            absmax=torch.empty(0),
+            shape=torch.Size(shape),
+            code=functional.get_4bit_type("nf4", device="cpu", blocksize=NF4_BLOCK),
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=getattr(torch, self.dtype),
+        )
+        notes: dict[str, torch.Tensor] = state.as_dict(packed=True)
+        return {key: tensor for key, tensor in notes.items() if key != "absmax"}
+
+
+def _beside(name: str, what: str) -> str:
+    return f"{name.removesuffix('weight')}{what}"
+
+
+def _bytes(values: "torch.Tensor") -> memoryview:
+    import torch
+
+    data: memoryview = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _bitsandbytes() -> Any:
+    try:
+        with quietly("bitsandbytes"):  # it looks for kernels on a model hub, and says that it found none
+            from bitsandbytes import functional
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UsageError(
+            f"nf4 needs bitsandbytes, which cannot be imported: {error}; pip install bitsandbytes"
+        ) from None
+    return functional

@@ -1,0 +1,44 @@
+"""How the linear layers of an artifact are quantised."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from pos2d.errors import InputError
+
+Quant = Literal["8bit", "nf4"]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantRecipe:
+    """``8bit``: int8 with the largest magnitude of every row as its scale (LLM.int8(), arXiv 2208.07339); ``nf4``: four
+    bits, normal-float, a scale for 64 values (QLoRA, arXiv 2305.14314). Both in the files of bitsandbytes.
+
+    ``skip_modules``: full names of the linear layers that keep their type.
+
+    Raises:
+        InputError: another name.
+    """
+
+    name: Quant
+    skip_modules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(Quant):
+            raise InputError(f"quantisation {self.name!r} is not one of {', '.join(get_args(Quant))}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"skip_modules": list(self.skip_modules)}
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> "QuantRecipe":
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: unknown or missing keys.
+        """
+        if set(block) != {"name", "skip_modules"}:
+            raise InputError(
+                f"quantisation: keys {sorted(set(block) ^ {'name', 'skip_modules'})} are missing or unknown"
+            )
+        return cls(block["name"], tuple(block["skip_modules"]))
