@@ -64,10 +64,23 @@ def bnb_int8_linear(weight: torch.Tensor, scales: torch.Tensor, bias: Bias) -> n
     return layer  # type: ignore[no-any-return]
 
 
-def bnb_nf4_linear(weight: torch.Tensor, bias: Bias, compute_dtype: torch.dtype) -> nn.Module:
-    """bitsandbytes' own layer over a weight of its own type of parameter."""
-    layers = bitsandbytes().nn
-    layer: Any = layers.Linear4bit(1, 1, False, compute_dtype, quant_type="nf4", device="meta")
+class Nf4Linear(nn.Module):
+    """``x @ W^T + bias`` with W widened from a parameter of bitsandbytes for every product: slow, and exact."""
+
+    def __init__(self, weight: Any, bias: Bias) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, _parameter(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = bitsandbytes().functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
+        return functional.linear(x, wide.to(x.dtype), self.bias)
+
+
+def nf4_linear(weight: Any, bias: Bias, dtype: torch.dtype) -> nn.Module:
+    """A layer over a parameter of bitsandbytes: its own, but for float32, which it rounds to bfloat16 on some CPUs."""
+    if dtype == torch.float32:
+        return Nf4Linear(weight, bias)
+    layer: Any = bitsandbytes().nn.Linear4bit(1, 1, False, dtype, quant_type="nf4", device="meta")
     layer.weight, layer.bias = weight, _parameter(bias)
     return layer  # type: ignore[no-any-return]
 
@@ -81,7 +94,7 @@ def stored_linear(tensors: Tensors, quant: Quant, kernel: Int8Kernel, dtype: tor
     weight = bitsandbytes().nn.Params4bit.from_prequantized(
         data=tensors["weight"], quantized_stats=stats, device=tensors["weight"].device
     )
-    return bnb_nf4_linear(weight, bias, dtype)
+    return nf4_linear(weight, bias, dtype)
 
 
 def quantised_linear(tensors: Tensors, quant: Quant, kernel: Int8Kernel, dtype: torch.dtype) -> nn.Module:
@@ -91,7 +104,7 @@ def quantised_linear(tensors: Tensors, quant: Quant, kernel: Int8Kernel, dtype: 
     if quant == "8bit":
         return _int8(kernel, weight.device)(*quantise_rows(weight.float()), bias)
     packed = bitsandbytes().nn.Params4bit(weight, quant_type="nf4", compress_statistics=False).to(weight.device)
-    return bnb_nf4_linear(packed, bias, dtype)
+    return nf4_linear(packed, bias, dtype)
 
 
 def bitsandbytes() -> Any:

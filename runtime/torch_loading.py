@@ -31,15 +31,20 @@ def empty_decoder(directory: Path, family: str, attention: str) -> PreTrainedMod
         model: PreTrainedModel = getattr(modeling_pos2d, f"{name}ForCausalLM")(config)
     turning = model.model.rotary_emb
     model.model.rotary_emb = type(turning)(type(turning.stock)(config), turning.axes)
-    return model.eval()
+    return model
 
 
 def quantised_modules(model: PreTrainedModel, recipe: QuantRecipe | None) -> dict[str, nn.Linear]:
     """The linear layers that ``recipe`` quantises, by name."""
     if recipe is None:
         return {}
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    return {name: layer for name, layer in layers.items() if name not in recipe.skip_modules}
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and name not in recipe.skip_modules
+    }
+    recipe.check({name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
+    return layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,7 @@ def fill_decoder(
             progress.advance()
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
+    model.eval()  # in training bitsandbytes takes another kernel
 
 
 def _parts(layer: nn.Linear, stored: Quant | None) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,10 +13,12 @@ from safetensors.numpy import load_file
 
 import exporter
 import runtime
+from pos2d.recipe import Quant
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
 BACKENDS = ("merged", "onnx")
+QUANTS: dict[str, Quant] = {name: name for name in get_args(Quant)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,22 +55,30 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture(scope="session")
 def artifact_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Golden, str], Path]:
-    """The directory of a golden case merged, or merged and exported; each is made once."""
+    """The directory of a golden case as ``merged``, ``onnx``, ``8bit`` or ``nf4``; each is made once."""
     root = tmp_path_factory.mktemp("artifacts")
 
     def make(golden: Golden, kind: str) -> Path:
-        merged, onnx = root / golden.path.name / "merged", root / golden.path.name / "onnx"
-        if not merged.exists():
-            exporter.merge(output=merged, **golden.flags)
-            exporter.export(merged, onnx, no_verify=True)
-        return {"merged": merged, "onnx": onnx}[kind]
+        path = root / golden.path.name / kind
+        if path.exists():
+            return path
+        if kind == "merged":
+            exporter.merge(output=path, **golden.flags)
+        elif kind == "onnx":
+            exporter.export(make(golden, "merged"), path, no_verify=True)
+        else:
+            # The golden models have MLPs of sizes that nf4 does not take.
+            skipped = "lm_head" if kind == "8bit" else "lm_head,gate_proj,up_proj,down_proj"
+            exporter.export(None, path, format="bnb", quant=QUANTS[kind], skip_modules=skipped, **golden.flags)
+        return path
 
     return make
 
 
 @pytest.fixture(scope="session")
-def model_of(artifact_of: Callable[[Golden, str], Path]) -> Callable[[Golden, str], runtime.Model]:
-    return lambda golden, kind: runtime.load(artifact_of(golden, kind))
+def model_of(artifact_of: Callable[[Golden, str], Path]) -> Callable[..., runtime.Model]:
+    """Loads it, with the flags of :func:`runtime.load`."""
+    return lambda golden, kind, **flags: runtime.load(artifact_of(golden, kind), **flags)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """A bitsandbytes checkpoint, written from the exact sum of base and adapters, shard by shard and without a GPU."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from exporter.merging.plan import MergePlan, PlannedTensor, lay_out, plan_merge,
 from exporter.merging.rounding import is_finite
 from exporter.sources import Source
 from exporter.staging import write_json
-from exporter.tensors import BLOCK_ELEMENTS, TensorFile, opened, row_blocks, write_at
+from exporter.tensors import TensorFile, opened, row_blocks, write_at
 from exporter.workers import single_threaded_torch, worker_count
 from pos2d.errors import InputError, UsageError
 from pos2d.progress import Progress
@@ -81,11 +81,13 @@ def plan_bnb(
 
     Raises:
         UsageError: a module that is not there, or a size that cannot be read.
+        InputError: a layer that cannot be quantised so.
     """
     skipped = _resolve(skip_modules, list(source.base.linear_shapes()))
     plan = plan_merge(source.base, source.adapters, dtype, untied=HEAD.removesuffix(".weight") not in skipped)
     recipe = QuantRecipe(quant, skipped)
-    modules = set(source.base.linear_shapes()) - set(skipped)
+    modules = {name: shape for name, shape in source.base.linear_shapes().items() if name not in skipped}
+    recipe.check(modules)
     encodings = {t.name: _encoding(t, recipe, plan.dtype, modules) for t in plan.tensors}
     written = {t.name: encodings[t.name].outputs(t.name, t.target.shape) for t in plan.tensors}
     sizes = {
@@ -135,7 +137,7 @@ def _resolve(skip_modules: str, modules: list[str]) -> tuple[str, ...]:
     return tuple(module for module in modules if any(named(module, part) for part in wanted))
 
 
-def _encoding(tensor: PlannedTensor, recipe: QuantRecipe, dtype: str, modules: set[str]) -> Encoding:
+def _encoding(tensor: PlannedTensor, recipe: QuantRecipe, dtype: str, modules: Collection[str]) -> Encoding:
     if tensor.name.removesuffix(".weight") not in modules:
         return Rounded(tensor.target.dtype)
     return Int8Rows() if recipe.name == "8bit" else Nf4Blocks(dtype)
@@ -191,8 +193,7 @@ def _write_tensor(output: Output, file: TensorFile, descriptor: int, progress: P
         write_at(descriptor, data, output.places[name].offset + offset)
         progress.advance(len(data))
 
-    at_once = BLOCK_ELEMENTS if encoding.takes_rows(tensor.target.shape) else tensor.source.elements
-    for rows, _, weight in row_blocks(file, tensor.origin, tensor.source, at_once):
+    for rows, _, weight in row_blocks(file, tensor.origin, tensor.source):
         exact, delta = exact_sum(weight, changes, rows) if changes else (weight, torch.zeros_like(weight))
         stored = encoding.encode(tensor.name, rows.start, exact, write)
         if not is_finite(stored):

@@ -13,6 +13,7 @@ from exporter.merging.rounding import round_nearest
 from pos2d.errors import UsageError
 from pos2d.int8 import STEPS, quantise_rows
 from pos2d.quiet import quietly
+from pos2d.recipe import NF4_BLOCK
 
 if TYPE_CHECKING:
     import torch
@@ -21,15 +22,10 @@ Shape = tuple[int, ...]
 # Name of an output, its first byte, and the bytes.
 Write = Callable[[str, int, memoryview], None]
 
-NF4_BLOCK = 64
-
 
 class Encoding(Protocol):
     def outputs(self, name: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
         """Safetensors type and shape of every tensor that is written for tensor ``name``."""
-
-    def takes_rows(self, shape: Shape) -> bool:
-        """Whether some rows may be encoded without the others."""
 
     def encode(self, name: str, first: int, exact: "torch.Tensor", write: Write) -> "torch.Tensor":
         """Write float64 rows, the ``first`` of them by its number; returns the values that were stored for them."""
@@ -46,9 +42,6 @@ class Rounded:
 
     def outputs(self, name: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
         return {name: (self.dtype, shape)}
-
-    def takes_rows(self, shape: Shape) -> bool:
-        return True
 
     def encode(self, name: str, first: int, exact: "torch.Tensor", write: Write) -> "torch.Tensor":
         import torch
@@ -73,9 +66,6 @@ class Int8Rows:
             _beside(name, "weight_format"): ("U8", ()),
         }
 
-    def takes_rows(self, shape: Shape) -> bool:
-        return True
-
     def encode(self, name: str, first: int, exact: "torch.Tensor", write: Write) -> "torch.Tensor":
         steps, scales = quantise_rows(exact)
         write(name, first * exact.shape[1], _bytes(steps))
@@ -89,20 +79,16 @@ class Int8Rows:
 @dataclass(frozen=True, slots=True)
 class Nf4Blocks:
     """bitsandbytes' own format: two values a byte, the largest magnitude of each block in float32, the 16 values of the
-    code, and a note of type and shape; ``dtype`` is torch's name of the type that loaders compute in."""
+    code, and a note of type and shape. Rows are whole blocks; ``dtype`` is torch's name of the type to compute in."""
 
     dtype: str
 
     def outputs(self, name: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
         count = shape[0] * shape[1]
-        found = {name: ("U8", (-(-count // 2), 1)), f"{name}.absmax": ("F32", (-(-count // NF4_BLOCK),))}
+        found = {name: ("U8", (count // 2, 1)), f"{name}.absmax": ("F32", (count // NF4_BLOCK,))}
         for key, tensor in self._notes(shape).items():
             found[f"{name}.{key}"] = ("U8" if tensor.itemsize == 1 else "F32", tuple(tensor.shape))
         return found
-
-    def takes_rows(self, shape: Shape) -> bool:
-        # Blocks run on from row to row.
-        return shape[1] % NF4_BLOCK == 0
 
     def encode(self, name: str, first: int, exact: "torch.Tensor", write: Write) -> "torch.Tensor":
         functional = _bitsandbytes()

@@ -1,0 +1,86 @@
+"""The torch engine: a cache that is written in place, long prompts in pieces, and attention that reads the cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import runtime
+from pos2d.layout import build_layout
+from runtime import cache, engine
+from tests.conftest import BACKENDS, Golden
+
+ModelOf = Callable[..., runtime.Model]
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15, 16, 17, 18, 19]]
+CONTEXT = list(range(20, 31))
+
+
+@pytest.mark.parametrize("visibility", ["columnar", "isolated"])
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_a_prompt_read_in_pieces_is_the_same(
+    golden: Golden, kind: str, visibility: Any, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(golden, kind, device="cpu", dtype="float32")
+    layout = build_layout(PROMPTS, model.manifest.rope_2d, CONTEXT, visibility)
+    whole = engine.forward(model.backend, layout, len(layout))[list(layout.last)]
+    np.testing.assert_allclose(engine.read_prompts(model.backend, layout, model.backend.new_cache()), whole, atol=1e-4)
+    for piece in (1, 5, len(layout) - 1):
+        monkeypatch.setattr(engine, "PIECE", piece)
+        found = engine.read_prompts(model.backend, layout, model.backend.new_cache())
+        np.testing.assert_allclose(found, whole, atol=1e-4)
+
+
+def test_rows_are_those_of_all_logits(golden: Golden, model_of: ModelOf) -> None:
+    for kind in BACKENDS:
+        model = model_of(golden, kind, device="cpu", dtype="float32")
+        layout = build_layout(PROMPTS, model.manifest.rope_2d)
+        given = (layout.ids[None], layout.positions[None], layout.pos2d[None], layout.mask()[None])
+        rows = np.array([9, 0, 4])
+        found = model.backend.forward(*given, rows=rows)
+        np.testing.assert_allclose(found, model.backend.forward(*given)[:, rows], atol=1e-5)
+
+
+def test_both_attentions_agree(golden: Golden, model_of: ModelOf) -> None:
+    """The folded heads of the fused one, on one branch and on several, beside plain products over repeated heads."""
+    fused, plain = (
+        model_of(golden, "merged", device="cpu", dtype="float32", attn_implementation=name)
+        for name in ("sdpa", "eager")
+    )
+    for prompts in (PROMPTS[:1], PROMPTS):
+        made = [model.generate_ids(prompts, CONTEXT, max_new_tokens=8, ignore_eos=True) for model in (fused, plain)]
+        assert made[0] == made[1]
+    layout = build_layout(PROMPTS, fused.manifest.rope_2d, CONTEXT)
+    one, other = (engine.forward(model.backend, layout, len(layout)) for model in (fused, plain))
+    np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_the_cache_keeps_everything_and_moves_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "FIRST_CAPACITY", 4)
+    torch.manual_seed(0)
+    layer = cache.new_cache()
+    fed: list[torch.Tensor] = []
+    addresses = set()
+    for count in (3, *[1] * 40, 9, 1):
+        new = torch.randn(1, 2, count, 8)
+        fed.append(new)
+        keys, values = layer.update(new, new + 1, 0)
+        expected = torch.cat(fed, dim=2)
+        torch.testing.assert_close(keys, expected, rtol=0, atol=0)
+        torch.testing.assert_close(values, expected + 1, rtol=0, atol=0)
+        assert layer.get_seq_length() == expected.shape[2]
+        addresses.add(keys.data_ptr())
+    assert len(addresses) <= 5  # it doubles
+
+
+def test_a_step_in_bfloat16_is_near_the_step_in_float32(golden: Golden, model_of: ModelOf) -> None:
+    """The packed int8 product of a step beside the widened one of float32."""
+    exact = model_of(golden, "8bit", device="cpu", dtype="float32")
+    packed = model_of(golden, "8bit", device="cpu")
+    packed_backend: Any = packed.backend
+    assert packed_backend.dtype == torch.bfloat16
+    layout = build_layout(PROMPTS, exact.manifest.rope_2d)
+    near, far = (engine.forward(model.backend, layout, len(layout)) for model in (exact, packed))
+    assert np.abs(near - far).max() < 0.1 * np.abs(near).max()
+    np.testing.assert_allclose(np.corrcoef(near.ravel(), far.ravel())[0, 1], 1, atol=2e-3)
