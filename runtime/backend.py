@@ -13,8 +13,8 @@ Floats = npt.NDArray[np.float32]
 class Backend(Protocol):
     """One loaded decoder. Caches are the backend's own; a cache grows by every forward pass that it is given to."""
 
-    def new_cache(self) -> Any:
-        """An empty cache for one batch of sequences."""
+    def new_cache(self, capacity: int) -> Any:
+        """An empty cache for sequences of ``capacity`` tokens at most."""
 
     def forward(
         self,

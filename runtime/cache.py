@@ -5,24 +5,24 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-FIRST_CAPACITY = 256
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values ``[B, K, T, D]``: views of buffers with room for more, which double when full.
 
-    A cache that is as long as its content is copied as a whole for every token.
+    A cache that is as long as its content would be copied as a whole for every token.
     """
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    capacity = 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Pair:
         past = self.get_seq_length()
         length = past + key_states.shape[-2]
         if past == 0:
-            self._rooms = [_room(states, 0, length) for states in (key_states, value_states)]
+            self._rooms = [_room(states, 0, max(length, self.capacity)) for states in (key_states, value_states)]
         elif length > self._rooms[0].shape[-2]:
-            self._rooms = [_room(states, past, length) for states in self._rooms]
+            self._rooms = [_room(states, past, 2 * length) for states in self._rooms]
         for room, states in zip(self._rooms, (key_states, value_states), strict=True):
             room[:, :, past:length] = states
         self.keys, self.values = (room[:, :, :length] for room in self._rooms)
@@ -30,13 +30,46 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
 
-def new_cache() -> Cache:
-    return Cache(layer_class_to_replicate=RoomyLayer)
+def growing_cache(capacity: int) -> Cache:
+    """Attention reads what is filled; room for ``capacity`` tokens is reserved at once."""
+    kind = type("GrowingLayer", (GrowingLayer,), {"capacity": capacity})
+    return Cache(layer_class_to_replicate=kind)
+
+
+class FixedCache(Cache):  # type: ignore[misc]
+    """Buffers ``[B, K, capacity, D]`` that attention always reads whole, so that every step has the same shapes.
+
+    ``slots`` ``[S]`` says where the tokens of the next forward pass go; what lies beyond ``length`` must be masked.
+    """
+
+    is_compileable = False
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(layers=[])
+        self.capacity = capacity
+        self.length: int = 0
+        self.slots = torch.empty(0, dtype=torch.long)
+        self._buffers: dict[int, Pair] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> Pair:
+        if layer_idx not in self._buffers:
+            batch, heads, _, width = key_states.shape
+            shape = (batch, heads, self.capacity, width)
+            # Zeros: a masked slot counts nothing, but not a number times nothing is still not a number.
+            self._buffers[layer_idx] = (key_states.new_zeros(shape), value_states.new_zeros(shape))
+        for buffer, states in zip(self._buffers[layer_idx], (key_states, value_states), strict=True):
+            buffer.index_copy_(2, self.slots, states)
+        return self._buffers[layer_idx]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
 
 
 def _room(states: torch.Tensor, filled: int, length: int) -> torch.Tensor:
-    """A buffer of twice ``length``, with what is ``filled`` of ``states``."""
+    """A buffer of ``length``, with what is ``filled`` of ``states``."""
     batch, heads, _, width = states.shape
-    room = states.new_empty(batch, heads, max(FIRST_CAPACITY, 2 * length), width)
+    room = states.new_empty(batch, heads, length, width)
     room[:, :, :filled] = states[:, :, :filled]
     return room

@@ -42,7 +42,7 @@ def decode(
         InputError: the prompts alone are longer than ``context_length``.
     """
     check_length(layout, context_length)
-    cache = backend.new_cache()
+    cache = backend.new_cache(len(layout) + len(layout.last) * max_new_tokens)
     rows = read_prompts(backend, layout, cache)
     row_of = {branch: branch for branch in range(len(layout.last))}
     finished: list[FinishReason | None] = [None] * len(layout.last)

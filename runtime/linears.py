@@ -1,6 +1,7 @@
 """Linear layers over quantised weights, in the formats of bitsandbytes: on torch's own kernels, or on its own."""
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ Bias = torch.Tensor | None
 class Int8Linear(nn.Module):
     """``x @ (weight * scale / 127)^T + bias``: int8 ``[out, in]``, float32 ``[out]``; only the weights are quantised.
 
-    Few bfloat16 rows on a CPU go through torch's packed int8 product, whose scales are bfloat16 too. Anything else is
-    multiplied with the weights widened to the type of ``x``, which holds them exactly.
+    Few bfloat16 rows on a CPU go through torch's packed int8 product, whose scales are bfloat16 too, and few rows of a
+    half type on a CUDA card through our kernel. Anything else is multiplied with the weights widened to the type of
+    ``x``, which holds them exactly.
     """
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor, bias: Bias) -> None:
@@ -44,8 +46,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(rows) <= PACKED_ROWS:
+        few = len(rows) <= PACKED_ROWS
+        if few and x.device.type == "cpu" and x.dtype == torch.bfloat16:
             found = torch._weight_int8pack_mm(rows, self.weight, self.packed_steps)
+        elif few and x.device.type == "cuda" and x.dtype != torch.float32:
+            found = _cuda_product()(rows, self.weight, self.steps)
         else:
             found = functional.linear(rows, self.weight.to(x.dtype)) * self.steps.to(x.dtype)
         if self.bias is not None:
@@ -119,10 +124,21 @@ def bitsandbytes() -> Any:
     return bitsandbytes
 
 
+def has_bnb_int8(model: nn.Module) -> bool:
+    return any(type(layer).__name__ == "Linear8bitLt" for layer in model.modules())
+
+
+def _cuda_product() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    from runtime.triton_int8 import int8_product
+
+    return int8_product
+
+
 def _int8(kernel: Int8Kernel, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, Bias], nn.Module]:
-    """``auto``: what was measured to be faster; on cards nothing was, and bitsandbytes is made for them."""
+    """``auto``: weights alone, which is faster where it was measured and rounds less; bitsandbytes on a card without
+    Triton, which its kernel is written in."""
     if kernel == "auto":
-        kernel = "bnb" if device.type == "cuda" else "weight-only"
+        kernel = "bnb" if device.type == "cuda" and find_spec("triton") is None else "weight-only"
     return bnb_int8_linear if kernel == "bnb" else Int8Linear
 
 

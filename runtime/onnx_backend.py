@@ -47,7 +47,7 @@ class OnnxBackend:
             i["name"]: (i["shape"][1], 0, i["shape"][3]) for i in graph["inputs"] if i["name"].startswith(PAST)
         }
 
-    def new_cache(self) -> OnnxCache:
+    def new_cache(self, capacity: int) -> OnnxCache:
         return OnnxCache({})
 
     def forward(

@@ -32,7 +32,7 @@ class LoadOptions:
         device: torch's name of one; ``auto`` is a CUDA card, Apple's GPU, or the CPU. ONNX artifacts run on the CPU.
         dtype: the type to compute in; ``auto`` is the stored one, and bfloat16 for 8 bits on a CPU.
         int8_kernel: ``weight-only`` multiplies int8 weights with activations as they are; ``bnb``, bitsandbytes' own,
-            quantises these too; ``auto`` is the first on a CPU and the second on a card.
+            quantises these too; ``auto`` is the first, but for a CUDA card without Triton.
         attn_implementation: ``sdpa``, torch's fused attention, or ``eager``.
         device_map: ``auto`` spreads the layers over all cards and the CPU.
         max_memory: what each of these may take, such as ``0=8GB,cpu=16GB``.

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -14,8 +15,10 @@ from pos2d.quiet import quietly
 from pos2d.recipe import QuantRecipe
 from runtime.attention import NAME as COLUMNS
 from runtime.backend import Floats
-from runtime.cache import new_cache
+from runtime.cache import FixedCache, growing_cache
+from runtime.cuda_graphs import GraphedCache, Tensors
 from runtime.devices import Homes, one_device, place_of, spread
+from runtime.linears import has_bnb_int8
 from runtime.options import LoadOptions
 from runtime.torch_loading import HEAD, empty_decoder, fill_decoder, quantised_modules, stored_tensors
 
@@ -43,6 +46,8 @@ class TorchBackend:
             place=place_of(homes),
         )
         self._quantised = recipe is not None
+        # bitsandbytes' int8 looks at its activations to choose what it does, which a graph cannot.
+        self._graphed = homes == {"": device} and device.type == "cuda" and not has_bnb_int8(self._model)
         self._device = place_of(homes)("model.embed_tokens")
         self._model.model.rotary_emb.to(self._device)
         if len(set(homes.values())) > 1:
@@ -50,8 +55,8 @@ class TorchBackend:
 
             self._model = dispatch_model(self._model, device_map=homes)
 
-    def new_cache(self) -> Cache:
-        return new_cache()
+    def new_cache(self, capacity: int) -> Cache:
+        return GraphedCache(capacity) if self._graphed else growing_cache(capacity)
 
     @torch.inference_mode()
     def forward(
@@ -63,21 +68,41 @@ class TorchBackend:
         cache: Cache | None = None,
         rows: Ints | None = None,
     ) -> Floats:
+        inputs = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "pos2d": pos2d,
+            "attention_mask": mask[:, None],
+            **({} if rows is None else {"logits_to_keep": rows}),
+        }
+        tensors = {name: torch.tensor(values, device=self._device) for name, values in inputs.items()}
         with quietly("bitsandbytes") if self._quantised else nullcontext():  # it tells of every cast of every layer
-            logits = self._model(
-                input_ids=self._tensor(input_ids),
-                position_ids=self._tensor(position_ids),
-                pos2d=self._tensor(pos2d),
-                attention_mask=self._tensor(mask)[:, None],
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=0 if rows is None else self._tensor(rows),
-            ).logits
+            if isinstance(cache, FixedCache):
+                logits = self._forward_fixed(cache, tensors)
+            else:
+                logits = self._model(**tensors, past_key_values=cache, use_cache=cache is not None).logits
         result: Floats = logits.float().cpu().numpy()
         return result
 
-    def _tensor(self, values: Ints | Bools) -> torch.Tensor:
-        return torch.tensor(values, device=self._device)
+    def _forward_fixed(self, cache: FixedCache, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """A pass over a cache whose unfilled slots are masked; short ones, which are steps, run as graphs on a card."""
+
+        def step(given: Tensors) -> torch.Tensor:
+            names = {name: tensor for name, tensor in given.items() if name != "slots"}
+            logits: torch.Tensor = self._model(**names, past_key_values=cache, use_cache=True).logits
+            return logits
+
+        count = tensors["input_ids"].shape[1]
+        mask = tensors["attention_mask"]
+        tensors["attention_mask"] = functional.pad(mask, (0, cache.capacity - mask.shape[-1]))
+        tensors["slots"] = torch.arange(cache.length, cache.length + count, device=self._device)
+        if isinstance(cache, GraphedCache) and cache.length > 0 and "logits_to_keep" not in tensors:
+            logits = cache.run(step, tensors)
+        else:
+            cache.slots = tensors["slots"]
+            logits = step(tensors)
+        cache.length += count
+        return logits
 
 
 def _recipe(directory: Path, manifest: Manifest, options: LoadOptions) -> QuantRecipe | None:

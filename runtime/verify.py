@@ -157,7 +157,7 @@ def _probe(model: Model, context: int, lengths: Sequence[int]) -> tuple[Layout, 
 
 def _stepwise(model: Model, layout: Layout, script: Sequence[Sequence[int] | None]) -> tuple[Floats, list[list[int]]]:
     """Logits of the prompts and of every step, and the tokens fed: of ``script``, or greedy where it has none."""
-    cache = model.backend.new_cache()
+    cache = model.backend.new_cache(len(layout) + len(layout.last) * len(script))
     logits = [forward(model.backend, layout, len(layout), cache)]
     newest = logits[0][list(layout.last)]
     fed: list[list[int]] = []

@@ -1,6 +1,10 @@
 """The torch engine: a cache that is written in place, long prompts in pieces, and attention that reads the cache."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,17 @@ from runtime import cache, engine
 from tests.conftest import BACKENDS, Golden
 
 ModelOf = Callable[..., runtime.Model]
+KERNEL_PROGRAM = """
+import torch
+from runtime.triton_int8 import int8_product
+
+torch.manual_seed(0)
+for rows, outputs, inputs in ((1, 96, 64), (3, 100, 200), (16, 33, 576)):
+    x, weight = torch.randn(rows, inputs).half(), torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    steps = torch.rand(outputs)
+    exact = x.double() @ weight.double().T * steps.double()
+    assert (int8_product(x, weight, steps).double() - exact).abs().max() < exact.abs().max() * 2**-10
+"""
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15, 16, 17, 18, 19]]
 CONTEXT = list(range(20, 31))
 
@@ -25,10 +40,12 @@ def test_a_prompt_read_in_pieces_is_the_same(
     model = model_of(golden, kind, device="cpu", dtype="float32")
     layout = build_layout(PROMPTS, model.manifest.rope_2d, CONTEXT, visibility)
     whole = engine.forward(model.backend, layout, len(layout))[list(layout.last)]
-    np.testing.assert_allclose(engine.read_prompts(model.backend, layout, model.backend.new_cache()), whole, atol=1e-4)
+    np.testing.assert_allclose(
+        engine.read_prompts(model.backend, layout, model.backend.new_cache(64)), whole, atol=1e-4
+    )
     for piece in (1, 5, len(layout) - 1):
         monkeypatch.setattr(engine, "PIECE", piece)
-        found = engine.read_prompts(model.backend, layout, model.backend.new_cache())
+        found = engine.read_prompts(model.backend, layout, model.backend.new_cache(64))
         np.testing.assert_allclose(found, whole, atol=1e-4)
 
 
@@ -56,22 +73,45 @@ def test_both_attentions_agree(golden: Golden, model_of: ModelOf) -> None:
     np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-def test_the_cache_keeps_everything_and_moves_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "FIRST_CAPACITY", 4)
+def test_the_growing_cache_keeps_everything_and_moves_seldom() -> None:
     torch.manual_seed(0)
-    layer = cache.new_cache()
+    layers = cache.growing_cache(8)
     fed: list[torch.Tensor] = []
     addresses = set()
     for count in (3, *[1] * 40, 9, 1):
-        new = torch.randn(1, 2, count, 8)
-        fed.append(new)
-        keys, values = layer.update(new, new + 1, 0)
+        fed.append(torch.randn(1, 2, count, 8))
+        keys, values = layers.update(fed[-1], fed[-1] + 1, 0)
         expected = torch.cat(fed, dim=2)
         torch.testing.assert_close(keys, expected, rtol=0, atol=0)
         torch.testing.assert_close(values, expected + 1, rtol=0, atol=0)
-        assert layer.get_seq_length() == expected.shape[2]
+        assert layers.get_seq_length() == expected.shape[2]
         addresses.add(keys.data_ptr())
-    assert len(addresses) <= 5  # it doubles
+    assert len(addresses) <= 4  # 8, then doubled
+
+
+def test_a_cache_of_fixed_size_gives_the_same_steps(
+    golden: Golden, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA graphs are recorded over; on the CPU it runs without them."""
+    model = model_of(golden, "merged", device="cpu", dtype="float32")
+    expected = model.generate_ids(PROMPTS, CONTEXT, max_new_tokens=9, ignore_eos=True)
+    made: list[cache.FixedCache] = []
+
+    def fixed(capacity: int) -> cache.FixedCache:
+        made.append(cache.FixedCache(capacity))
+        return made[-1]
+
+    monkeypatch.setattr(model.backend, "new_cache", fixed)
+    assert model.generate_ids(PROMPTS, CONTEXT, max_new_tokens=9, ignore_eos=True) == expected
+    assert made[0].length == sum(map(len, PROMPTS)) + len(CONTEXT) + 8 * len(PROMPTS)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with torch's builds for CUDA")
+def test_the_kernel_for_cards() -> None:
+    """In Triton's interpreter, which multiplies float16 as a card does (and bfloat16 not at all)."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", KERNEL_PROGRAM], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_step_in_bfloat16_is_near_the_step_in_float32(golden: Golden, model_of: ModelOf) -> None:

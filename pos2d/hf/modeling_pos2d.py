@@ -24,9 +24,9 @@ from .configuration_pos2d import Pos2DLlamaConfig, Pos2DMistralConfig, Pos2DQwen
 def rotary_angles(positions, inv_freq, axes):
     """Angle of every frequency: ``positions[..., axes] * inv_freq`` in float32.
 
-    Shapes: positions int ``[B, S, 3]`` (position, branch, time), inv_freq ``[F]``, axes F names; returns ``[B, S, F]``.
+    Shapes: positions int ``[B, S, 3]`` (position, branch, time), inv_freq and axes ``[F]``; returns ``[B, S, F]``.
     """
-    return positions[..., list(axes)].float() * inv_freq.float()
+    return positions.index_select(-1, axes).float() * inv_freq.float()
 
 
 def columnar_mask(times):
@@ -58,6 +58,8 @@ class Pos2DRotaryEmbedding(nn.Module):
             raise ValueError(f"rope_2d names {len(axes)} axes, the model has {len(stock.inv_freq)} frequencies")
         self.stock = stock
         self.axes = tuple(axes)
+        # Not a buffer: loaders fill those from files, and would leave this one empty.
+        self.axes_on = {}
 
     @torch.no_grad()
     def forward(self, hidden_states, position_ids):
@@ -66,7 +68,10 @@ class Pos2DRotaryEmbedding(nn.Module):
             raise ValueError(
                 "positions need float32 frequencies: choose the type with from_pretrained(dtype=...), not .half()"
             )
-        angles = rotary_angles(position_ids, inv_freq.to(hidden_states.device), self.axes)
+        device = hidden_states.device
+        if device not in self.axes_on:
+            self.axes_on[device] = torch.tensor(self.axes, device=device)
+        angles = rotary_angles(position_ids, inv_freq.to(device), self.axes_on[device])
         angles = torch.cat((angles, angles), dim=-1)
         scaling = self.stock.attention_scaling
         return (angles.cos() * scaling).to(hidden_states.dtype), (angles.sin() * scaling).to(hidden_states.dtype)
