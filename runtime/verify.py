@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from pos2d.errors import InputError, ParityError, UsageError
 from pos2d.layout import Layout, build_layout
+from pos2d.manifest import read_manifest
 from pos2d.progress import Progress
 from runtime.backend import Floats
 from runtime.engine import forward
@@ -77,10 +78,13 @@ def verify(artifact: str | Path, against: str | Path, *, rtol: float = DEFAULT_R
 
     Raises:
         InputError: either is not an artifact, or they are not the same model.
-        UsageError: a tolerance that is not positive.
+        UsageError: a tolerance that is not positive, or a quantised artifact, which is meant to differ.
     """
     if not rtol > 0:
         raise UsageError(f"rtol {rtol} must be above 0")
+    for path in (artifact, against):
+        if read_manifest(Path(path)).quant is not None:
+            raise UsageError(f"{path} is quantised, so its logits differ; eval measures by how much that matters")
     candidate, reference = (load(path, device="cpu", dtype="float32") for path in (artifact, against))
     _check_same_model(candidate, reference)
     cases: list[CaseParity] = []

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 import exporter
 import runtime
-from pos2d.errors import InputError, ParityError, Pos2DError
+from pos2d.errors import InputError, ParityError, Pos2DError, UsageError
 from pos2d.manifest import read_manifest
 from runtime.verify import compare
 from tests.conftest import Golden, read_golden
@@ -132,3 +132,11 @@ def test_a_check_that_breaks_is_a_defect(
     with pytest.raises(Pos2DError, match="verify ended with exit code 1"):
         exporter.export(artifact_of(qwen2, "merged"), tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantised_artifact_is_not_held_to_the_tolerance_of_exact_ones(
+    qwen2: Golden, artifact_of: ArtifactOf
+) -> None:
+    for pair in (("8bit", "merged"), ("merged", "8bit")):
+        with pytest.raises(UsageError, match="eval measures"):
+            runtime.verify(*(artifact_of(qwen2, kind) for kind in pair))
