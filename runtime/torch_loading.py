@@ -95,6 +95,14 @@ def fill_decoder(
     parts = {name: _parts(layer, recipe.name if recipe and stored else None) for name, layer in layers.items()}
     _check_names(tensors, {*plain, *(f"{module}.{part}" for module, those in parts.items() for part in those)})
     with Progress("loading", len(tensors.files)) as progress:
+        # A tensor is here and in its mapped file while it is copied: the largest come while there is little else.
+        for name in sorted(plain, key=lambda name: (-model.get_parameter(name).numel(), name)):
+            module, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(module)
+            value = tensors.read(name, place(module), dtype)
+            _check_shape(name, value, getattr(owner, leaf))
+            setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+            progress.advance()
         for module, layer in layers.items():
             assert recipe is not None
             own = {part: tensors.read(f"{module}.{part}", place(module)) for part in parts[module]}
@@ -102,13 +110,6 @@ def fill_decoder(
             make = stored_linear if stored else quantised_linear
             model.set_submodule(module, make(own, recipe.name, kernel, dtype))
             progress.advance(len(own))
-        for name in plain:
-            module, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(module)
-            value = tensors.read(name, place(module), dtype)
-            _check_shape(name, value, getattr(owner, leaf))
-            setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
-            progress.advance()
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
 
