@@ -5,6 +5,7 @@ from typing import Unpack
 
 from pos2d.manifest import read_manifest
 from runtime.backend import Backend
+from runtime.memory import check_memory
 from runtime.model import Model
 from runtime.options import LoadFlags, LoadOptions
 
@@ -17,11 +18,12 @@ def load(path: str | Path, **flags: Unpack[LoadFlags]) -> Model:
     Raises:
         InputError: not an artifact, or one whose files are missing or cut.
         UsageError: a device, type or kernel that this artifact cannot use, or flags that contradict each other.
-        StorageError: the devices together are too small.
+        StorageError: the memory, or the devices together, cannot hold the weights.
     """
     options = LoadOptions(**flags)
     directory = Path(path)
     manifest = read_manifest(directory)
+    check_memory(directory, manifest, options)
     backend: Backend
     if manifest.kind == "onnx":
         from runtime.onnx_backend import OnnxBackend
