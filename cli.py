@@ -33,8 +33,6 @@ EXIT_CODES = (
     "Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 bad or mismatching input, 4 unsafe input, 5 disk or I/O, "
     "6 output exists or is busy, 7 verification failed, 130 interrupted, 143 terminated."
 )
-
-
 TERMINATED = 143
 
 
@@ -173,6 +171,20 @@ def inspect(as_json: bool, **flags: Any) -> None:
     report = exporter.inspect(**flags)
     show(report, as_json, "\n".join(inspect_lines(report)))
     report.raise_if_misfit()
+
+
+@cli.command()
+@click.argument("model", metavar="MODEL_OR_ARTIFACT")
+@click.option("--gpu-memory", metavar="8GB", help="Of the card to run on.  [default: the CPU, in the free memory]")
+@click.option("--branches", type=int, default=1, show_default=True, help="Prompts that are answered side by side.")
+@click.option("--context", type=int, default=4096, show_default=True, help="Positions in the cache, of all branches.")
+@json_option
+def plan(as_json: bool, **flags: Any) -> None:
+    """Say what every format of a base or an artifact needs, and which one to take; no weight is read."""
+    import exporter
+
+    report = exporter.plan(**flags)
+    show(report, as_json, "\n".join(report.lines()))
 
 
 @cli.command()

@@ -93,6 +93,7 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
         ("merge", exporter.merge),
         ("export", exporter.export),
         ("inspect", exporter.inspect),
+        ("plan", exporter.plan),
         ("verify", runtime.verify),
         ("run", runtime.run),
     ):
