@@ -248,6 +248,17 @@ def run(prompt: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     )
 
 
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine has, and what the tool still needs."""
+    import runtime
+
+    report = runtime.doctor()
+    show(report, as_json, "\n".join(report.lines()))
+    report.raise_if_unfit()
+
+
 def show(report: Any, as_json: bool, summary: str) -> None:
     """A report on standard output: JSON for programs, else its summary."""
     click.echo(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) if as_json else summary)

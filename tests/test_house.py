@@ -96,6 +96,7 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
         ("plan", exporter.plan),
         ("verify", runtime.verify),
         ("run", runtime.run),
+        ("doctor", runtime.doctor),
     ):
         flags = {parameter.name for parameter in cli.commands[name].params}
         parameters = set(signature(function).parameters)
