@@ -104,7 +104,7 @@ ARTIFACTS: dict[str, tuple[Format, Callable[[Path], None]]] = {
 
 
 CASES = [
-    Case(artifact, branches, context) for artifact in ARTIFACTS for branches, context in ((1, 64), (4, 1024), (1, 4096))
+    Case(artifact, branches, context) for artifact in ARTIFACTS for branches, context in ((1, 64), (4, 1024), (1, 2048))
 ]
 
 

@@ -15,7 +15,6 @@ from pos2d.recipe import Quant
 from pos2d.sizes import size_text
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # How the runtime reads: prompts in pieces of this many tokens, and logits for the newest token of every branch, of
 # which the graph knows nothing: it makes those of the whole piece.

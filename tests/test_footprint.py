@@ -25,6 +25,7 @@ from pos2d.errors import InputError, StorageError, UsageError
 from pos2d.families import Dimensions, expected_tensors
 from pos2d.footprint import (
     HEADER_ENTRY_BYTES,
+    PREFILL_ROWS,
     Footprint,
     Format,
     Workload,
@@ -39,6 +40,7 @@ from pos2d.footprint import (
 )
 from pos2d.manifest import read_manifest
 from pos2d.sizes import parse_size, size_text
+from runtime.engine import PIECE
 from runtime.memory import check_memory
 from runtime.options import LoadOptions
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
@@ -163,6 +165,12 @@ def test_more_work_takes_more(form: Format) -> None:
         assert used.peak >= used.process + used.weights + used.cache + used.activations
         assert used.peak < measure(replace(LARGE, layers=29), form, few).peak
     assert activation_bytes(LARGE, form, Workload(2048, 1024, 1)) > activation_bytes(LARGE, form, few)
+
+
+def test_prompts_are_read_as_the_runtime_reads_them() -> None:
+    assert PREFILL_ROWS == PIECE
+    assert Workload.of(4, 100) == Workload(positions=100, rows=100, logits_rows=4)
+    assert Workload.of(4, 10_000) == Workload(positions=10_000, rows=PIECE, logits_rows=4)
 
 
 def test_smaller_types_take_less() -> None:
