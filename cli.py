@@ -33,8 +33,6 @@ EXIT_CODES = (
     "Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 bad or mismatching input, 4 unsafe input, 5 disk or I/O, "
     "6 output exists or is busy, 7 verification failed, 130 interrupted, 143 terminated."
 )
-
-
 TERMINATED = 143
 
 
@@ -176,6 +174,20 @@ def inspect(as_json: bool, **flags: Any) -> None:
 
 
 @cli.command()
+@click.argument("model", metavar="MODEL_OR_ARTIFACT")
+@click.option("--gpu-memory", metavar="8GB", help="Of the card to run on.  [default: the CPU, in the free memory]")
+@click.option("--branches", type=int, default=1, show_default=True, help="Prompts that are answered side by side.")
+@click.option("--context", type=int, default=4096, show_default=True, help="Positions in the cache, of all branches.")
+@json_option
+def plan(as_json: bool, **flags: Any) -> None:
+    """Say what every format of a base or an artifact needs, and which one to take; no weight is read."""
+    import exporter
+
+    report = exporter.plan(**flags)
+    show(report, as_json, "\n".join(report.lines()))
+
+
+@cli.command()
 @click.argument("artifact")
 @click.option(
     "--against", required=True, metavar="MERGED_OR_ONNX", help="The reference: another artifact of the same model."
@@ -234,6 +246,17 @@ def run(prompt: tuple[str, ...], as_json: bool, **flags: Any) -> None:
         f"first after {report.first_seconds:.2f} s (loaded in {report.load_seconds:.1f} s, {report.visibility})",
         err=True,
     )
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine has, and what the tool still needs."""
+    import runtime
+
+    report = runtime.doctor()
+    show(report, as_json, "\n".join(report.lines()))
+    report.raise_if_unfit()
 
 
 def show(report: Any, as_json: bool, summary: str) -> None:

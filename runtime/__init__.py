@@ -1,8 +1,9 @@
 """Artifact -> text. One verb, one file, one function."""
 
+from runtime.doctor import DoctorReport, doctor
 from runtime.load import load
 from runtime.model import Model
 from runtime.run import Completion, RunReport, run
 from runtime.verify import ParityReport, verify
 
-__all__ = ["Completion", "Model", "ParityReport", "RunReport", "load", "run", "verify"]
+__all__ = ["Completion", "DoctorReport", "Model", "ParityReport", "RunReport", "doctor", "load", "run", "verify"]

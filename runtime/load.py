@@ -17,7 +17,7 @@ def load(path: str | Path, **flags: Unpack[LoadFlags]) -> Model:
     Raises:
         InputError: not an artifact, or one whose files are missing or cut.
         UsageError: a device, type or kernel that this artifact cannot use, or flags that contradict each other.
-        StorageError: the devices together are too small.
+        StorageError: the memory, or the devices together, cannot hold the weights.
     """
     options = LoadOptions(**flags)
     directory = Path(path)

@@ -9,6 +9,7 @@ from pos2d.errors import InputError, UsageError
 from pos2d.layout import Bools, Ints
 from pos2d.manifest import Manifest
 from runtime.backend import Floats
+from runtime.memory import check_memory
 from runtime.options import LoadOptions
 
 PAST, PRESENT = "past_key_values.", "present."
@@ -34,6 +35,7 @@ class OnnxBackend:
                 f"{directory} is an ONNX artifact; --quant, --int8-kernel, --attn-implementation, --device-map and "
                 "--max-memory are for merged and bnb ones"
             )
+        check_memory(directory, manifest, manifest.dtype)
         graph = manifest.graph or {}
         settings = ort.SessionOptions()
         settings.log_severity_level = 3

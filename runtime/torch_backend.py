@@ -19,6 +19,7 @@ from runtime.cache import FixedCache, growing_cache
 from runtime.cuda_graphs import GraphedCache, Tensors
 from runtime.devices import Homes, one_device, place_of, spread
 from runtime.linears import has_bnb_int8
+from runtime.memory import check_memory
 from runtime.options import LoadOptions
 from runtime.torch_loading import HEAD, empty_decoder, fill_decoder, quantised_modules, stored_tensors
 
@@ -30,6 +31,8 @@ class TorchBackend:
         recipe = _recipe(directory, manifest, options)
         device = one_device(options.device)
         self.dtype = _compute_dtype(manifest, options, recipe, device)
+        if device.type == "cpu" and options.device_map is None:
+            check_memory(directory, manifest, str(self.dtype).removeprefix("torch."), options.quant)
         self._model = empty_decoder(
             directory, manifest.family, COLUMNS if options.attn_implementation == "sdpa" else "eager"
         )

@@ -93,8 +93,10 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
         ("merge", exporter.merge),
         ("export", exporter.export),
         ("inspect", exporter.inspect),
+        ("plan", exporter.plan),
         ("verify", runtime.verify),
         ("run", runtime.run),
+        ("doctor", runtime.doctor),
     ):
         flags = {parameter.name for parameter in cli.commands[name].params}
         parameters = set(signature(function).parameters)

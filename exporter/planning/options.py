@@ -1,0 +1,148 @@
+"""Every format that a base or an artifact can take, with its needs and the commands that lead there."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.checkpoint import Checkpoint, read_config, torch_name
+from exporter.companions import COMPANIONS
+from exporter.planning.graph_sizes import graph_sizes
+from pos2d.families import Dimensions
+from pos2d.footprint import (
+    DTYPE_BYTES,
+    HEADER_ENTRY_BYTES,
+    Footprint,
+    Format,
+    Workload,
+    card_memory,
+    disk_bytes,
+    memory,
+)
+from pos2d.manifest import read_manifest
+
+DTYPES = ("float32", "bfloat16", "float16")
+ONNX = Format("onnx", "float32")
+ADAPTER, PROMPT = "YOUR_ADAPTER", "YOUR_PROMPT"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """``disk``: bytes of the directory; ``ram``: on the CPU; ``vram``: on a card, of a format that runs there.
+
+    ``commands`` make it, or run it where it is there already.
+    """
+
+    name: str
+    form: Format
+    disk: int
+    ram: Footprint
+    vram: Footprint | None
+    note: str
+    commands: tuple[str, ...]
+
+    def fits(self, memory_available: int, gpu_memory: int | None) -> bool:
+        """On the card where there is one and the format runs there, else in the memory."""
+        if gpu_memory is not None and self.vram is not None:
+            return self.vram.peak <= gpu_memory
+        return self.ram.peak <= memory_available
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model that is planned for and what it is asked to do; ``on_card``: whether the commands are for a card."""
+
+    sizes: Dimensions
+    work: Workload
+    on_card: bool
+
+    def option(self, form: Format, disk: int, commands: Sequence[Sequence[str]], note: str = "") -> Option:
+        return Option(
+            name=form.name,
+            form=form,
+            disk=disk,
+            ram=memory(self.sizes, form, self.work),
+            vram=None if form.kind == "onnx" else card_memory(self.sizes, form, self.work),
+            note=note or ("runs on the CPU only" if form.kind == "onnx" else ""),
+            commands=tuple(shlex.join(command) for command in commands),
+        )
+
+
+def options_of_base(base: Checkpoint, model: str, subject: Subject) -> list[Option]:
+    """Merges in every type, the base's own among them, then what is exported from them."""
+    own = own_dtype(base)
+    beside = sum((base.directory / name).stat().st_size for name in COMPANIONS if (base.directory / name).is_file())
+    exact = sum(place.nbytes + HEADER_ENTRY_BYTES for place in base.tensors.values())
+    inputs = ["--base-model", model, "--lora", ADAPTER]
+    merge = ["pos2d", "merge", *inputs]
+    options = []
+    for dtype in sorted({own, *DTYPES}, key=lambda dtype: (-DTYPE_BYTES[dtype], dtype != own, DTYPES.index(dtype))):
+        form = Format("merged", dtype)
+        if dtype == own:
+            command = [*merge, "-o", "merged"]
+            options.append(subject.option(form, exact + beside, [command], "the base's own type"))
+        else:
+            command = [*merge, "--dtype", dtype, "-o", "merged"]
+            options.append(subject.option(form, disk_bytes(base.sizes, form) + beside, [command]))
+    for form in quantised(own):
+        command = ["pos2d", "export", *export_flags(form, own), *inputs, "-o", f"bnb-{form.quant}"]
+        options.append(subject.option(form, disk_bytes(base.sizes, form) + beside, [command]))
+    commands = [[*merge, "-o", "merged"], ["pos2d", "export", "merged", *export_flags(ONNX, own), "-o", "onnx"]]
+    return [*options, subject.option(ONNX, disk_bytes(base.sizes, ONNX) + beside, commands)]
+
+
+def options_of_artifact(directory: Path, subject: Subject) -> list[Option]:
+    """The artifact itself, in every type that it can compute in, and a merged one's exports."""
+    manifest = read_manifest(directory)
+    run = ["pos2d", "run", str(directory), "--prompt", PROMPT]
+    if manifest.kind == "onnx":
+        return [subject.option(ONNX, manifest.total_bytes, [run], "this artifact; runs on the CPU only")]
+    run += ["--device", "cuda" if subject.on_card else "cpu"]
+    if manifest.quant is not None:
+        # 8 bits on the CPU are computed in bfloat16, whatever the rest is stored in.
+        dtype = "bfloat16" if manifest.quant.name == "8bit" and not subject.on_card else manifest.dtype
+        form = Format("bnb", dtype, manifest.quant.name)
+        return [subject.option(form, manifest.total_bytes, [run], "this artifact")]
+    options = [subject.option(Format("merged", manifest.dtype), manifest.total_bytes, [run], "this artifact")]
+    for dtype in DTYPES:
+        if dtype != manifest.dtype:
+            form, command = Format("merged", dtype), [*run, "--dtype", dtype]
+            note = f"this artifact, computed in {dtype}"
+            options.append(subject.option(form, manifest.total_bytes, [command], note))
+    beside = sum(facts["bytes"] for name, facts in manifest.files.items() if name in COMPANIONS)
+    for form in (*quantised(manifest.dtype), ONNX):
+        output = form.kind if form.quant is None else f"{form.kind}-{form.quant}"
+        command = ["pos2d", "export", str(directory), *export_flags(form, manifest.dtype), "-o", output]
+        options.append(subject.option(form, disk_bytes(subject.sizes, form) + beside, [command]))
+    return options
+
+
+def artifact_sizes(directory: Path) -> tuple[Dimensions, str]:
+    """The sizes of an artifact, and what it is.
+
+    Raises:
+        InputError: see :func:`pos2d.manifest.read_manifest`; a configuration or graph that cannot be read.
+    """
+    manifest = read_manifest(directory)
+    what = f"{manifest.kind} artifact, {manifest.dtype}"
+    if manifest.kind == "onnx":
+        return graph_sizes(directory, manifest), what
+    return Dimensions.from_config(read_config(directory), str(directory / "config.json")), what
+
+
+def own_dtype(base: Checkpoint) -> str:
+    """torch's name of the type of the linear weights, which is the type of a merge that keeps the base's."""
+    return next(torch_name(place.dtype) for name, place in base.tensors.items() if name.endswith("_proj.weight"))
+
+
+def export_flags(form: Format, own: str) -> list[str]:
+    """Of an export of weights in ``own``."""
+    if form.quant is None:
+        return ["--format", form.kind]
+    return ["--format", form.kind, "--quant", form.quant, *(["--dtype", form.dtype] if form.dtype != own else [])]
+
+
+def quantised(own: str) -> tuple[Format, Format]:
+    """The bitsandbytes formats of weights in ``own``: what is not quantised keeps 16 bits or gets them."""
+    dtype = own if DTYPE_BYTES[own] == 2 else "bfloat16"
+    return Format("bnb", dtype, "8bit"), Format("bnb", dtype, "nf4")

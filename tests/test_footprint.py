@@ -1,0 +1,365 @@
+"""``plan`` and the arithmetic behind it: estimates are what files and caches really take, and the advice can be run."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from click.testing import Result
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+import exporter
+import runtime
+from exporter.plan import PlanReport
+from pos2d.errors import InputError, StorageError, UsageError
+from pos2d.families import Dimensions, expected_tensors
+from pos2d.footprint import (
+    HEADER_ENTRY_BYTES,
+    PREFILL_ROWS,
+    Footprint,
+    Format,
+    Workload,
+    activation_bytes,
+    cache_bytes,
+    card_memory,
+    check_memory_fits,
+    disk_bytes,
+    least_memory,
+    memory,
+    weight_bytes,
+)
+from pos2d.sizes import parse_size, size_text
+from runtime.engine import PIECE
+from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
+from tests.conftest import GOLDENS, Golden
+
+Call = Callable[..., Result]
+ROOT = Path(__file__).parent.parent
+BASE = GOLDENS / "qwen2_r050_left" / "base"
+FORMATS = [
+    *(Format("merged", dtype) for dtype in ("float32", "bfloat16", "float16")),
+    Format("bnb", "bfloat16", "8bit"),
+    Format("bnb", "bfloat16", "nf4"),
+    Format("onnx", "float32"),
+]
+HALF_BILLION = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
+# Of a public model's shape, so that weights outweigh what is constant.
+LARGE = Dimensions(
+    family="qwen2",
+    hidden=3584,
+    intermediate=18944,
+    layers=28,
+    heads=28,
+    kv_heads=4,
+    head_dim=128,
+    vocab=152064,
+    context_length=32768,
+    norm_eps=1e-6,
+    tied=False,
+    qkv_bias=True,
+    output_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+)
+
+
+def sizes_of(directory: Path) -> Dimensions:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return Dimensions.from_config(config, "config.json")
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let this much memory be available."""
+
+    def give(available: float) -> None:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=int(available), total=1 << 40))
+
+    return give
+
+
+@pytest.fixture(params=CONFIGS)
+def family(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+    """A base of every kind, and an adapter for it."""
+    base = write_base(tmp_path / "base", CONFIGS[request.param])
+    modules = linear_modules(base)
+    return base, write_adapter(tmp_path / "lora.pth", random_adapter(square(modules) or modules))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_disk_of_a_merge(family: tuple[Path, Path], dtype: str, tmp_path: Path) -> None:
+    base, lora = family
+    exporter.merge(base, lora, tmp_path / "merged", dtype=dtype)
+    sizes, form = sizes_of(base), Format("merged", dtype)
+    file = tmp_path / "merged" / "model.safetensors"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert weight_bytes(sizes, form) == file.stat().st_size - header
+    assert disk_bytes(sizes, form) - weight_bytes(sizes, form) == pytest.approx(header, rel=0.25)
+
+
+def test_the_disk_and_the_sizes_of_a_graph(qwen2: Golden, artifact_of: Callable[[Golden, str], Path]) -> None:
+    directory = artifact_of(qwen2, "onnx")
+    sizes = sizes_of(BASE)
+    taken = sum((directory / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert disk_bytes(sizes, Format("onnx", "float32")) == pytest.approx(taken, rel=0.1)
+    from exporter.planning.options import artifact_sizes
+
+    assert artifact_sizes(directory)[0] == replace(sizes, norm_eps=0.0)
+
+
+@pytest.mark.parametrize(("quant", "settings"), [("8bit", {"load_in_8bit": True}), ("nf4", {"load_in_4bit": True})])
+def test_the_disk_of_a_quantised_model(quant: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    base = write_base(tmp_path / "base", CONFIGS["llama"])
+    config = BitsAndBytesConfig(**settings, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=config)
+    model.save_pretrained(tmp_path / "quantised")
+    file = tmp_path / "quantised" / "model.safetensors"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    sizes, form = sizes_of(base), Format("bnb", "bfloat16", quant)
+    states = len(linear_modules(base)) * 20  # the JSON of a state is longer where the layer is larger
+    assert weight_bytes(sizes, form) == pytest.approx(file.stat().st_size - header, abs=states)
+    assert disk_bytes(sizes, form) == pytest.approx(file.stat().st_size, abs=header // 3)
+
+
+def test_the_cache_of_a_model(qwen2: Golden, model_of: Callable[[Golden, str], runtime.Model]) -> None:
+    model = model_of(qwen2, "onnx")
+    cache: Any = model.backend.new_cache(24)
+    ids = torch.arange(24).reshape(1, 24).numpy()
+    pairs = torch.stack([torch.zeros(1, 24), torch.arange(24)[None]], dim=-1).long().numpy()
+    model.backend.forward(ids, ids, pairs, ids[:, None, :] <= ids[:, :, None], cache)
+    held = sum(value.numpy().nbytes for value in cache.values.values())
+    assert cache_bytes(sizes_of(BASE), 24, "float32") == held
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_more_work_takes_more(form: Format) -> None:
+    few, more, longer = Workload.of(1, 2048), Workload.of(8, 2048), Workload.of(1, 8192)
+    for measure in (memory, card_memory):
+        used = measure(LARGE, form, few)
+        assert used.peak <= measure(LARGE, form, more).peak < measure(LARGE, form, longer).peak
+        assert used.peak >= used.process + used.weights + used.cache + used.activations
+        assert used.peak < measure(replace(LARGE, layers=29), form, few).peak
+    assert activation_bytes(LARGE, form, Workload(2048, 1024, 1)) > activation_bytes(LARGE, form, few)
+
+
+def test_prompts_are_read_as_the_runtime_reads_them() -> None:
+    assert PREFILL_ROWS == PIECE
+    assert Workload.of(4, 100) == Workload(positions=100, rows=100, logits_rows=4)
+    assert Workload.of(4, 10_000) == Workload(positions=10_000, rows=PIECE, logits_rows=4)
+
+
+def test_smaller_types_take_less() -> None:
+    disk = [disk_bytes(LARGE, form) for form in FORMATS]
+    assert disk[0] > disk[1] == disk[2] > disk[3] > disk[4]
+    peaks = [card_memory(LARGE, form, Workload.of(1, 4096)).peak for form in FORMATS[:5]]
+    assert peaks == sorted(peaks, reverse=True)
+    tied = replace(LARGE, tied=True)
+    head = LARGE.vocab * LARGE.hidden * 2
+    assert disk_bytes(LARGE, FORMATS[1]) - disk_bytes(tied, FORMATS[1]) == head + HEADER_ENTRY_BYTES
+
+
+def test_the_peak_is_that_of_loading_or_of_running() -> None:
+    assert Footprint.of(1, 2, 3, 4, loading=20).peak == 21
+    assert Footprint.of(1, 2, 3, 4, loading=5).peak == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GB", 8e9), ("500MB", 5e8), ("12GiB", 12 << 30), ("8e9", 8e9), ("1.5 kb", 1500), (" 7 ", 7), (123, 123)],
+)
+def test_sizes(text: str | int, size: float) -> None:
+    assert parse_size(text, "--x") == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "8XB", "-8GB", "0", "0.1", "nan", "inf", "1e999", "8 G B", "eight"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match=f"--x {re.escape(repr(text))}.*such as 8GB"):
+        parse_size(text, "--x")
+
+
+def test_sizes_for_people() -> None:
+    assert [size_text(n) for n in (12, 1500, 988_097_824, 999_900_000, 15_231_000_000)] == [
+        "12 B",
+        "1.5 kB",
+        "988 MB",
+        "1.00 GB",
+        "15.23 GB",
+    ]
+
+
+def parse(command: str) -> dict[str, Any]:
+    """What click makes of a command's flags; it raises where they are wrong."""
+    from cli import cli
+
+    program, name, *arguments = shlex.split(command)
+    assert program == "pos2d"
+    return cli.commands[name].make_context(name, arguments).params
+
+
+def test_every_command_can_be_given(tmp_path: Path, qwen2: Golden, artifact_of: Callable[[Golden, str], Path]) -> None:
+    spaced = tmp_path / "a base; with spaces"
+    spaced.symlink_to(BASE)
+    for model in (spaced, artifact_of(qwen2, "merged"), artifact_of(qwen2, "onnx")):
+        for card in (None, "8GB"):
+            for option in exporter.plan(model, gpu_memory=card).options:
+                for command in option.commands:
+                    assert parse(command)
+
+
+@pytest.fixture
+def half_billion(tmp_path: Path) -> Path:
+    """A base of a public model's shape in bfloat16; its weights are a hole in the file, which nobody may read."""
+    (tmp_path / "config.json").write_text(json.dumps(HALF_BILLION), encoding="utf-8")
+    sizes = sizes_of(tmp_path)
+    entries, end = {}, 0
+    for name, shape in expected_tensors(sizes).items():
+        start, end = end, end + 2 * prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    return tmp_path
+
+
+def test_the_best_that_the_memory_holds(half_billion: Path, room: Callable[[float], None]) -> None:
+    peaks = {option.name: option.ram.peak for option in exporter.plan(half_billion).options}
+
+    def on_cpu(available: float) -> str | None:
+        room(available)
+        return exporter.plan(half_billion).recommended
+
+    assert on_cpu(1e12) == on_cpu(peaks["onnx float32"]) == "onnx float32"
+    assert on_cpu(peaks["onnx float32"] - 1) == on_cpu(peaks["bnb 8bit"]) == "bnb 8bit"
+    assert on_cpu(peaks["bnb nf4"]) == "bnb nf4"
+    assert on_cpu(peaks["bnb nf4"] - 1) is None
+
+
+def test_the_best_that_a_card_holds(half_billion: Path, room: Callable[[float], None], call: Call) -> None:
+    room(0)
+    peaks = {option.name: option.vram.peak for option in exporter.plan(half_billion).options if option.vram}
+
+    def on_card(size: int) -> PlanReport:
+        return exporter.plan(half_billion, gpu_memory=size)
+
+    assert on_card(10**12).recommended == "merged bfloat16"
+    for name in ("merged bfloat16", "bnb 8bit", "bnb nf4"):
+        report = on_card(peaks[name])
+        assert report.recommended == name
+        assert report.lines()[-1].strip().startswith("pos2d ")
+    nothing = on_card(1000)
+    assert (nothing.recommended, nothing.fitting) == (None, ())
+    assert "nothing fits" in nothing.lines()[-1]
+    assert call("plan", half_billion, "--gpu-memory", "1000").exit_code == 0
+    room(1e12)
+    assert on_card(1000).recommended == "onnx float32", "which runs on the CPU"
+
+
+def test_an_artifact_says_its_own_bytes(qwen2: Golden, artifact_of: Callable[[Golden, str], Path], call: Call) -> None:
+    for kind in ("merged", "onnx"):
+        directory = artifact_of(qwen2, kind)
+        report = exporter.plan(directory, branches=4)
+        files = sum(path.stat().st_size for path in directory.iterdir() if path.name != "manifest.json")
+        assert report.options[0].disk == files
+        assert report.options[0].commands == (
+            f"pos2d run {directory} --prompt YOUR_PROMPT" + (" --device cpu" if kind == "merged" else ""),
+        )
+        said = call("plan", directory, "--branches", 4)
+        assert said.exit_code == 0
+        assert "this artifact" in said.stdout
+        assert json.loads(call("plan", directory, "--json").stdout)["options"][0]["disk"] == files
+
+
+def test_the_context_is_that_of_the_model_at_most() -> None:
+    report = exporter.plan(BASE, context=10**9)
+    assert report.context == AutoConfig.from_pretrained(BASE).max_position_embeddings
+    assert report == replace(exporter.plan(BASE, context=report.context), memory_available=report.memory_available)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--gpu-memory", "lots"], 2, "--gpu-memory 'lots'"),
+        (["--branches", "0"], 2, "--branches 0"),
+        (["--context", "-3"], 2, "--context -3"),
+    ],
+)
+def test_refusals(call: Call, flags: list[str], code: int, words: str) -> None:
+    result = call("plan", BASE, *flags)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert words in result.stderr
+
+
+def test_what_is_no_model(
+    call: Call, tmp_path: Path, qwen2: Golden, artifact_of: Callable[[Golden, str], Path]
+) -> None:
+    assert call("plan", tmp_path / "nowhere").exit_code == 3
+    assert call("plan", tmp_path).exit_code == 3
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in artifact_of(qwen2, "onnx").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    graph = broken / "model.onnx"
+    graph.write_bytes(b"\xff" * graph.stat().st_size)
+    with pytest.raises(InputError, match="cannot be read as a graph"):
+        exporter.plan(broken)
+
+
+def test_a_plan_needs_no_torch(qwen2: Golden, artifact_of: Callable[[Golden, str], Path]) -> None:
+    program = (
+        "import sys, exporter; [exporter.plan(path) for path in sys.argv[1:]]; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'onnxruntime')))"
+    )
+    paths = [str(BASE), *(str(artifact_of(qwen2, kind)) for kind in ("merged", "onnx"))]
+    subprocess.run([sys.executable, "-c", program, *paths], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("kind", ["merged", "onnx"])
+def test_a_model_that_the_memory_cannot_hold(
+    kind: str, qwen2: Golden, artifact_of: Callable[[Golden, str], Path], room: Callable[[float], None], call: Call
+) -> None:
+    directory = artifact_of(qwen2, kind)
+    room(-1e12)
+    with pytest.raises(StorageError, match=r"needs .* of memory, .* are available; .*pos2d plan"):
+        runtime.load(directory, device="cpu")
+    assert call("run", directory, "--prompt", "x", "--device", "cpu").exit_code == 5
+    with pytest.raises(StorageError, match="are available"):
+        runtime.load(directory, device="cpu", dtype="float32")
+    room(1e12)
+    assert runtime.load(directory, device="cpu").manifest.kind == kind
+
+
+def test_a_need_equal_to_the_room_fits() -> None:
+    check_memory_fits("x", 5, 5)
+    with pytest.raises(StorageError, match="x needs 6 B of memory, 5 B are available"):
+        check_memory_fits("x", 6, 5)
+
+
+def test_only_merged_weights_are_converted() -> None:
+    floor = {kind: least_memory(kind, 0, "float32", "float32") for kind in ("merged", "bnb", "onnx")}
+    assert least_memory("merged", 100, "bfloat16", "float32") == floor["merged"] + 200
+    assert least_memory("bnb", 100, "bfloat16", "float32") == floor["bnb"] + 100
+    assert least_memory("merged", 100, "float32", "bfloat16", "8bit") == floor["merged"] + 25
+    assert least_memory("merged", 100, "bfloat16", "bfloat16", "nf4") == floor["merged"] + 25
