@@ -1,8 +1,9 @@
 """Artifact -> text. One verb, one file, one function."""
 
+from runtime.evaluate import EvalReport, evaluate
 from runtime.load import load
 from runtime.model import Model
 from runtime.run import Completion, RunReport, run
 from runtime.verify import ParityReport, verify
 
-__all__ = ["Completion", "Model", "ParityReport", "RunReport", "load", "run", "verify"]
+__all__ = ["Completion", "EvalReport", "Model", "ParityReport", "RunReport", "evaluate", "load", "run", "verify"]

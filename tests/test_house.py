@@ -94,6 +94,7 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
         ("export", exporter.export),
         ("inspect", exporter.inspect),
         ("verify", runtime.verify),
+        ("eval", runtime.evaluate),
         ("run", runtime.run),
     ):
         flags = {parameter.name for parameter in cli.commands[name].params}
