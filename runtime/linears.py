@@ -61,7 +61,8 @@ def bnb_int8_linear(weight: torch.Tensor, scales: torch.Tensor, bias: Bias) -> n
     )
     layer.weight = layers.Int8Params(weight, requires_grad=False, CB=weight, SCB=scales)
     layer.bias = _parameter(bias)
-    return layer  # type: ignore[no-any-return]
+    # A new layer is in training mode, where bitsandbytes leaves the activations of a CPU as they are.
+    return layer.eval()  # type: ignore[no-any-return]
 
 
 def bnb_nf4_linear(weight: torch.Tensor, bias: Bias, compute_dtype: torch.dtype) -> nn.Module:

@@ -233,8 +233,8 @@ def test_other_models_and_broken_ones_are_refused(columnar: Case, isolated: Case
         runtime.evaluate(broken, columnar.text)
 
 
-def test_other_artifacts_are_refused_before_their_weights_are_read(columnar: Case, tmp_path: Path) -> None:
-    """The tokenizer and the text come first too: a model takes minutes to load."""
+def test_an_artifact_without_a_tokenizer_is_refused_before_its_weights_are_read(columnar: Case, tmp_path: Path) -> None:
+    """Loading takes minutes, so what can be refused is refused first."""
     bare = shutil.copytree(columnar.merged, tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
     listed = json.loads((bare / "manifest.json").read_text(encoding="utf-8"))
