@@ -123,8 +123,9 @@ def _figures(name: str, readings: Sequence[Reading], models: Sequence[Model], pr
             scores.append(_score(reading, models))
         progress.advance()
     nll, other, kl, same = np.stack(scores, axis=1)
-    if not np.isfinite(np.stack(scores)).all():
-        raise InputError(f"{' or '.join(str(model.path) for model in models)} gives logits that are not finite")
+    for model, likelihoods in zip(models, (nll, other), strict=False):
+        if not np.isfinite(likelihoods).all():
+            raise InputError(f"{model.path} gives logits that are not finite for this text; make it again")
     counts = np.array([len(reading.targets) for reading in readings], dtype=np.float64)
     mean, error = _mean(nll, counts)
     facts: dict[str, float | None] = {}
@@ -149,7 +150,7 @@ def _figures(name: str, readings: Sequence[Reading], models: Sequence[Model], pr
 
 
 def _score(reading: Reading, models: Sequence[Model]) -> Doubles:
-    """Doubles over the predicted tokens of a sequence, read in pieces: see :func:`_sums`."""
+    """Sums over the predicted tokens of a sequence, read in pieces: see :func:`_sums`."""
     caches = [model.backend.new_cache() for model in models]
     piece = max(1, min(PIECE, LOGITS // models[0].manifest.vocab_size))
     sums = np.zeros(4)

@@ -61,11 +61,12 @@ def _samples(path: Path, tokenizer: Any, manifest: Manifest, branches: int, open
     longest = min(SAMPLE_TOKENS, (manifest.context_length - opening) // (branches + 1) if branches > 0 else 0)
     if longest < 2:
         raise UsageError(f"branches {branches} must be at least 1, and so few that the model can hold them")
+    rows = read_rows(path, tokenizer, longest)
     samples: list[Sample] = []
     length = 0
-    for row in read_rows(path, tokenizer, longest):
-        samples += [Sample(branch, row.context) for branch in row.branches]
-        length += len(row.context) + sum(len(branch.ids) for branch in row.branches)
+    for sample in (Sample(branch, row.context) for row in rows for branch in row.branches):
+        samples.append(sample)
+        length += len(sample.context) + len(sample.text.ids)
         if length >= TEXT_TOKENS:
             break
     if not samples:
