@@ -70,7 +70,7 @@ def inspect(
         path: the trainer's ``.pth`` or a directory with one, a PEFT directory, a base or an artifact.
         base_model: say whether the adapter fits this base; ``revision`` is of a base from the Hub.
         guess_ratio: score ratios and strides on ``text``, a file like the training data, of which
-            :mod:`exporter.inspection.samples` names the forms. This loads the base in float32.
+            :mod:`pos2d.texts` names the forms. This loads the base in float32.
 
     Raises:
         UsageError: flags without the flag or the kind of path that they belong to.

@@ -78,19 +78,21 @@ def read_prompts(backend: Backend, layout: Layout, cache: object) -> Floats:
         stop = min(start + PIECE, len(layout))
         wanted = [slot for slot in layout.last if start <= slot < stop]
         rows = np.array(wanted or [stop - 1]) - start
-        logits = _forward(backend, layout, start, stop, cache, rows)
+        logits = forward_slots(backend, layout, start, stop, cache, rows)
         found |= dict(zip(wanted, logits, strict=False))
     return np.stack([found[slot] for slot in layout.last])
 
 
 def forward(backend: Backend, layout: Layout, num_new: int, cache: object | None = None) -> Floats:
     """Logits ``[num_new, V]`` of the newest tokens of one sequence; the older ones are in ``cache``."""
-    return _forward(backend, layout, len(layout) - num_new, len(layout), cache)
+    return forward_slots(backend, layout, len(layout) - num_new, len(layout), cache)
 
 
-def _forward(
+def forward_slots(
     backend: Backend, layout: Layout, start: int, stop: int, cache: object | None, rows: Ints | None = None
 ) -> Floats:
+    """Logits ``[stop - start, V]`` of the tokens from slot ``start`` on, or ``[R, V]`` of those that ``rows`` counts
+    from there; the older ones are in ``cache``."""
     new = slice(start, stop)
     mask = layout.mask(start, stop)
     logits: Floats = backend.forward(

@@ -117,7 +117,7 @@ def fill_decoder(
             progress.advance(len(own))
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.eval()  # in training bitsandbytes takes another kernel
+    model.eval()  # in training bitsandbytes leaves the activations of a CPU as they are
 
 
 def _parts(layer: nn.Linear, stored: Quant | None) -> tuple[str, ...]:

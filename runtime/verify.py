@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from pos2d.errors import InputError, ParityError, UsageError
+from pos2d.errors import ParityError, UsageError
 from pos2d.layout import Layout, build_layout
 from pos2d.manifest import read_manifest
 from pos2d.progress import Progress
 from runtime.backend import Floats
+from runtime.comparison import check_same_model, kl_divergence, log_softmax
 from runtime.engine import forward
 from runtime.load import load
 from runtime.model import Model
@@ -85,8 +85,8 @@ def verify(artifact: str | Path, against: str | Path, *, rtol: float = DEFAULT_R
     for path in (artifact, against):
         if read_manifest(Path(path)).quant is not None:
             raise UsageError(f"{path} is quantised, so its logits differ; eval measures by how much that matters")
+    check_same_model(Path(artifact), Path(against))
     candidate, reference = (load(path, device="cpu", dtype="float32") for path in (artifact, against))
-    _check_same_model(candidate, reference)
     cases: list[CaseParity] = []
     with Progress("verifying", 2 * len(PROBES)) as progress:
         for name, (context, lengths) in PROBES.items():
@@ -104,7 +104,7 @@ def verify(artifact: str | Path, against: str | Path, *, rtol: float = DEFAULT_R
 
 def compare(name: str, expected: Floats, found: Floats) -> CaseParity:
     """Logits ``[N, V]`` of the reference and of the artifact."""
-    p, q = _log_softmax(expected), _log_softmax(found)
+    p, q = log_softmax(expected), log_softmax(found)
     difference = float(np.abs(expected - found).max())
     return CaseParity(
         name=name,
@@ -112,7 +112,7 @@ def compare(name: str, expected: Floats, found: Floats) -> CaseParity:
         max_abs_diff=difference,
         max_rel_diff=difference / float(np.abs(expected).max()),
         top1_agreement=float((expected.argmax(-1) == found.argmax(-1)).mean()),
-        mean_kl=float((np.exp(p) * (p - q)).sum(-1).mean()),
+        mean_kl=float(kl_divergence(p, q).mean()),
     )
 
 
@@ -133,16 +133,6 @@ def _summary(cases: Sequence[CaseParity], rtol: float) -> ParityReport:
         mean_kl=kl,
         cases=tuple(cases),
     )
-
-
-def _check_same_model(candidate: Model, reference: Model) -> None:
-    names = ("family", "vocab_size", "rope_2d", "adapters", "base")
-    differing = [name for name in names if getattr(candidate.manifest, name) != getattr(reference.manifest, name)]
-    if differing:
-        raise InputError(
-            f"{candidate.path} and {reference.path} are not the same model: "
-            f"{', '.join(differing)} differ in their manifests"
-        )
 
 
 def _probe(model: Model, context: int, lengths: Sequence[int]) -> tuple[Layout, int]:
@@ -177,10 +167,3 @@ def _extended(layout: Layout, script: Sequence[Sequence[int]]) -> Layout:
     for tokens in script:
         layout = layout.append(tokens)
     return layout
-
-
-def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
-    wide: npt.NDArray[np.float64] = logits.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    wide -= np.log(np.exp(wide).sum(-1, keepdims=True))
-    return wide

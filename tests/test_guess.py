@@ -25,10 +25,11 @@ from exporter.inspection.guess import (
     merge_flags,
     merged_model,
 )
-from exporter.inspection.samples import BRANCH_TOKENS, Branch, Sample, read_samples
+from exporter.inspection.samples import BRANCH_TOKENS, Sample, read_samples
 from pos2d.errors import InputError, UsageError
 from pos2d.layout import build_layout
 from pos2d.spec import Rope2DSpec, Visibility, pair_indices_for_ratio
+from pos2d.texts import Branch
 from tests.bases import CONFIGS, SHAPE, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 from tests.test_families import stock_logits
 

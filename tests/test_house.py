@@ -95,6 +95,7 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
         ("inspect", exporter.inspect),
         ("plan", exporter.plan),
         ("verify", runtime.verify),
+        ("eval", runtime.evaluate),
         ("run", runtime.run),
         ("doctor", runtime.doctor),
     ):

@@ -1,32 +1,16 @@
 """Text like the training data, as the branches that training lays side by side."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 from pos2d.errors import InputError
+from pos2d.texts import FORMS, Branch, Row, read_rows
 
 # Four branches show the stride; branches this short leave several sequences within the limit.
 BRANCHES, BRANCH_TOKENS, TOKEN_LIMIT = 4, 128, 2000
 MOST_BRANCHES = 16
-PAIRS = (("prompt", "answer"), ("question", "answer"), ("instruction", "output"), ("q", "a"))
-CHATS = ("messages", "conversations")
-TEXTS = ("text", "content")
-FORMS = (
-    'a line is {"branches": [...]}, {"prompt": ..., "answer": ...}, {"messages": [...]} or {"text": ...}; '
-    "other files are paragraphs with blank lines between them"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """Token ids; what comes from ``start`` on is taught, the rest is only read."""
-
-    ids: tuple[int, ...]
-    start: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,111 +34,25 @@ def read_samples(path: Path, tokenizer: Any, limit: int = TOKEN_LIMIT) -> list[S
         InputError: an unreadable file, a line of another form, or no sequence with two branches.
     """
     samples: list[Sample] = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for sample in _grouped(_rows(file, path), tokenizer, path):
-                if samples and sum(map(len, samples)) + len(sample) > limit:
-                    break
-                samples.append(sample)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text: {error}") from None
+    for sample in _grouped(read_rows(path, tokenizer, BRANCH_TOKENS)):
+        if samples and sum(map(len, samples)) + len(sample) > limit:
+            break
+        samples.append(sample)
     if not samples:
         raise InputError(f"{path} has no two branches to lay side by side; {FORMS}")
     return samples
 
 
-def _rows(file: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, and what it is: a value of JSON, or a paragraph."""
-    numbered = enumerate(file, 1)
-    first = next(((number, line) for number, line in numbered if line.strip()), (1, ""))
-    is_json = path.suffix == ".jsonl" or first[1].lstrip().startswith("{")
-    return (_lines if is_json else _paragraphs)(chain([first], numbered), path)
-
-
-def _paragraphs(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[tuple[str, Any]]:
-    for filled, block in groupby(lines, key=lambda line: bool(line[1].strip())):
-        if filled:
-            rows = list(block)
-            yield f"line {rows[0][0]}", "\n".join(line.rstrip() for _, line in rows).strip()
-
-
-def _lines(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in lines:
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except ValueError:
-                raise InputError(f"{path}, line {number} is not JSON; {FORMS}") from None
-
-
-def _grouped(rows: Iterable[tuple[str, Any]], tokenizer: Any, path: Path) -> Iterator[Sample]:
+def _grouped(rows: Iterable[Row]) -> Iterator[Sample]:
     waiting: list[Branch] = []
-    for place, row in rows:
-        several = isinstance(row, Mapping) and "branches" in row
-        entries = row["branches"] if several else [row]
-        if not isinstance(entries, list):
-            raise InputError(f"{path}, {place}: branches is not a list; {FORMS}")
-        found = (_branch(entry, tokenizer, f"{path}, {place}") for entry in entries[:MOST_BRANCHES])
-        branches = [branch for branch in found if branch is not None]
-        if several:
-            if len(branches) > 1:
-                context = _ids(tokenizer, str(row.get("main") or ""))[:BRANCH_TOKENS]
-                yield Sample(tuple(branches), tuple(context))
+    for row in rows:
+        if row.several:
+            if len(row.branches) > 1:
+                yield Sample(row.branches[:MOST_BRANCHES], row.context)
             continue
-        waiting += branches
+        waiting += row.branches
         if len(waiting) == BRANCHES:
             yield Sample(tuple(waiting))
             waiting = []
     if len(waiting) > 1:
         yield Sample(tuple(waiting))
-
-
-def _branch(entry: Any, tokenizer: Any, place: str) -> Branch | None:
-    """None where nothing is left to teach after the cut."""
-    read, taught = _texts(entry, tokenizer, place)
-    before = _ids(tokenizer, read)
-    # Tokenized as one text, so that the seam is the one of training.
-    ids = _ids(tokenizer, read + taught)[:BRANCH_TOKENS]
-    start = len(before)
-    if isinstance(entry, Mapping) and isinstance(entry.get("answer_offset"), int):
-        start = entry["answer_offset"]
-    branch = Branch(tuple(ids), max(1, start))
-    return branch if branch.start < len(branch.ids) else None
-
-
-def _texts(entry: Any, tokenizer: Any, place: str) -> tuple[str, str]:
-    """What is only read and what is taught."""
-    if isinstance(entry, str):
-        return "", entry
-    if isinstance(entry, Mapping):
-        for question, answer in PAIRS:
-            if isinstance(entry.get(question), str) and isinstance(entry.get(answer), str):
-                turns = [{"role": "user", "content": entry[question]}, {"role": "assistant", "content": entry[answer]}]
-                return _conversation(turns, tokenizer, place)
-        for key in CHATS:
-            if isinstance(entry.get(key), list) and len(entry[key]) > 1:
-                return _conversation(entry[key], tokenizer, place)
-        for key in TEXTS:
-            if isinstance(entry.get(key), str):
-                return "", entry[key]
-    raise InputError(f"{place} is of an unknown form; {FORMS}")
-
-
-def _conversation(turns: list[Any], tokenizer: Any, place: str) -> tuple[str, str]:
-    """The chat template's text up to the last turn, and that turn; without a template the turns as they are."""
-    if not all(isinstance(turn, Mapping) and isinstance(turn.get("content"), str) for turn in turns):
-        raise InputError(f"{place}: a turn has no content; {FORMS}")
-    *earlier, last = turns
-    if not tokenizer.chat_template:
-        return "".join(f"{turn['content']}\n" for turn in earlier), last["content"]
-    try:
-        read: str = tokenizer.apply_chat_template(earlier, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template raises whatever it likes
-        raise InputError(f"{place}: these turns do not fit the chat template: {error}") from None
-    return read, last["content"] + (tokenizer.eos_token or "")
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    # The trainer lays branches out without special tokens.
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids if text else []
-    return ids
