@@ -1,12 +1,15 @@
 """Decoding with int8 weights beside bfloat16 and beside bitsandbytes' own kernel: milliseconds a step, and memory.
 
-All runs of a model are interleaved in one process, and medians are taken. The peer is transformers' ``generate`` with
-the merged weights in bfloat16, all prompts in one batch. Beside every speed stands how far its logits are from the
-merged model in float32 (mean KL and top-1 over a probe), and for loading how much memory a fresh process takes for the
-artifact's files. The same program runs on a CUDA card (``--device cuda``), where it prints the peak of its memory too.
+All runs of a model are interleaved in one process, and medians are taken. The peers are transformers' ``generate`` with
+the merged weights in bfloat16, which speeds are ratios to, and with the int8 artifact on bitsandbytes' kernel; all
+prompts are one batch there. Beside every speed stands how far its logits are from the merged model in float32 (mean KL
+and top-1 over a probe; transformers' are those of ours with the same weights and kernels), and for loading how much
+memory a fresh process takes for the artifact's files. The same program runs on a CUDA card (``--device cuda``), where
+it prints the peak of its memory too.
 """
 
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -134,6 +137,7 @@ def measure(
     loads |= {"int8 bnb": load_growth(artifacts["int8"], "bnb")}
     engines = {
         "transformers bfloat16": transformers_engine(artifacts["merged"], device),
+        "transformers int8": transformers_engine(artifacts["int8"], device),
         "bfloat16": our_engine(artifacts["merged"], device),
         "int8 weight-only": our_engine(artifacts["int8"], device, int8_kernel="weight-only"),
         "int8 bnb": our_engine(artifacts["int8"], device, int8_kernel="bnb", dtype="bfloat16"),
@@ -188,11 +192,13 @@ def transformers_engine(merged: Path, device: str) -> Timed:
     """``generate`` of a batch, reading the prompts not counted."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel("ERROR")
     model: Any = AutoModelForCausalLM.from_pretrained(merged, trust_remote_code=True, dtype=torch.bfloat16)
-    model.to(device)
+    if device != "cpu":
+        model.to(device)
 
     def seconds(prompts: Ids, new_tokens: int) -> float:
         ids = torch.tensor(prompts, device=device)
@@ -240,7 +246,7 @@ def agreements(artifacts: dict[str, Path], device: str) -> dict[str, tuple[float
         model = runtime.load(artifacts[artifact], device=device, **flags)  # type: ignore[arg-type]
         case = compare(engine, expected, forward(model.backend, layout, len(layout)))
         found[engine] = (case.mean_kl, case.top1_agreement)
-    return found | {"transformers bfloat16": found["bfloat16"]}
+    return found | {"transformers bfloat16": found["bfloat16"], "transformers int8": found["int8 bnb"]}
 
 
 def load_growth(artifact: Path, kernel: str) -> float:

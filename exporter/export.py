@@ -15,6 +15,7 @@ from exporter.formats.bnb import QuantPlan, QuantTotals, plan_bnb, write_bnb
 from exporter.formats.onnx import write_onnx
 from exporter.merge import DTYPES
 from exporter.merging.ledger import RETENTION_THRESHOLD
+from exporter.merging.preflight import COMPANION_BYTES, check_disk, disk_free
 from exporter.sources import Source, TrainedPositions, from_adapters, from_merged
 from exporter.staging import check_output, file_facts, staged
 from pos2d.errors import ParityError, Pos2DError, UsageError
@@ -108,12 +109,12 @@ def export(
         source = from_merged(Path(merged))
     else:
         source = from_adapters(str(base_model), lora, positions, revision=revision, lora_rank=lora_rank)
+    plan = None if quant is None else plan_bnb(source, quant, skip_modules, dtype, max_shard_size)
+    if plan is not None:
+        check_disk(output, plan.nbytes + COMPANION_BYTES, disk_free(output))
     with staged(output, force=force) as staging:
         copy_companions(source.base.directory, staging)
-        if quant is None:
-            manifest = _export_onnx(source, staging, no_verify)
-        else:
-            manifest = _export_bnb(source, plan_bnb(source, quant, skip_modules, dtype, max_shard_size), staging)
+        manifest = _export_onnx(source, staging, no_verify) if plan is None else _export_bnb(source, plan, staging)
     return _report(output, format, manifest, source, time.monotonic() - started)
 
 

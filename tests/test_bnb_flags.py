@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -186,3 +187,10 @@ def test_layers_are_spread_over_what_there_is(qwen2: Golden, artifact_of: Artifa
         np.testing.assert_array_equal(spread.logits([[5, 6, 7]]), alone)
     with pytest.raises(StorageError, match="fit no device"):
         runtime.load(artifact_of(qwen2, "8bit"), device_map="auto", max_memory="cpu=50KB")
+
+
+def test_a_disk_that_is_too_small(tied: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match="its disk has"):
+        export8(tied, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ MAX_FUNCTION_LINES = 60
 
 
 def sources(*rooms: str) -> list[Path]:
-    return [ROOT / "cli.py", *(path for room in rooms for path in sorted((ROOT / room).rglob("*.py")))]
+    return [*ROOT.glob("cli*.py"), *(path for room in rooms for path in sorted((ROOT / room).rglob("*.py")))]
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -36,7 +36,7 @@ def imported(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_dependencies_point_one_way(room: str) -> None:
-    ours = {*ROOMS, "cli", "examples", "benchmarks", "tests"}
+    ours = {*ROOMS, "cli", "cli_errors", "cli_options", "examples", "benchmarks", "tests"}
     for path in sorted((ROOT / room).rglob("*.py")):
         assert set(imported(path)) & ours <= ROOMS[room] | {room}, path
 
@@ -70,7 +70,7 @@ def test_a_room_shows_what_it_offers_in_order(room: str) -> None:
 
 
 def test_every_error_has_the_exit_code_that_help_states() -> None:
-    from cli import EXIT_CODES
+    from cli_errors import EXIT_CODES
     from pos2d import errors
 
     tree = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, errors.Pos2DError)]

@@ -102,7 +102,7 @@ def test_flags_in_the_docs_exist() -> None:
 
 
 def test_exit_codes_are_those_of_the_command_line() -> None:
-    from cli import EXIT_CODES
+    from cli_errors import EXIT_CODES
 
     stated = re.findall(r"^\| (\d+) \| (.+) \|$", README, flags=re.MULTILINE)
     assert ", ".join(f"{code} {meaning}" for code, meaning in stated) in EXIT_CODES

@@ -34,11 +34,7 @@ class Needs:
         """Raises:
         StorageError: the disk or the memory is too small.
         """
-        if self.disk > self.disk_free:
-            raise StorageError(
-                f"{output} needs {_gigabytes(self.disk)}, its disk has {_gigabytes(self.disk_free)} free; "
-                "make room or choose an output elsewhere"
-            )
+        check_disk(output, self.disk, self.disk_free)
         if self.memory > self.memory_available:
             raise StorageError(
                 f"the merge needs {_gigabytes(self.memory)} of memory, {_gigabytes(self.memory_available)} are "
@@ -50,19 +46,34 @@ def needs_of(plan: MergePlan, adapters: Sequence[Adapter], output: Path) -> Need
     """The needs of ``plan``; what an interrupted run left beside ``output`` is used again or makes room."""
     import psutil
 
-    place = next(parent for parent in output.absolute().parents if parent.is_dir())
     left = sum(path.stat().st_size for path in workspace_of(output).rglob("*") if path.is_file())
     # Whole tensors stay in their file, mapped; factors are used again and again.
     changes = (change for adapter in adapters for those in adapter.changes.values() for change in those)
     factors = [tensor for change in changes if change.rank is not None for tensor in change.tensors().values()]
     return Needs(
         disk=max(plan.nbytes - left, 0) + COMPANION_BYTES,
-        disk_free=shutil.disk_usage(place).free,
+        disk_free=disk_free(output),
         memory=INTERPRETER_BYTES
         + sum(tensor.nbytes for tensor in factors)
         + worker_count() * (COPY_BYTES + BLOCK_COPIES * BLOCK_ELEMENTS * 8 + _widest(plan)),
         memory_available=psutil.virtual_memory().available,
     )
+
+
+def disk_free(output: Path) -> int:
+    """Bytes, where ``output`` is going to be."""
+    return shutil.disk_usage(next(parent for parent in output.absolute().parents if parent.is_dir())).free
+
+
+def check_disk(output: Path, needed: int, free: int) -> None:
+    """Raises:
+    StorageError: ``output`` needs more bytes than its disk has free.
+    """
+    if needed > free:
+        raise StorageError(
+            f"{output} needs {_gigabytes(needed)}, its disk has {_gigabytes(free)} free; "
+            "make room or choose an output elsewhere"
+        )
 
 
 def _widest(plan: MergePlan) -> int:
