@@ -27,12 +27,15 @@ from random_bases import SHAPES, make_inputs
 import exporter
 import runtime
 from pos2d.layout import build_layout
+from pos2d.manifest import read_manifest
 from runtime.engine import forward
 from runtime.verify import compare
 
 Ids = list[list[int]]
 # Seconds of decoding so many columns after prompts.
 Timed = Callable[[Ids, int], float]
+PEER = "transformers bfloat16"
+ENGINES = (PEER, "transformers int8", "bfloat16", "int8 weight-only", "int8 bnb")
 ROOT = Path(__file__).resolve().parent.parent
 LOAD = """
 import json, sys
@@ -58,7 +61,7 @@ class Row:
     branches: int
     step_ms: float
     tokens_per_second: float
-    times_peer: float
+    times_peer: float | None
     mean_kl: float
     top1: float
     load_times_file: float | None = None
@@ -72,6 +75,7 @@ class Row:
 @click.option("-g", "--new-tokens", type=int, default=24, show_default=True, help="Of every branch.")
 @click.option("-n", "--branches", type=int, multiple=True, default=(1, 8), show_default=True)
 @click.option("-r", "--repeats", type=int, default=5, show_default=True)
+@click.option("-e", "--engine", type=click.Choice(ENGINES), multiple=True, default=ENGINES, help="All by default.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def bench(
@@ -81,6 +85,7 @@ def bench(
     new_tokens: int,
     branches: tuple[int, ...],
     repeats: int,
+    engine: tuple[str, ...],
     device: str,
     as_json: bool,
 ) -> None:
@@ -90,7 +95,7 @@ def bench(
         with tempfile.TemporaryDirectory() as place:
             base, lora, ratio = inputs(name, Path(place), layers)
             artifacts = make(base, lora, ratio, Path(place))
-            rows += measure(name, artifacts, prompt_tokens, new_tokens, branches, repeats, device)
+            rows += measure(name, artifacts, prompt_tokens, new_tokens, branches, repeats, engine, device)
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return
@@ -99,10 +104,12 @@ def bench(
         f"{'top-1':>6} {'load/file':>9} {'peak GB':>8}"
     )
     for row in rows:
-        load, peak = (("-" if x is None else f"{x:.2f}") for x in (row.load_times_file, row.peak_gb))
+        times, load, peak = (
+            "-" if x is None else f"{x:.2f}" for x in (row.times_peer, row.load_times_file, row.peak_gb)
+        )
         click.echo(
             f"{row.model:6} {row.engine:24} {row.branches:8} {row.step_ms:8.1f} {row.tokens_per_second:9.1f} "
-            f"{row.times_peer:7.2f} {row.mean_kl:8.1e} {row.top1:6.1%} {load:>9} {peak:>8}"
+            f"{times:>7} {row.mean_kl:8.1e} {row.top1:6.1%} {load:>9} {peak:>8}"
         )
 
 
@@ -130,19 +137,21 @@ def measure(
     new_tokens: int,
     branches: Sequence[int],
     repeats: int,
+    chosen: Sequence[str],
     device: str,
 ) -> list[Row]:
     agreement = agreements(artifacts, device)
     loads = {"int8 weight-only": load_growth(artifacts["int8"], "weight-only")}
     loads |= {"int8 bnb": load_growth(artifacts["int8"], "bnb")}
-    engines = {
-        "transformers bfloat16": transformers_engine(artifacts["merged"], device),
-        "transformers int8": transformers_engine(artifacts["int8"], device),
-        "bfloat16": our_engine(artifacts["merged"], device),
-        "int8 weight-only": our_engine(artifacts["int8"], device, int8_kernel="weight-only"),
-        "int8 bnb": our_engine(artifacts["int8"], device, int8_kernel="bnb", dtype="bfloat16"),
+    makers: dict[str, Callable[[], Timed]] = {
+        "transformers bfloat16": lambda: transformers_engine(artifacts["merged"], device),
+        "transformers int8": lambda: transformers_engine(artifacts["int8"], device),
+        "bfloat16": lambda: our_engine(artifacts["merged"], device),
+        "int8 weight-only": lambda: our_engine(artifacts["int8"], device, int8_kernel="weight-only"),
+        "int8 bnb": lambda: our_engine(artifacts["int8"], device, int8_kernel="bnb", dtype="bfloat16"),
     }
-    vocabulary = runtime.load(artifacts["int8"], device=device).manifest.vocab_size
+    engines = {engine: makers[engine]() for engine in chosen}
+    vocabulary = read_manifest(artifacts["int8"]).vocab_size
     rows: list[Row] = []
     for count in branches:
         prompts = np.random.default_rng(count).integers(5, vocabulary, (count, prompt_tokens)).tolist()
@@ -162,7 +171,7 @@ def measure(
                 branches=count,
                 step_ms=1e3 * median / steps,
                 tokens_per_second=count * steps / median,
-                times_peer=medians["transformers bfloat16"] / median,
+                times_peer=medians[PEER] / median if PEER in medians else None,
                 mean_kl=agreement[engine][0],
                 top1=agreement[engine][1],
                 load_times_file=loads.get(engine),
@@ -218,7 +227,7 @@ def transformers_engine(merged: Path, device: str) -> Timed:
 
 
 def with_peak(timed: Timed, prompts: Ids, new_tokens: int, device: str) -> tuple[float, float]:
-    """Seconds, and the bytes that a card had in use at most (all engines' weights lie there)."""
+    """Seconds, and the bytes that a card had in use at most, with the weights of all chosen engines."""
     if device == "cpu":
         return timed(prompts, new_tokens), 0.0
     import torch
