@@ -1,6 +1,7 @@
 """Linear layers over quantised weights, in the formats of bitsandbytes: on torch's own kernels, or on its own."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -49,8 +50,8 @@ class Int8Linear(nn.Module):
         few = len(rows) <= PACKED_ROWS
         if few and x.device.type == "cpu" and x.dtype == torch.bfloat16:
             found = torch._weight_int8pack_mm(rows, self.weight, self.packed_steps)
-        elif few and x.device.type == "cuda" and x.dtype != torch.float32:
-            found = _cuda_product()(rows, self.weight, self.steps)
+        elif few and x.device.type == "cuda" and x.dtype != torch.float32 and (product := _cuda_product()) is not None:
+            found = product(rows, self.weight, self.steps)
         else:
             found = functional.linear(rows, self.weight.to(x.dtype)) * self.steps.to(x.dtype)
         if self.bias is not None:
@@ -128,7 +129,11 @@ def has_bnb_int8(model: nn.Module) -> bool:
     return any(type(layer).__name__ == "Linear8bitLt" for layer in model.modules())
 
 
-def _cuda_product() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+@cache
+def _cuda_product() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """The kernel for a few rows, where there is Triton to compile it."""
+    if find_spec("triton") is None:
+        return None
     from runtime.triton_int8 import int8_product
 
     return int8_product
@@ -138,7 +143,7 @@ def _int8(kernel: Int8Kernel, device: torch.device) -> Callable[[torch.Tensor, t
     """``auto``: weights alone, which is faster where it was measured and rounds less; bitsandbytes on a card without
     Triton, which its kernel is written in."""
     if kernel == "auto":
-        kernel = "bnb" if device.type == "cuda" and find_spec("triton") is None else "weight-only"
+        kernel = "bnb" if device.type == "cuda" and _cuda_product() is None else "weight-only"
     return bnb_int8_linear if kernel == "bnb" else Int8Linear
 
 

@@ -97,7 +97,8 @@ def test_flags_in_the_docs_exist() -> None:
         "--strict",
     }
     for path in DOCS:
-        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", path.read_text(encoding="utf-8")):
+        ours = re.sub(r".*python benchmarks/.*", "", path.read_text(encoding="utf-8"))  # those have flags of their own
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", ours):
             assert flag in flags, f"{path.name}: {flag}"
 
 

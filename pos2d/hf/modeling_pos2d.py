@@ -58,7 +58,7 @@ class Pos2DRotaryEmbedding(nn.Module):
             raise ValueError(f"rope_2d names {len(axes)} axes, the model has {len(stock.inv_freq)} frequencies")
         self.stock = stock
         self.axes = tuple(axes)
-        # Not a buffer: loaders fill those from files, and would leave this one empty.
+        # By device and axes. Not a buffer: loaders fill those from files, and would leave this one empty.
         self.axes_on = {}
 
     @torch.no_grad()
@@ -69,9 +69,10 @@ class Pos2DRotaryEmbedding(nn.Module):
                 "positions need float32 frequencies: choose the type with from_pretrained(dtype=...), not .half()"
             )
         device = hidden_states.device
-        if device not in self.axes_on:
-            self.axes_on[device] = torch.tensor(self.axes, device=device)
-        angles = rotary_angles(position_ids, inv_freq.to(device), self.axes_on[device])
+        axes = self.axes_on.get((device, self.axes))
+        if axes is None:
+            axes = self.axes_on[device, self.axes] = torch.tensor(self.axes, device=device)
+        angles = rotary_angles(position_ids, inv_freq.to(device), axes)
         angles = torch.cat((angles, angles), dim=-1)
         scaling = self.stock.attention_scaling
         return (angles.cos() * scaling).to(hidden_states.dtype), (angles.sin() * scaling).to(hidden_states.dtype)
