@@ -25,6 +25,7 @@ from pos2d.recipe import Quant
 from pos2d.spec import Align
 
 FORMATS = ("onnx", "bnb")
+SKIPPED = "lm_head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def export(
     *,
     format: str = "onnx",
     quant: Quant | None = None,
-    skip_modules: str = "lm_head",
+    skip_modules: str = SKIPPED,
     base_model: str | Path | None = None,
     revision: str | None = None,
     lora: str | Path | Sequence[str | Path] = (),
@@ -104,11 +105,9 @@ def export(
     output = Path(output)
     positions = TrainedPositions(rope_2d_ratio, pair_indices, no_patch_rope, branch_stride, align_to)
     _check_flags(format, quant, dtype, merged, base_model)
+    _check_format_flags(format, skip_modules, max_shard_size, dtype, no_verify)
     check_output(output, force=force)
-    if merged is not None:
-        source = from_merged(Path(merged))
-    else:
-        source = from_adapters(str(base_model), lora, positions, revision=revision, lora_rank=lora_rank)
+    source = _source(merged, base_model, lora, positions, revision, lora_rank)
     plan = None if quant is None else plan_bnb(source, quant, skip_modules, dtype, max_shard_size)
     if plan is not None:
         check_disk(output, plan.nbytes + COMPANION_BYTES, disk_free(output))
@@ -116,6 +115,21 @@ def export(
         copy_companions(source.base.directory, staging)
         manifest = _export_onnx(source, staging, no_verify) if plan is None else _export_bnb(source, plan, staging)
     return _report(output, format, manifest, source, time.monotonic() - started)
+
+
+def _source(
+    merged: str | Path | None,
+    base_model: str | Path | None,
+    lora: str | Path | Sequence[str | Path],
+    positions: TrainedPositions,
+    revision: str | None,
+    lora_rank: int | None,
+) -> Source:
+    if merged is None:
+        return from_adapters(str(base_model), lora, positions, revision=revision, lora_rank=lora_rank)
+    if lora or revision is not None or lora_rank is not None or positions != TrainedPositions():
+        raise UsageError("adapters, --revision and positions belong to --base-model; a MERGED directory has them")
+    return from_merged(Path(merged))
 
 
 def _report(output: Path, format: str, manifest: Manifest, source: Source, seconds: float) -> ExportReport:
@@ -137,14 +151,24 @@ def _check_flags(format: str, quant: str | None, dtype: str, merged: object, bas
         raise UsageError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    if (merged is None) == (base_model is None):
-        raise UsageError("give either a MERGED directory or --base-model with --lora")
     if format == "bnb" and quant not in get_args(Quant):
         raise UsageError(f"--format bnb needs --quant {' or '.join(get_args(Quant))}")
-    if format == "onnx" and (quant is not None or merged is None or dtype != "auto"):
-        raise UsageError(
-            "--format onnx writes float32 from a MERGED directory; --quant, --dtype and --lora are for bnb"
-        )
+    if format == "onnx" and quant is not None:
+        raise UsageError("--quant belongs to --format bnb; onnx is float32")
+    if (merged is None) == (base_model is None):
+        raise UsageError("give either a MERGED directory or --base-model with --lora")
+    if format == "onnx" and merged is None:
+        raise UsageError("--format onnx starts from a MERGED directory; make one with merge")
+
+
+def _check_format_flags(
+    format: str, skip_modules: str, max_shard_size: str | None, dtype: str, no_verify: bool
+) -> None:
+    """Refuse what the format would not heed."""
+    if format == "onnx" and (skip_modules != SKIPPED or max_shard_size is not None or dtype != "auto"):
+        raise UsageError("--skip-modules, --max-shard-size and --dtype belong to --format bnb; onnx is float32")
+    if format == "bnb" and no_verify:
+        raise UsageError("--no-verify belongs to --format onnx; eval measures a quantised artifact")
 
 
 def _export_onnx(source: Source, staging: Path, no_verify: bool) -> Manifest:

@@ -103,6 +103,8 @@ def plan(
     available = psutil.virtual_memory().available
     fitting = [option for option in options if option.fits(available, card)]
     chosen, reason = recommend(fitting, on_card=card is not None)
+    if len(options) == 1 and chosen is not None:
+        reason = "it fits"  # an artifact that is all that can be made of it
     return PlanReport(
         model=str(model),
         what=what,
@@ -121,7 +123,9 @@ def recommend(fitting: Sequence[Option], *, on_card: bool) -> tuple[str | None, 
     """The name of the best of the options that fit, and why; no name where none will do."""
     for way, reason in (ON_CARD if on_card else ON_CPU).items():
         for option in fitting:
-            if (option.form.kind, option.form.quant) == way and (option.form.kind == "onnx" or option.form.width == 2):
+            if (option.form.kind, option.form.quant) == way and (
+                option.form.kind != "merged" or option.form.width == 2
+            ):
                 return option.name, reason
     return None, NOTHING
 

@@ -11,7 +11,7 @@ from math import prod
 from pos2d.errors import StorageError
 from pos2d.families import Dimensions, expected_tensors
 from pos2d.manifest import Kind
-from pos2d.recipe import Quant
+from pos2d.recipe import NF4_BLOCK, Quant
 from pos2d.sizes import size_text
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -43,8 +43,8 @@ FAULT_BYTES = 64 << 10
 HEADER_ENTRY_BYTES = 120
 GRAPH_LAYER_BYTES = 4000
 GRAPH_ALIGNMENT, GRAPH_INLINE_BYTES = 4096, 1024
-# bitsandbytes nf4: values that share one absmax, the table of 16 values, and a JSON of the state.
-NF4_BLOCK, NF4_TABLE_BYTES, NF4_STATE_BYTES = 64, 64, 90
+# bitsandbytes nf4: the table of 16 values, and a JSON of the state.
+NF4_TABLE_BYTES, NF4_STATE_BYTES = 64, 90
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,22 +28,26 @@ class QuantRecipe:
         if self.name not in get_args(Quant):
             raise InputError(f"quantisation {self.name!r} is not one of {', '.join(get_args(Quant))}")
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse layers, by name and ``[out, in]``, for which bitsandbytes has no kernel or a wrong one.
+    def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """The layers, by name and ``[out, in]``, for which bitsandbytes has no kernel or a wrong one.
 
         Its nf4 on a CPU (0.50) takes the scales of another block where blocks run over the end of a row, and fails
         where rows do not come in whole groups.
-
-        Raises:
-            InputError: such a layer.
         """
         if self.name != "nf4":
-            return
-        wrong = [module for module, (rows, columns) in shapes.items() if columns % NF4_BLOCK or rows % NF4_ROWS]
+            return []
+        return [module for module, (rows, columns) in shapes.items() if columns % NF4_BLOCK or rows % NF4_ROWS]
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises:
+        InputError: layers that this recipe cannot quantise.
+        """
+        wrong = self.misfits(shapes)
         if wrong:
+            cure = "leave them out with --skip-modules, or use 8bit" if len(wrong) < len(shapes) else "use 8bit"
             raise InputError(
                 f"nf4 needs multiples of {NF4_BLOCK} inputs and {NF4_ROWS} outputs, and {wrong[0]} is "
-                f"{shapes[wrong[0]]} ({len(wrong)} such layers); leave them out with --skip-modules, or use 8bit"
+                f"{shapes[wrong[0]]} ({len(wrong)} such layers); {cure}"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -39,15 +39,16 @@ def decode(
     ``context_length`` positions, all branches stop with ``length``.
 
     Raises:
-        InputError: the prompts alone are longer than ``context_length``.
+        InputError: the prompts alone are longer than ``context_length``, or logits are not finite.
     """
     check_length(layout, context_length)
-    cache = backend.new_cache(len(layout) + len(layout.last) * max_new_tokens)
+    cache = backend.new_cache(_capacity(layout, max_new_tokens, context_length))
     rows = read_prompts(backend, layout, cache)
     row_of = {branch: branch for branch in range(len(layout.last))}
     finished: list[FinishReason | None] = [None] * len(layout.last)
 
     for step in range(1, max_new_tokens + 1):
+        _check_finite(rows)
         tokens: list[int | None] = [None] * len(finished)
         for branch, row in row_of.items():
             token = sampler.draw(rows[row], branch)
@@ -99,6 +100,21 @@ def forward_slots(
         layout.ids[None, new], layout.positions[None, new], layout.pos2d[None, new], mask[None], cache, rows
     )[0]
     return logits
+
+
+def _check_finite(logits: Floats) -> None:
+    """Raises:
+    InputError: something overflowed, so that any token would be as good as another.
+    """
+    if not np.isfinite(logits.sum(axis=-1)).all():
+        raise InputError("the model gives logits that are not finite; use --dtype bfloat16 or float32")
+
+
+def _capacity(layout: Layout, max_new_tokens: int, context_length: int) -> int:
+    """Tokens that the sequence can have at most; in columns every token takes a position of its own."""
+    columns = min(max_new_tokens, context_length - span(layout))
+    tokens = len(layout) + len(layout.last) * columns
+    return tokens if layout.visibility == "isolated" else min(tokens, max(context_length, len(layout)))
 
 
 def span(layout: Layout) -> int:

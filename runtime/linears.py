@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pos2d.errors import UsageError
+from pos2d.errors import InputError, UsageError
 from pos2d.int8 import STEPS, quantise_rows
 from pos2d.quiet import quietly
 from pos2d.recipe import Quant
@@ -25,6 +25,8 @@ OUTLIER_THRESHOLD = 6.0
 # torch's packed int8 product is done row by row; from here on widening the weights first is faster (measured on two
 # x86-64 cores with AVX-512, where the two meet between 16 and 24 rows).
 PACKED_ROWS = 16
+# It reads beyond the end of rows that are not whole vectors, and computes nonsense or fails (torch 2.13).
+PACKED_INPUTS = 16
 
 Tensors = Mapping[str, torch.Tensor]
 Bias = torch.Tensor | None
@@ -35,7 +37,7 @@ class Int8Linear(nn.Module):
 
     Few bfloat16 rows on a CPU go through torch's packed int8 product, whose scales are bfloat16 too, and few rows of a
     half type on a CUDA card through our kernel. Anything else is multiplied with the weights widened to the type of
-    ``x``, which holds them exactly.
+    ``x``: as whole steps, which it holds exactly, or scaled where that is float16.
     """
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor, bias: Bias) -> None:
@@ -48,10 +50,12 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         few = len(rows) <= PACKED_ROWS
-        if few and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        if few and x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[-1] % PACKED_INPUTS == 0:
             found = torch._weight_int8pack_mm(rows, self.weight, self.packed_steps)
         elif few and x.device.type == "cuda" and x.dtype != torch.float32 and (product := _cuda_product()) is not None:
             found = product(rows, self.weight, self.steps)
+        elif x.dtype == torch.float16:  # which cannot hold sums of whole steps
+            found = functional.linear(rows, (self.weight * self.steps[:, None]).to(x.dtype))
         else:
             found = functional.linear(rows, self.weight.to(x.dtype)) * self.steps.to(x.dtype)
         if self.bias is not None:
@@ -104,9 +108,15 @@ def stored_linear(tensors: Tensors, quant: Quant, kernel: Int8Kernel, dtype: tor
 
 
 def quantised_linear(tensors: Tensors, quant: Quant, kernel: Int8Kernel, dtype: torch.dtype) -> nn.Module:
-    """A layer from a weight ``[out, in]`` in full precision."""
+    """A layer from a weight ``[out, in]`` in full precision.
+
+    Raises:
+        InputError: values that are not finite.
+    """
     weight = tensors["weight"]
     bias = tensors["bias"].to(dtype) if "bias" in tensors else None
+    if not torch.isfinite(weight).all():
+        raise InputError("a weight has NaN or infinite values; make the artifact again")
     if quant == "8bit":
         return _int8(kernel, weight.device)(*quantise_rows(weight.float()), bias)
     packed = bitsandbytes().nn.Params4bit(weight, quant_type="nf4", compress_statistics=False).to(weight.device)

@@ -29,16 +29,21 @@ class TorchBackend:
 
     def __init__(self, directory: Path, manifest: Manifest, options: LoadOptions) -> None:
         recipe = _recipe(directory, manifest, options)
+        if options.int8_kernel != "auto" and (recipe is None or recipe.name != "8bit"):
+            raise UsageError(
+                f"--int8-kernel is for 8 bits, which {directory} does not have; leave it out, or use --quant 8bit"
+            )
         device = one_device(options.device)
         self.dtype = _compute_dtype(manifest, options, recipe, device)
         if device.type == "cpu" and options.device_map is None:
             check_memory(directory, manifest, str(self.dtype).removeprefix("torch."), options.quant)
-        self._model = empty_decoder(
-            directory, manifest.family, COLUMNS if options.attn_implementation == "sdpa" else "eager"
-        )
+        attention = COLUMNS if options.attn_implementation == "sdpa" else "eager"
+        self._model = empty_decoder(directory, manifest.family, attention)
         homes: Homes = {"": device}
         if options.device_map is not None:
-            homes = spread(_sized(self._model, recipe, self.dtype), options.max_memory)
+            sized = empty_decoder(directory, manifest.family, attention)
+            give_sizes(sized, recipe, self.dtype)
+            homes = spread(sized, options.max_memory)
         fill_decoder(
             self._model,
             stored_tensors(directory, manifest),
@@ -130,12 +135,11 @@ def _compute_dtype(
     return torch.bfloat16 if packed else stored
 
 
-def _sized(model: PreTrainedModel, recipe: QuantRecipe | None, dtype: torch.dtype) -> PreTrainedModel:
-    """The empty model with parameters of the types, and so of the sizes, that they are going to have."""
+def give_sizes(model: PreTrainedModel, recipe: QuantRecipe | None, dtype: torch.dtype) -> None:
+    """Make the parameters of an empty model as large as they are going to be; it can then not be filled any more."""
     for parameter in model.parameters():  # not the frequencies, which stay float32
         parameter.data = parameter.data.to(dtype)
     for layer in quantised_modules(model, recipe).values():
         rows, columns = layer.weight.shape
         packed = (rows, columns) if recipe is not None and recipe.name == "8bit" else ((rows * columns + 1) // 2, 1)
         layer.weight = torch.nn.Parameter(torch.empty(packed, dtype=torch.uint8, device="meta"), requires_grad=False)
-    return model

@@ -100,8 +100,16 @@ def test_it_says_what_it_is(tied: tuple[Path, Path], tmp_path: Path, call: Call)
         (["--format", "bnb"], "needs --quant 8bit or nf4"),
         (["--format", "bnb", "--quant", "8bit", "--skip-modules", "head"], "head names no linear layer"),
         (["--format", "bnb", "--quant", "8bit", "--max-shard-size", "big"], "cannot be read"),
-        (["--quant", "8bit"], "are for bnb"),
-        (["--dtype", "bfloat16"], "are for bnb"),
+        (["--format", "bnb", "--quant", "8bit", "--skip-modules", "model,lm_head"], "leaves nothing to quantise"),
+        (["--format", "bnb", "--quant", "8bit", "--no-verify"], "belongs to --format onnx"),
+        (["--format", "bnb", "--quant", "8bit", "--lora", "x.pth"], "belong to --base-model"),
+        (["--format", "bnb", "--quant", "8bit", "--rope-2d-ratio", "1.0"], "belong to --base-model"),
+        (["--format", "bnb", "--quant", "8bit", "--lora-rank", "3"], "belong to --base-model"),
+        (["--lora", "x.pth"], "belong to --base-model"),
+        (["--quant", "8bit"], "belongs to --format bnb"),
+        (["--dtype", "bfloat16"], "belong to --format bnb"),
+        (["--skip-modules", "down_proj"], "belong to --format bnb"),
+        (["--max-shard-size", "1GB"], "belong to --format bnb"),
     ],
 )
 def test_flags_that_contradict(
@@ -167,6 +175,7 @@ def test_loading_flags_that_contradict(qwen2: Golden, artifact_of: ArtifactOf) -
         (int8, {"quant": "nf4"}, "is quantised to 8bit"),
         (onnx, {"quant": "8bit"}, "is an ONNX artifact"),
         (onnx, {"int8_kernel": "bnb"}, "is an ONNX artifact"),
+        (merged, {"int8_kernel": "bnb"}, "is for 8 bits"),
         (merged, {"quant": "4bit"}, "is not one of 8bit, nf4"),
         (merged, {"int8_kernel": "fast"}, "is not one of auto, bnb, weight-only"),
         (merged, {"attn_implementation": "flash_attention_2"}, "columns need a mask of their own"),
@@ -181,10 +190,12 @@ def test_loading_flags_that_contradict(qwen2: Golden, artifact_of: ArtifactOf) -
 
 
 def test_layers_are_spread_over_what_there_is(qwen2: Golden, artifact_of: ArtifactOf) -> None:
-    alone = runtime.load(artifact_of(qwen2, "8bit"), device="cpu").logits([[5, 6, 7]])
-    spread = runtime.load(artifact_of(qwen2, "8bit"), device_map="auto", max_memory="cpu=1GB")
-    if not torch.cuda.is_available():
-        np.testing.assert_array_equal(spread.logits([[5, 6, 7]]), alone)
+    for kind, quant in (("merged", None), ("8bit", None), ("nf4", None), ("merged", "8bit")):
+        flags: Any = {} if quant is None else {"quant": quant}
+        alone = runtime.load(artifact_of(qwen2, kind), device="cpu", **flags).logits([[5, 6, 7]])
+        spread = runtime.load(artifact_of(qwen2, kind), device_map="auto", max_memory="cpu=1GB", **flags)
+        if not torch.cuda.is_available():
+            np.testing.assert_array_equal(spread.logits([[5, 6, 7]]), alone)
     with pytest.raises(StorageError, match="fit no device"):
         runtime.load(artifact_of(qwen2, "8bit"), device_map="auto", max_memory="cpu=50KB")
 

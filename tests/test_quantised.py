@@ -13,8 +13,9 @@ from torch import nn
 
 import exporter
 import runtime
+from pos2d.errors import InputError
 from pos2d.int8 import quantise_rows
-from runtime.linears import Int8Linear
+from runtime.linears import Int8Linear, quantised_linear
 from tests.bases import CONFIGS, linear_modules, random_adapter, weights, write_adapter, write_base
 from tests.conftest import Golden
 from tests.test_transformers_loading import VERSIONS, in_transformers
@@ -183,7 +184,8 @@ def test_plain_transformers_loads_it(
     saved = tmp_path / "logits.safetensors"
     report = in_transformers(version, RELOAD_PROGRAM, tmp_path, artifact_of(golden, quant), golden.path, saved)
     assert report["kinds"] == ["Linear", "Linear8bitLt" if quant == "8bit" else "Linear4bit"]
-    ours = model_of(golden, quant, device="cpu", dtype="float32", int8_kernel="bnb")
+    kernel = "bnb" if quant == "8bit" else "auto"
+    ours = model_of(golden, quant, device="cpu", dtype="float32", int8_kernel=kernel)
     for layout, theirs in load_file(saved).items():
         keys = (f"{layout}.{key}" for key in ("input_ids", "position_ids", "pos2d"))
         found = ours.logits(*(golden.tensors[key] for key in keys if key in golden.tensors))
@@ -236,15 +238,25 @@ def test_a_row_of_zeros_stays_zero() -> None:
     assert scales.tolist() == [0.0, 2.0]
 
 
-def test_packed_and_widened_products_agree() -> None:
+@pytest.mark.parametrize("inputs", [1, 7, 50, 63, 64, 72, 576])
+def test_every_product_is_the_exact_one(inputs: int) -> None:
+    """Packed and widened, in both halves, with activations that would overflow float16 as sums of whole steps."""
     torch.manual_seed(0)
-    steps, scales = quantise_rows(torch.randn(96, 64))
+    steps, scales = quantise_rows(torch.randn(96, inputs) * 0.02)
     layer = Int8Linear(steps, scales, torch.randn(96).bfloat16())
-    x = torch.randn(40, 64).bfloat16()
-    widened = layer(x)  # 40 rows
-    packed = torch.cat([layer(part) for part in torch.chunk(x, 5)])
+    x = torch.randn(40, inputs).bfloat16()
+    x[:, 0] = 2000
     assert layer.bias is not None
     exact = x.double() @ (steps.double() * scales.double()[:, None] / 127).T + layer.bias.double()
-    size = exact.abs().max()
-    for found in (widened, packed):
-        assert (found.double() - exact).abs().max() < size * 2**-7  # two roundings to 8 bits
+    found = [layer(x), torch.cat([layer(part) for part in torch.chunk(x, 5)]), layer(x.half()), layer(x.float())]
+    for product, precision in zip(found, (2**-6, 2**-6, 2**-9, 2**-20), strict=True):
+        assert (product.double() - exact).abs().max() < exact.abs().max() * precision
+
+
+def test_rows_of_tiny_values_and_of_none_that_is_finite() -> None:
+    for dtype in (torch.float32, torch.float64):
+        steps, scales = quantise_rows(torch.tensor([[1e-38, -5e-39]], dtype=dtype))
+        assert steps.tolist() == [[127, -64]]
+        assert scales.tolist() == pytest.approx([1e-38])
+    with pytest.raises(InputError, match="NaN or infinite"):
+        quantised_linear({"weight": torch.tensor([[1.0, float("nan")]])}, "8bit", "auto", torch.float32)

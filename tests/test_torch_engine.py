@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import runtime
+from pos2d.errors import InputError
 from pos2d.layout import build_layout
 from runtime import cache, engine
 from tests.conftest import BACKENDS, Golden
@@ -124,3 +125,31 @@ def test_a_step_in_bfloat16_is_near_the_step_in_float32(golden: Golden, model_of
     near, far = (engine.forward(model.backend, layout, len(layout)) for model in (exact, packed))
     assert np.abs(near - far).max() < 0.1 * np.abs(near).max()
     np.testing.assert_allclose(np.corrcoef(near.ravel(), far.ravel())[0, 1], 1, atol=2e-3)
+
+
+@pytest.mark.parametrize("visibility", ["columnar", "isolated"])
+def test_a_cache_is_never_larger_than_the_model_can_fill(
+    golden: Golden, visibility: Any, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(golden, "merged", device="cpu", dtype="float32")
+    made: list[cache.FixedCache] = []
+
+    def fixed(capacity: int) -> cache.FixedCache:
+        made.append(cache.FixedCache(capacity))
+        return made[-1]
+
+    monkeypatch.setattr(model.backend, "new_cache", fixed)
+    limit = model.manifest.context_length
+    given: Any = {"max_new_tokens": 2_000_000_000, "ignore_eos": True, "visibility": visibility}
+    answers = model.generate_ids(PROMPTS, CONTEXT, **given)
+    assert made[0].length <= made[0].capacity <= limit * (1 if visibility == "columnar" else len(PROMPTS))
+    assert len(answers[0]) > 1
+
+
+def test_logits_that_are_not_finite_are_no_answer(golden: Golden, model_of: ModelOf) -> None:
+    model = model_of(golden, "merged", device="cpu", dtype="float32")
+    backend: Any = model.backend
+    with torch.no_grad():
+        backend._model.model.norm.weight[0] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        model.generate_ids(PROMPTS, max_new_tokens=3)

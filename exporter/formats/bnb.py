@@ -80,13 +80,15 @@ def plan_bnb(
     parts (``down_proj``) or whole blocks (``model.layers.0``). A tied head that is not among them gets its own tensor.
 
     Raises:
-        UsageError: a module that is not there, or a size that cannot be read.
+        UsageError: a module that is not there, none that is left, or a size that cannot be read.
         InputError: a layer that cannot be quantised so.
     """
     skipped = _resolve(skip_modules, list(source.base.linear_shapes()))
     plan = plan_merge(source.base, source.adapters, dtype, untied=HEAD.removesuffix(".weight") not in skipped)
     recipe = QuantRecipe(quant, skipped)
     modules = {name: shape for name, shape in source.base.linear_shapes().items() if name not in skipped}
+    if not modules:
+        raise UsageError(f"--skip-modules {skip_modules} leaves nothing to quantise")
     recipe.check(modules)
     encodings = {t.name: _encoding(t, recipe, plan.dtype, modules) for t in plan.tensors}
     written = {t.name: encodings[t.name].outputs(t.name, t.target.shape) for t in plan.tensors}
@@ -118,7 +120,7 @@ def write_bnb(source: Source, plan: QuantPlan, target: Path) -> QuantTotals:
     return QuantTotals(
         tensors=sum(len(shard.outputs) for shard in plan.shards),
         quantised=len(tallies),
-        noise=(total.error_square / total.weight_square) ** 0.5,
+        noise=(total.error_square / total.weight_square) ** 0.5 if total.weight_square else 0.0,
         retention=total.kept / total.delta_square if total.delta_square else None,
     )
 
@@ -195,9 +197,13 @@ def _write_tensor(output: Output, file: TensorFile, descriptor: int, progress: P
 
     for rows, _, weight in row_blocks(file, tensor.origin, tensor.source):
         exact, delta = exact_sum(weight, changes, rows) if changes else (weight, torch.zeros_like(weight))
+        if not is_finite(exact):
+            raise InputError(f"tensor {tensor.name} has NaN or infinite values; check the base and the adapter")
         stored = encoding.encode(tensor.name, rows.start, exact, write)
         if not is_finite(stored):
-            raise InputError(f"tensor {tensor.name} has NaN or infinite values; check the base and the adapter")
+            raise InputError(
+                f"tensor {tensor.name} does not fit {tensor.target.dtype}; use --dtype float32 or bfloat16"
+            )
         tally += tally_of(weight, weight, delta, stored)
     encoding.finish(tensor.name, tensor.target.shape, write)
     return None if isinstance(encoding, Rounded) else tally

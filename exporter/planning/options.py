@@ -4,11 +4,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from exporter.checkpoint import Checkpoint, read_config, torch_name
 from exporter.companions import COMPANIONS
 from exporter.planning.graph_sizes import graph_sizes
-from pos2d.families import Dimensions
+from pos2d.families import Dimensions, expected_tensors
 from pos2d.footprint import (
     DTYPE_BYTES,
     HEADER_ENTRY_BYTES,
@@ -20,10 +21,11 @@ from pos2d.footprint import (
     memory,
 )
 from pos2d.manifest import read_manifest
+from pos2d.recipe import Quant, QuantRecipe
 
 DTYPES = ("float32", "bfloat16", "float16")
 ONNX = Format("onnx", "float32")
-ADAPTER, PROMPT = "YOUR_ADAPTER", "YOUR_PROMPT"
+ADAPTER, RATIO, PROMPT = "YOUR_ADAPTER", "YOUR_RATIO", "YOUR_PROMPT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ def options_of_base(base: Checkpoint, model: str, subject: Subject) -> list[Opti
     own = own_dtype(base)
     beside = sum((base.directory / name).stat().st_size for name in COMPANIONS if (base.directory / name).is_file())
     exact = sum(place.nbytes + HEADER_ENTRY_BYTES for place in base.tensors.values())
-    inputs = ["--base-model", model, "--lora", ADAPTER]
+    # The positions of a training stand in no file, and those that are not its own give a broken model.
+    inputs = ["--base-model", model, "--lora", ADAPTER, "--rope-2d-ratio", RATIO]
     merge = ["pos2d", "merge", *inputs]
     options = []
     for dtype in sorted({own, *DTYPES}, key=lambda dtype: (-DTYPE_BYTES[dtype], dtype != own, DTYPES.index(dtype))):
@@ -84,7 +87,7 @@ def options_of_base(base: Checkpoint, model: str, subject: Subject) -> list[Opti
         else:
             command = [*merge, "--dtype", dtype, "-o", "merged"]
             options.append(subject.option(form, disk_bytes(base.sizes, form) + beside, [command]))
-    for form in quantised(own):
+    for form in quantised(own, base.sizes):
         command = ["pos2d", "export", *export_flags(form, own), *inputs, "-o", f"bnb-{form.quant}"]
         options.append(subject.option(form, disk_bytes(base.sizes, form) + beside, [command]))
     commands = [[*merge, "-o", "merged"], ["pos2d", "export", "merged", *export_flags(ONNX, own), "-o", "onnx"]]
@@ -110,7 +113,7 @@ def options_of_artifact(directory: Path, subject: Subject) -> list[Option]:
             note = f"this artifact, computed in {dtype}"
             options.append(subject.option(form, manifest.total_bytes, [command], note))
     beside = sum(facts["bytes"] for name, facts in manifest.files.items() if name in COMPANIONS)
-    for form in (*quantised(manifest.dtype), ONNX):
+    for form in (*quantised(manifest.dtype, subject.sizes), ONNX):
         output = form.kind if form.quant is None else f"{form.kind}-{form.quant}"
         command = ["pos2d", "export", str(directory), *export_flags(form, manifest.dtype), "-o", output]
         options.append(subject.option(form, disk_bytes(subject.sizes, form) + beside, [command]))
@@ -142,7 +145,8 @@ def export_flags(form: Format, own: str) -> list[str]:
     return ["--format", form.kind, "--quant", form.quant, *(["--dtype", form.dtype] if form.dtype != own else [])]
 
 
-def quantised(own: str) -> tuple[Format, Format]:
-    """The bitsandbytes formats of weights in ``own``: what is not quantised keeps 16 bits or gets them."""
+def quantised(own: str, sizes: Dimensions) -> list[Format]:
+    """The bitsandbytes formats that weights in ``own`` can take: what is not quantised keeps 16 bits or gets them."""
     dtype = own if DTYPE_BYTES[own] == 2 else "bfloat16"
-    return Format("bnb", dtype, "8bit"), Format("bnb", dtype, "nf4")
+    shapes = {name: shape for name, shape in expected_tensors(sizes).items() if name.endswith("_proj.weight")}
+    return [Format("bnb", dtype, quant) for quant in get_args(Quant) if not QuantRecipe(quant).misfits(shapes)]
