@@ -144,7 +144,7 @@ def _scan_safetensors(directory: Path, file: str) -> dict[str, TensorPlace]:
         with safe_open(path, framework="np"):
             header = json.loads(text)  # which the library has now checked: lengths, overlaps, holes
     except (SafetensorError, OSError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+        raise InputError(f"{path} cannot be read: {error}; copy the model again") from None
     header.pop("__metadata__", None)
     return {
         name: TensorPlace(file, tuple(facts["shape"]), facts["dtype"], 8 + length + facts["data_offsets"][0])
