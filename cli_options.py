@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from pos2d.dtypes import DTYPES
+
 Command = Callable[..., Any]
 
 
@@ -25,7 +27,7 @@ force_option = click.option("--force", is_flag=True, help="Replace an artifact t
 revision_option = click.option("--revision", metavar="COMMIT", help="Of a Hub id: a commit, tag or branch.")
 
 
-dtype_choice = click.Choice(["auto", "float32", "float16", "bfloat16"])
+dtype_choice = click.Choice(["auto", *DTYPES])
 shard_option = click.option("--max-shard-size", metavar="5GB", help="Of every file of weights.")
 
 loading_options = with_options(

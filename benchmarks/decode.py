@@ -9,18 +9,16 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 import numpy as np
+from columns import Ids, Timed, our_engine
 
 import exporter
 import runtime
 
-Ids = list[list[int]]
-Timed = Callable[[Ids, int], float]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -59,7 +57,11 @@ def bench(
         exporter.merge(base_model, lora, merged, rope_2d_ratio=rope_2d_ratio)
         exporter.export(merged, onnx, no_verify=True)
         parity = {"onnx": runtime.verify(onnx, merged).max_rel_diff, "torch": 0.0, "transformers": 0.0}
-        runs = {"transformers": _transformers(merged), "torch": _ours(merged), "onnx": _ours(onnx)}
+        runs = {
+            "transformers": _transformers(merged),
+            "torch": our_engine(merged, dtype="float32"),
+            "onnx": our_engine(onnx, dtype="float32"),
+        }
         vocabulary = runtime.load(onnx).manifest.vocab_size
         rows = [row for n in branches for row in _rows(runs, parity, n, vocabulary, prompt_tokens, new_tokens, repeats)]
     if as_json:
@@ -103,21 +105,6 @@ def _rows(
         )
         for name, median in medians.items()
     ]
-
-
-def _ours(artifact: Path) -> Timed:
-    """Seconds from the first column to the last, all prompts side by side."""
-    model = runtime.load(artifact, dtype="float32")
-
-    def timed(prompts: Ids, new_tokens: int) -> float:
-        columns = model.stream_ids(prompts, max_new_tokens=new_tokens, ignore_eos=True)
-        next(columns)
-        started = time.perf_counter()
-        for _ in columns:
-            pass
-        return time.perf_counter() - started
-
-    return timed
 
 
 def _transformers(merged: Path) -> Timed:

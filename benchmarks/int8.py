@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 import numpy as np
+from columns import Ids, Timed, our_engine
 from random_bases import SHAPES, make_inputs
 
 import exporter
@@ -31,9 +32,6 @@ from pos2d.manifest import read_manifest
 from runtime.engine import forward
 from runtime.verify import compare
 
-Ids = list[list[int]]
-# Seconds of decoding so many columns after prompts.
-Timed = Callable[[Ids, int], float]
 PEER = "transformers bfloat16"
 ENGINES = (PEER, "transformers int8", "bfloat16", "int8 weight-only", "int8 bnb")
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,9 +144,9 @@ def measure(
     makers: dict[str, Callable[[], Timed]] = {
         "transformers bfloat16": lambda: transformers_engine(artifacts["merged"], device),
         "transformers int8": lambda: transformers_engine(artifacts["int8"], device),
-        "bfloat16": lambda: our_engine(artifacts["merged"], device),
-        "int8 weight-only": lambda: our_engine(artifacts["int8"], device, int8_kernel="weight-only"),
-        "int8 bnb": lambda: our_engine(artifacts["int8"], device, int8_kernel="bnb", dtype="bfloat16"),
+        "bfloat16": lambda: our_engine(artifacts["merged"], device=device),
+        "int8 weight-only": lambda: our_engine(artifacts["int8"], device=device, int8_kernel="weight-only"),
+        "int8 bnb": lambda: our_engine(artifacts["int8"], device=device, int8_kernel="bnb", dtype="bfloat16"),
     }
     engines = {engine: makers[engine]() for engine in chosen}
     vocabulary = read_manifest(artifacts["int8"]).vocab_size
@@ -180,21 +178,6 @@ def measure(
             for engine, median in medians.items()
         ]
     return rows
-
-
-def our_engine(artifact: Path, device: str, **flags: Any) -> Timed:
-    """From the first column to the last, all prompts side by side."""
-    model = runtime.load(artifact, device=device, **flags)
-
-    def timed(prompts: Ids, new_tokens: int) -> float:
-        columns = model.stream_ids(prompts, max_new_tokens=new_tokens, ignore_eos=True)
-        next(columns)
-        started = time.perf_counter()
-        for _ in columns:
-            pass
-        return time.perf_counter() - started
-
-    return timed
 
 
 def transformers_engine(merged: Path, device: str) -> Timed:

@@ -15,7 +15,8 @@ from pos2d.families import Dimensions, expected_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBED_TOKENS, LM_HEAD = "model.embed_tokens", "lm_head"
+EMBEDDING, HEAD = f"{EMBED_TOKENS}.weight", f"{LM_HEAD}.weight"
 # A header takes about a hundred bytes a tensor.
 MAX_HEADER_BYTES = 16 << 20
 # safetensors' name of a type to torch's, and its bytes.
@@ -75,7 +76,7 @@ class Checkpoint:
             for name, place in self.tensors.items()
             if name.endswith("_proj.weight") or name == HEAD
         }
-        return shapes | ({"lm_head": self.tensors[EMBEDDING].shape} if self.sizes.tied else {})
+        return shapes | ({LM_HEAD: self.tensors[EMBEDDING].shape} if self.sizes.tied else {})
 
 
 def read_checkpoint(directory: Path, config: Mapping[str, Any], revision: str | None = None) -> Checkpoint:

@@ -13,11 +13,11 @@ from typing import Any, get_args
 from exporter.companions import copy_companions
 from exporter.formats.bnb import QuantPlan, QuantTotals, plan_bnb, write_bnb
 from exporter.formats.onnx import write_onnx
-from exporter.merge import DTYPES
 from exporter.merging.ledger import RETENTION_THRESHOLD
 from exporter.merging.preflight import COMPANION_BYTES, check_disk, disk_free
 from exporter.sources import Source, TrainedPositions, from_adapters, from_merged
 from exporter.staging import check_output, file_facts, staged
+from pos2d.dtypes import check_dtype
 from pos2d.errors import ParityError, Pos2DError, UsageError
 from pos2d.manifest import Manifest
 from pos2d.progress import Progress
@@ -149,8 +149,7 @@ def _report(output: Path, format: str, manifest: Manifest, source: Source, secon
 def _check_flags(format: str, quant: str | None, dtype: str, merged: object, base_model: object) -> None:
     if format not in FORMATS:
         raise UsageError(f"format {format!r} is not one of {', '.join(FORMATS)}")
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    check_dtype(dtype)
     if format == "bnb" and quant not in get_args(Quant):
         raise UsageError(f"--format bnb needs --quant {' or '.join(get_args(Quant))}")
     if format == "onnx" and quant is not None:

@@ -18,11 +18,10 @@ from exporter.merging.rounding import ROUNDINGS, Rounding
 from exporter.merging.weights import write_weights
 from exporter.sources import Source, TrainedPositions, from_adapters
 from exporter.staging import JOURNAL, check_output, file_facts, staged, write_json
+from pos2d.dtypes import check_dtype
 from pos2d.errors import UsageError
 from pos2d.manifest import Manifest
 from pos2d.spec import Align, spans
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +192,6 @@ def _stamps(base: Checkpoint) -> dict[str, list[int]]:
 
 
 def _check_flags(dtype: str, rounding: str) -> None:
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    check_dtype(dtype)
     if rounding not in ROUNDINGS:
         raise UsageError(f"rounding {rounding!r} is not one of {', '.join(ROUNDINGS)}")

@@ -8,6 +8,8 @@ from pos2d.errors import InputError
 
 Quant = Literal["8bit", "nf4"]
 NF4_BLOCK, NF4_ROWS = 64, 32
+# Activations above it are multiplied in 16 bits by bitsandbytes' int8 kernel: the default of its papers and loaders.
+OUTLIER_THRESHOLD = 6.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,14 @@ from typing import Literal
 import numpy as np
 
 from pos2d.errors import InputError
+from pos2d.footprint import PREFILL_ROWS
 from pos2d.layout import Ints, Layout
 from runtime.backend import Backend, Floats
 from runtime.sampling import Sampler
 
 FinishReason = Literal["stop", "length"]
 # Tokens of a prompt that are read at once: their attention scores and MLP values are what a long prompt costs.
-PIECE = 512
+PIECE = PREFILL_ROWS
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pos2d.errors import InputError, UsageError
+from pos2d.errors import InputError
 from pos2d.int8 import STEPS, quantise_rows
-from pos2d.quiet import quietly
-from pos2d.recipe import Quant
+from pos2d.quiet import bitsandbytes
+from pos2d.recipe import OUTLIER_THRESHOLD, Quant
 from runtime.options import Int8Kernel
 
 # Names of a quantised layer's tensors in a file, after the layer's own.
@@ -20,8 +20,6 @@ STORED_PARTS: dict[Quant, tuple[str, ...]] = {
     "8bit": ("weight", "SCB", "weight_format"),
     "nf4": ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"),
 }
-# Activations above it are multiplied in 16 bits by bitsandbytes' int8 kernel: its own default.
-OUTLIER_THRESHOLD = 6.0
 # torch's packed int8 product is done row by row; from here on widening the weights first is faster (measured on two
 # x86-64 cores with AVX-512, where the two meet between 16 and 24 rows).
 PACKED_ROWS = 16
@@ -123,20 +121,9 @@ def quantised_linear(tensors: Tensors, quant: Quant, kernel: Int8Kernel, dtype: 
     return nf4_linear(packed, bias, dtype)
 
 
-def bitsandbytes() -> Any:
-    """Raises:
-    UsageError: it is not installed, or cannot be imported here.
-    """
-    try:
-        with quietly("bitsandbytes"):  # it looks for kernels on a model hub, and says that it found none
-            import bitsandbytes
-    except (ImportError, OSError, RuntimeError) as error:
-        raise UsageError(f"bitsandbytes cannot be imported: {error}; pip install bitsandbytes") from None
-    return bitsandbytes
-
-
-def has_bnb_int8(model: nn.Module) -> bool:
-    return any(type(layer).__name__ == "Linear8bitLt" for layer in model.modules())
+def bnb_layers(model: nn.Module) -> set[str]:
+    """Names of the classes of bitsandbytes in a model."""
+    return {type(layer).__name__ for layer in model.modules() if type(layer).__module__.startswith("bitsandbytes.")}
 
 
 @cache

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal, TypedDict, get_args
 
+from pos2d.dtypes import check_dtype
 from pos2d.errors import UsageError
 from pos2d.recipe import Quant
 
 Int8Kernel = Literal["auto", "bnb", "weight-only"]
 Attention = Literal["sdpa", "eager"]
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 class LoadFlags(TypedDict, total=False):
@@ -50,8 +50,8 @@ class LoadOptions:
     max_memory: str | None = None
 
     def __post_init__(self) -> None:
+        check_dtype(self.dtype)
         for name, allowed in (
-            ("dtype", ("auto", *DTYPES)),
             ("quant", (None, *get_args(Quant))),
             ("int8_kernel", get_args(Int8Kernel)),
             ("device_map", (None, "auto")),

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pos2d.errors import UsageError
@@ -18,10 +17,10 @@ from runtime.backend import Floats
 from runtime.cache import FixedCache, growing_cache
 from runtime.cuda_graphs import GraphedCache, Tensors
 from runtime.devices import Homes, one_device, place_of, spread
-from runtime.linears import has_bnb_int8
+from runtime.linears import bnb_layers
 from runtime.memory import check_memory
 from runtime.options import LoadOptions
-from runtime.torch_loading import HEAD, empty_decoder, fill_decoder, quantised_modules, stored_tensors
+from runtime.torch_loading import HEAD, empty_decoder, fill_decoder, sized_decoder, stored_tensors
 
 
 class TorchBackend:
@@ -41,9 +40,7 @@ class TorchBackend:
         self._model = empty_decoder(directory, manifest.family, attention)
         homes: Homes = {"": device}
         if options.device_map is not None:
-            sized = empty_decoder(directory, manifest.family, attention)
-            give_sizes(sized, recipe, self.dtype)
-            homes = spread(sized, options.max_memory)
+            homes = spread(sized_decoder(directory, manifest.family, recipe, self.dtype), options.max_memory)
         fill_decoder(
             self._model,
             stored_tensors(directory, manifest),
@@ -53,9 +50,10 @@ class TorchBackend:
             dtype=self.dtype,
             place=place_of(homes),
         )
-        self._quantised = recipe is not None
+        foreign = bnb_layers(self._model)
+        self._talks = bool(foreign)
         # bitsandbytes' int8 looks at its activations to choose what it does, which a graph cannot.
-        self._graphed = homes == {"": device} and device.type == "cuda" and not has_bnb_int8(self._model)
+        self._graphed = homes == {"": device} and device.type == "cuda" and "Linear8bitLt" not in foreign
         self._device = place_of(homes)("model.embed_tokens")
         self._model.model.rotary_emb.to(self._device)
         if len(set(homes.values())) > 1:
@@ -84,7 +82,7 @@ class TorchBackend:
             **({} if rows is None else {"logits_to_keep": rows}),
         }
         tensors = {name: torch.tensor(values, device=self._device) for name, values in inputs.items()}
-        with quietly("bitsandbytes") if self._quantised else nullcontext():  # it tells of every cast of every layer
+        with quietly("bitsandbytes") if self._talks else nullcontext():  # it tells of every cast of every layer
             if isinstance(cache, FixedCache):
                 logits = self._forward_fixed(cache, tensors)
             else:
@@ -133,13 +131,3 @@ def _compute_dtype(
     packed = recipe is not None and recipe.name == "8bit" and device.type == "cpu" and options.int8_kernel != "bnb"
     stored: torch.dtype = getattr(torch, manifest.dtype)
     return torch.bfloat16 if packed else stored
-
-
-def give_sizes(model: PreTrainedModel, recipe: QuantRecipe | None, dtype: torch.dtype) -> None:
-    """Make the parameters of an empty model as large as they are going to be; it can then not be filled any more."""
-    for parameter in model.parameters():  # not the frequencies, which stay float32
-        parameter.data = parameter.data.to(dtype)
-    for layer in quantised_modules(model, recipe).values():
-        rows, columns = layer.weight.shape
-        packed = (rows, columns) if recipe is not None and recipe.name == "8bit" else ((rows * columns + 1) // 2, 1)
-        layer.weight = torch.nn.Parameter(torch.empty(packed, dtype=torch.uint8, device="meta"), requires_grad=False)

@@ -34,6 +34,18 @@ def empty_decoder(directory: Path, family: str, attention: str) -> PreTrainedMod
     return model
 
 
+def sized_decoder(directory: Path, family: str, recipe: QuantRecipe | None, dtype: torch.dtype) -> PreTrainedModel:
+    """An empty model whose parameters are as large as those of a filled one; it cannot be filled itself."""
+    model = empty_decoder(directory, family, "eager")
+    for parameter in model.parameters():  # not the frequencies, which stay float32
+        parameter.data = parameter.data.to(dtype)
+    for layer in quantised_modules(model, recipe).values():
+        rows, columns = layer.weight.shape
+        packed = (rows, columns) if recipe is not None and recipe.name == "8bit" else ((rows * columns + 1) // 2, 1)
+        layer.weight = nn.Parameter(torch.empty(packed, dtype=torch.uint8, device="meta"), requires_grad=False)
+    return model
+
+
 def quantised_modules(model: PreTrainedModel, recipe: QuantRecipe | None) -> dict[str, nn.Linear]:
     """The linear layers that ``recipe`` quantises, by name."""
     if recipe is None:

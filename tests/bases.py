@@ -23,6 +23,18 @@ SHAPE = {
     "initializer_range": 0.3,
     "rms_norm_eps": 0.01,
 }
+# Qwen2.5-0.5B.
+HALF_BILLION = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,

@@ -40,7 +40,7 @@ from pos2d.footprint import (
 )
 from pos2d.sizes import parse_size, size_text
 from runtime.engine import PIECE
-from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
+from tests.bases import CONFIGS, HALF_BILLION, linear_modules, random_adapter, square, write_adapter, write_base
 from tests.conftest import GOLDENS, Golden
 
 Call = Callable[..., Result]
@@ -52,17 +52,6 @@ FORMATS = [
     Format("bnb", "bfloat16", "nf4"),
     Format("onnx", "float32"),
 ]
-HALF_BILLION = {
-    "model_type": "qwen2",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": True,
-}
 # Of a public model's shape, so that weights outweigh what is constant.
 LARGE = Dimensions(
     family="qwen2",

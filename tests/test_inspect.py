@@ -21,7 +21,7 @@ from pos2d.errors import InputError, UnsafeInputError, UsageError
 from pos2d.families import Dimensions, expected_tensors
 from pos2d.manifest import Manifest
 from pos2d.spec import Rope2DSpec, spans
-from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
+from tests.bases import CONFIGS, HALF_BILLION, linear_modules, random_adapter, square, write_adapter, write_base
 from tests.conftest import GOLDENS
 from tests.test_errors import Payload
 
@@ -147,18 +147,7 @@ def test_the_trainers_rule_and_shapes_leave_bases_out(tmp_path: Path) -> None:
 
 
 def test_shapes_of_known_bases_are_those_that_bases_are_checked_against() -> None:
-    config = {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    }
-    expected = expected_tensors(Dimensions.from_config(config, "config.json"))
+    expected = expected_tensors(Dimensions.from_config(HALF_BILLION, "config.json"))
     row = known("Qwen2.5-0.5B")
     for kind, shape in row.linears().items():
         room = "mlp" if kind in KINDS[4:] else "self_attn"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from exporter.adapters.adapter import Adapter, check_values, some
 from exporter.adapters.changes import Added, Change, Dora, LowRank, Replaced
 from exporter.adapters.peft_config import LoraSettings, read_settings
-from exporter.adapters.peft_modules import EMBED_TOKENS, LM_HEAD, Coverage, Shape, cover, tensor_shapes
-from exporter.checkpoint import EMBEDDING, HEAD, Checkpoint
+from exporter.adapters.peft_modules import Coverage, Shape, cover, tensor_shapes
+from exporter.checkpoint import EMBED_TOKENS, EMBEDDING, HEAD, LM_HEAD, Checkpoint
 from exporter.pth import read_pth
 from exporter.staging import sha256
 from pos2d.errors import InputError

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from exporter.adapters.adapter import kind, some
 from exporter.adapters.patterns import fits, fits_whole
 from exporter.adapters.peft_config import LAYER_NUMBER, SAVED_MODULE, LoraSettings
-from exporter.checkpoint import EMBEDDING, HEAD, Checkpoint
+from exporter.checkpoint import EMBED_TOKENS, EMBEDDING, HEAD, LM_HEAD, Checkpoint
 from pos2d.errors import InputError
 
 Shape = tuple[int, ...]
 
-EMBED_TOKENS, LM_HEAD = (name.removesuffix(".weight") for name in (EMBEDDING, HEAD))
 # What PEFT takes for the two by the last part of their names.
 EMBEDDING_KINDS = {"embed_tokens", "lm_head"}
 

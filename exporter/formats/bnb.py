@@ -1,19 +1,19 @@
 """A bitsandbytes checkpoint, written from the exact sum of base and adapters, shard by shard and without a GPU."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from exporter.adapters.changes import exact_sum
-from exporter.checkpoint import HEAD, INDEX, TensorPlace
+from exporter.checkpoint import INDEX, LM_HEAD, TensorPlace
 from exporter.companions import copy_code
 from exporter.config import baked_config
 from exporter.formats.encodings import Encoding, Int8Rows, Nf4Blocks, Rounded
 from exporter.merging.ledger import Tally, tally_of
-from exporter.merging.plan import MergePlan, PlannedTensor, lay_out, plan_merge, split
+from exporter.merging.plan import PlannedTensor, index_of, lay_out, plan_merge, split
 from exporter.merging.rounding import is_finite
 from exporter.sources import Source
 from exporter.staging import write_json
@@ -21,11 +21,9 @@ from exporter.tensors import TensorFile, opened, row_blocks, write_at
 from exporter.workers import single_threaded_torch, worker_count
 from pos2d.errors import InputError, UsageError
 from pos2d.progress import Progress
-from pos2d.recipe import Quant, QuantRecipe
+from pos2d.recipe import OUTLIER_THRESHOLD, Quant, QuantRecipe
 
 DEFAULT_SHARD_SIZE = "5GB"
-# Activations above it are multiplied in 16 bits by bitsandbytes' own kernel: the default of its papers and loaders.
-OUTLIER_THRESHOLD = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +66,17 @@ class QuantPlan:
     tied: bool
 
     @property
+    def places(self) -> dict[str, TensorPlace]:
+        """Where every written tensor lies, by its name."""
+        outputs = (output for shard in self.shards for output in shard.outputs)
+        return {name: place for output in outputs for name, place in output.places.items()}
+
+    @property
     def nbytes(self) -> int:
-        places = (place for shard in self.shards for output in shard.outputs for place in output.places.values())
-        return sum(len(shard.header) for shard in self.shards) + sum(place.nbytes for place in places)
+        return sum(len(shard.header) for shard in self.shards) + sum(place.nbytes for place in self.places.values())
 
 
-def plan_bnb(
-    source: Source, quant: Quant, skip_modules: str = "lm_head", dtype: str = "auto", max_shard_size: str | None = None
-) -> QuantPlan:
+def plan_bnb(source: Source, quant: Quant, skip_modules: str, dtype: str, max_shard_size: str | None) -> QuantPlan:
     """Lay out the result. ``skip_modules``: linear layers that keep their type, separated by commas: full names, last
     parts (``down_proj``) or whole blocks (``model.layers.0``). A tied head that is not among them gets its own tensor.
 
@@ -84,7 +85,7 @@ def plan_bnb(
         InputError: a layer that cannot be quantised so.
     """
     skipped = _resolve(skip_modules, list(source.base.linear_shapes()))
-    plan = plan_merge(source.base, source.adapters, dtype, untied=HEAD.removesuffix(".weight") not in skipped)
+    plan = plan_merge(source.base, source.adapters, dtype, untied=LM_HEAD not in skipped)
     recipe = QuantRecipe(quant, skipped)
     modules = {name: shape for name, shape in source.base.linear_shapes().items() if name not in skipped}
     if not modules:
@@ -97,7 +98,8 @@ def plan_bnb(
         for name, outputs in written.items()
     }
     files = split(sizes, max_shard_size or DEFAULT_SHARD_SIZE)
-    shards = tuple(_shard(file, names, plan, encodings, written) for file, names in files.items())
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    shards = tuple(_shard(file, [tensors[name] for name in names], encodings, written) for file, names in files.items())
     return QuantPlan(shards, recipe, plan.dtype, plan.tied)
 
 
@@ -112,7 +114,7 @@ def write_bnb(source: Source, plan: QuantPlan, target: Path) -> QuantTotals:
         for shard in plan.shards:
             tallies += _write_shard(shard, source.base.directory, target, progress)
     if len(plan.shards) > 1:
-        write_json(target / INDEX, _index(plan))
+        write_json(target / INDEX, index_of(plan.places))
     config = baked_config(source.base, source.spec, plan.dtype, plan.tied)
     write_json(target / "config.json", config | {"quantization_config": _loading(plan.recipe, plan.dtype)})
     copy_code(target)
@@ -147,14 +149,12 @@ def _encoding(tensor: PlannedTensor, recipe: QuantRecipe, dtype: str, modules: C
 
 def _shard(
     file: str,
-    names: list[str],
-    plan: MergePlan,
+    tensors: Sequence[PlannedTensor],
     encodings: Mapping[str, Encoding],
     written: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]],
 ) -> Shard:
-    header, places = lay_out(file, {output: kind for name in names for output, kind in written[name].items()})
-    tensors = {tensor.name: tensor for tensor in plan.tensors}
-    outputs = (Output(tensors[n], encodings[n], {output: places[output] for output in written[n]}) for n in names)
+    header, places = lay_out(file, {output: kind for t in tensors for output, kind in written[t.name].items()})
+    outputs = (Output(t, encodings[t.name], {output: places[output] for output in written[t.name]}) for t in tensors)
     return Shard(file, header, tuple(outputs))
 
 
@@ -189,14 +189,14 @@ def _write_tensor(output: Output, file: TensorFile, descriptor: int, progress: P
 
     tensor, encoding = output.tensor, output.encoding
     changes = [change.widened() for change in tensor.changes]
-    tally = Tally()
+    tally = None if isinstance(encoding, Rounded) else Tally()
 
     def write(name: str, offset: int, data: memoryview) -> None:
         write_at(descriptor, data, output.places[name].offset + offset)
         progress.advance(len(data))
 
     for rows, _, weight in row_blocks(file, tensor.origin, tensor.source):
-        exact, delta = exact_sum(weight, changes, rows) if changes else (weight, torch.zeros_like(weight))
+        exact, delta = exact_sum(weight, changes, rows) if changes else (weight, None)
         if not is_finite(exact):
             raise InputError(f"tensor {tensor.name} has NaN or infinite values; check the base and the adapter")
         stored = encoding.encode(tensor.name, rows.start, exact, write)
@@ -204,17 +204,10 @@ def _write_tensor(output: Output, file: TensorFile, descriptor: int, progress: P
             raise InputError(
                 f"tensor {tensor.name} does not fit {tensor.target.dtype}; use --dtype float32 or bfloat16"
             )
-        tally += tally_of(weight, weight, delta, stored)
+        if tally is not None:
+            tally += tally_of(weight, weight, torch.zeros_like(weight) if delta is None else delta, stored)
     encoding.finish(tensor.name, tensor.target.shape, write)
-    return None if isinstance(encoding, Rounded) else tally
-
-
-def _index(plan: QuantPlan) -> dict[str, Any]:
-    places = {name: place for shard in plan.shards for o in shard.outputs for name, place in o.places.items()}
-    return {
-        "metadata": {"total_size": sum(place.nbytes for place in places.values())},
-        "weight_map": {name: place.file for name, place in places.items()},
-    }
+    return tally
 
 
 def _loading(recipe: QuantRecipe, dtype: str) -> dict[str, Any]:

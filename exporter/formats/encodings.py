@@ -6,13 +6,12 @@ rows in any order. What it returns is what a loader will compute with, in float6
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from exporter.checkpoint import DTYPES
 from exporter.merging.rounding import round_nearest
-from pos2d.errors import UsageError
 from pos2d.int8 import STEPS, quantise_rows
-from pos2d.quiet import quietly
+from pos2d.quiet import bitsandbytes
 from pos2d.recipe import NF4_BLOCK
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ class Nf4Blocks:
         return found
 
     def encode(self, name: str, first: int, exact: "torch.Tensor", write: Write) -> "torch.Tensor":
-        functional = _bitsandbytes()
+        functional = bitsandbytes().functional
         packed, state = functional.quantize_4bit(exact.float(), blocksize=NF4_BLOCK, quant_type="nf4")
         before = first * exact.shape[1]
         write(name, before // 2, _bytes(packed))
@@ -107,7 +106,7 @@ class Nf4Blocks:
         """What bitsandbytes stores beside values and scales."""
         import torch
 
-        functional = _bitsandbytes()
+        functional = bitsandbytes().functional
         state = functional.QuantState(
             absmax=torch.empty(0),
             shape=torch.Size(shape),
@@ -129,14 +128,3 @@ def _bytes(values: "torch.Tensor") -> memoryview:
 
     data: memoryview = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data
-
-
-def _bitsandbytes() -> Any:
-    try:
-        with quietly("bitsandbytes"):  # it looks for kernels on a model hub, and says that it found none
-            from bitsandbytes import functional
-    except (ImportError, OSError, RuntimeError) as error:
-        raise UsageError(
-            f"nf4 needs bitsandbytes, which cannot be imported: {error}; pip install bitsandbytes"
-        ) from None
-    return functional

@@ -69,10 +69,15 @@ class MergePlan:
         """Content of the index file, where there are several shards."""
         if len(self.shards) == 1:
             return None
-        return {
-            "metadata": {"total_size": sum(tensor.target.nbytes for tensor in self.tensors)},
-            "weight_map": {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors},
-        }
+        return index_of({tensor.name: tensor.target for tensor in self.tensors})
+
+
+def index_of(places: Mapping[str, TensorPlace]) -> dict[str, object]:
+    """Content of an index file."""
+    return {
+        "metadata": {"total_size": sum(place.nbytes for place in places.values())},
+        "weight_map": {name: place.file for name, place in places.items()},
+    }
 
 
 def plan_merge(
