@@ -5,12 +5,9 @@ Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 bad or mismatching input, 4 u
 """
 
 import atexit
-import dataclasses
 import gc
-import json
 import signal
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -26,6 +23,8 @@ from cli_options import (
     revision_option,
     shard_option,
 )
+from cli_report import show, warn
+from cli_run import batch, run
 from pos2d import __version__
 
 
@@ -201,40 +200,6 @@ def evaluate(as_json: bool, **flags: Any) -> None:
 
 
 @cli.command()
-@click.argument("artifact")
-@click.option("-p", "--prompt", multiple=True, required=True, metavar="TEXT", help="Repeat it to ask several at once.")
-@click.option("--context", metavar="TEXT", help="Read once, before all prompts.")
-@click.option("-n", "--max-new-tokens", type=int, default=256, show_default=True, help="For each prompt.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws at a temperature above 0.")
-@click.option(
-    "--visibility",
-    type=click.Choice(["columnar", "isolated"]),
-    help="columnar: prompts see each other's earlier columns, as trained; isolated: each is answered as if alone.  "
-    "[default: the artifact's]",
-)
-@click.option("--ignore-chat-template", is_flag=True, help="Take the texts as they are.")
-@loading_options
-@json_option
-def run(prompt: tuple[str, ...], as_json: bool, **flags: Any) -> None:
-    """Answer prompts with an ARTIFACT, several side by side."""
-    import runtime
-    from runtime.display import Display
-
-    with Display(() if as_json else prompt) as display:
-        report = runtime.run(prompt=prompt, on_text=None if as_json else display.write, **flags)
-    if as_json:
-        show(report, as_json, "")
-        return
-    display.finish(report.completions)
-    click.echo(
-        f"{report.new_tokens} tokens, {report.tokens_per_second:.1f} tokens/s, "
-        f"first after {report.first_seconds:.2f} s (loaded in {report.load_seconds:.1f} s, {report.visibility})",
-        err=True,
-    )
-
-
-@cli.command()
 @json_option
 def doctor(as_json: bool) -> None:
     """Say what this machine has, and what the tool still needs."""
@@ -245,14 +210,8 @@ def doctor(as_json: bool) -> None:
     report.raise_if_unfit()
 
 
-def show(report: Any, as_json: bool, summary: str) -> None:
-    """A report on standard output: JSON for programs, else its summary."""
-    click.echo(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) if as_json else summary)
-
-
-def warn(warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
+for command in (run, batch):
+    cli.add_command(command)
 
 
 def main() -> None:

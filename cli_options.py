@@ -65,6 +65,56 @@ loading_options = with_options(
 )
 
 
+sampling_options = with_options(
+    click.option(
+        "--preset",
+        type=click.Choice(["factual", "creative", "code", "chat", "translate"]),
+        help="Options for a purpose; --list-presets shows them, and flags of their own win.",
+    ),
+    click.option("-n", "--max-new-tokens", type=int, help="For each prompt.  [default: 256, or the artifact's]"),
+    click.option("--min-new-tokens", type=int, help="So many before an end token may come."),
+    click.option(
+        "--temperature",
+        "--temp",
+        "temperature",
+        type=float,
+        help="0 is greedy.  [default: the artifact's generation settings, else 0]",
+    ),
+    click.option("--top-k", type=int, help="Draw only from so many of the likeliest tokens; 0 is all."),
+    click.option("--top-p", type=float, help="Draw only from the likeliest that have this probability together."),
+    click.option("--min-p", type=float, help="Draw only what is so many times as likely as the likeliest."),
+    click.option("--repetition-penalty", type=float, help="Above 1, tokens that were there become less likely."),
+    click.option(
+        "--stop", multiple=True, metavar="TEXT", help="End an answer before this text; repeat it for several."
+    ),
+    click.option(
+        "--end-token", multiple=True, metavar="TOKEN", help="A token that ends answers too, such as <|eot_id|>."
+    ),
+    click.option("--seed", type=int, help="Of the draws.  [default: 0]"),
+    click.option("--logprobs", is_flag=True, help="With JSON: the log probability of every token."),
+)
+
+layout_options = with_options(
+    click.option(
+        "--visibility",
+        type=click.Choice(["columnar", "isolated"]),
+        help="columnar: prompts see each other's earlier columns, as trained; isolated: each is answered as if alone.  "
+        "[default: the artifact's]",
+    ),
+    click.option(
+        "--align-to",
+        type=click.Choice(["left", "right"]),
+        help="Where prompts of different length line up.  [default: the artifact's]",
+    ),
+    click.option("--branch-stride", type=int, help="Branch value between neighbours.  [default: the artifact's]"),
+    click.option(
+        "--max-branches",
+        type=int,
+        help="Prompts of one sequence; more wait for the next, over the same context.  [default: 16]",
+    ),
+)
+
+
 def adapter_options(required: bool) -> Callable[[Command], Command]:
     """The flags that name a base, its adapters and the positions of their training."""
     return with_options(

@@ -27,18 +27,20 @@ class Progress:
             counts: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()]
             if unit == "pieces":
                 counts = [MofNCompleteColumn()]
-            columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
+            rest = (TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            columns = (TextColumn("{task.description}"), BarColumn(), *counts, *rest)
             self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task(self._label, total=self._total)
+            self._task = self._bar.add_task(self._label, total=self._total, note="")
         return self
 
-    def advance(self, count: int = 1) -> None:
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """So many more are done; ``note`` is shown beside them."""
         if self._bar is not None:
-            self._bar.advance(self._task, count)
+            self._bar.update(self._task, advance=count, note=note)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,19 +1,30 @@
 """Artifact -> text. One verb, one file, one function."""
 
+from runtime.answers import Completion, Event
+from runtime.batch import BatchReport, batch
+from runtime.chat import chat
+from runtime.conversation import Conversation
 from runtime.doctor import DoctorReport, doctor
 from runtime.evaluate import EvalReport, evaluate
 from runtime.load import load
 from runtime.model import Model
-from runtime.run import Completion, RunReport, run
+from runtime.run import RunReport, run
+from runtime.sampling import Sampling
 from runtime.verify import ParityReport, verify
 
 __all__ = [
+    "BatchReport",
     "Completion",
+    "Conversation",
     "DoctorReport",
     "EvalReport",
+    "Event",
     "Model",
     "ParityReport",
     "RunReport",
+    "Sampling",
+    "batch",
+    "chat",
     "doctor",
     "evaluate",
     "load",

@@ -10,11 +10,21 @@ from pos2d.layout import Bools, Ints
 Floats = npt.NDArray[np.float32]
 
 
+class KVCache(Protocol):
+    """Keys and values of the tokens so far; it grows by every forward pass that it is given to."""
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for ``capacity`` tokens in all."""
+
+    def rewind(self, length: int) -> None:
+        """Forget every token from slot ``length`` on."""
+
+
 class Backend(Protocol):
-    """One loaded decoder. Caches are the backend's own; a cache grows by every forward pass that it is given to."""
+    """One loaded decoder; caches are the backend's own."""
 
     def new_cache(self, capacity: int) -> Any:
-        """An empty cache for sequences of ``capacity`` tokens at most."""
+        """An empty :class:`KVCache` for ``capacity`` tokens."""
 
     def forward(
         self,

@@ -18,6 +18,11 @@ class GraphedCache(FixedCache):
         super().__init__(capacity)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], torch.Tensor]] = {}
 
+    def reserve(self, capacity: int) -> None:
+        if capacity > self.capacity:
+            self._graphs = {}
+        super().reserve(capacity)
+
     def run(self, step: Step, inputs: Tensors) -> torch.Tensor:
         """Logits of one step; ``inputs`` have ``slots`` among them, by whose number a graph is found."""
         count = len(inputs["slots"])

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from runtime.answers import Completion, Event
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from runtime.run import Completion
 
 MIN_PANEL_WIDTH = 32
 
@@ -19,6 +19,7 @@ class Display:
     def __init__(self, prompts: Sequence[str]) -> None:
         self._prompts = prompts
         self._texts = [""] * len(prompts)
+        self._ended = [False] * len(prompts)
         self._live = None
         if len(prompts) > 1 and sys.stdout.isatty():
             from rich.console import Console
@@ -32,11 +33,12 @@ class Display:
             self._live.start()
         return self
 
-    def write(self, branch: int, text: str) -> None:
-        """More text of one answer."""
-        self._texts[branch] += text
+    def hear(self, event: Event) -> None:
+        """More of one answer."""
+        self._texts[event.branch] += event.text
+        self._ended[event.branch] = event.finish_reason is not None
         if len(self._prompts) == 1:
-            sys.stdout.write(text)
+            sys.stdout.write(event.text)
             sys.stdout.flush()
 
     def __exit__(
@@ -49,7 +51,7 @@ class Display:
         elif len(self._prompts) == 1 and self._texts[0]:
             sys.stdout.write("\n")
 
-    def finish(self, completions: "Sequence[Completion]") -> None:
+    def finish(self, completions: Sequence[Completion]) -> None:
         """Whatever was not shown while it was written."""
         if len(self._prompts) == 1 or self._live is not None:
             return
@@ -66,7 +68,8 @@ class Display:
         for _ in range(across):
             grid.add_column(ratio=1)
         panels = [
-            Panel(Text(text), title=Text(prompt)) for prompt, text in zip(self._prompts, self._texts, strict=True)
+            Panel(Text(text), title=Text(prompt.replace("\n", " ")), border_style="dim" if ended else "none")
+            for prompt, text, ended in zip(self._prompts, self._texts, self._ended, strict=True)
         ]
         for first in range(0, len(panels), across):
             grid.add_row(*panels[first : first + across])

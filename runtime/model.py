@@ -1,8 +1,11 @@
-"""A loaded artifact: logits and generation in token ids, the same for every backend."""
+"""A loaded artifact: logits and generation, in token ids and in texts, the same for every backend."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -11,18 +14,92 @@ from pos2d.errors import InputError, UsageError
 from pos2d.layout import Ints, build_layout, columnar_mask
 from pos2d.manifest import Manifest
 from pos2d.spec import Visibility
+from runtime.answers import Completion, Event, collect
+from runtime.asynchronous import call_in, iterate_in
 from runtime.backend import Backend, Floats
+from runtime.conversation import Conversation
 from runtime.engine import Column, decode
-from runtime.sampling import Sampler
+from runtime.generation import GenerationFlags, prepare, stream
+from runtime.sampler import Sampler
+from runtime.sampling import SamplingFlags, resolve_sampling
+from runtime.text import load_tokenizer
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Model:
-    """What :func:`runtime.load` returns."""
+    """What :func:`runtime.load` returns: texts through ``generate``, ``stream`` and ``chat``, ids through the rest."""
 
     path: Path
     manifest: Manifest
     backend: Backend
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The artifact's own; read when it is first asked for."""
+        return load_tokenizer(self.path)
+
+    @cached_property
+    def _worker(self) -> ThreadPoolExecutor:
+        """Where the asynchronous variants run, one after the other."""
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="pos2d")
+
+    def generate(
+        self, prompts: str | Sequence[str], context: str | None = None, **options: Unpack[GenerationFlags]
+    ) -> list[Completion]:
+        """Answer prompts side by side; the arguments are those of :meth:`stream`."""
+        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        return collect(self.stream(asked, context, **options), asked)
+
+    def stream(
+        self, prompts: str | Sequence[str], context: str | None = None, **options: Unpack[GenerationFlags]
+    ) -> Iterator[Event]:
+        """The same, token by token while it is written; ``Event.branch`` counts the prompts.
+
+        Args:
+            prompts: one is ordinary text, several are branches of one sequence, or of several after ``max_branches``.
+            context: read once, and seen by all prompts; the system turn of a chat template.
+            options: the fields of :class:`runtime.generation.GenerationFlags`; what is left out is the artifact's.
+
+        Raises:
+            InputError: no tokenizer, no or an empty prompt, prompts longer than the model.
+            UsageError: a value out of range.
+        """
+        asked = prepare(self, [prompts] if isinstance(prompts, str) else list(prompts), context, options)
+        return stream(self, asked)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[SamplingFlags]) -> Completion:
+        """The next turn after ``messages``, each with its ``role`` and ``content``; the last one is the user's.
+
+        :meth:`conversation` keeps what was read of earlier turns.
+
+        Raises:
+            InputError: no chat template, or messages that it does not take.
+            UsageError: a value out of range.
+        """
+        *earlier, last = messages or [{}]
+        return collect(self.conversation(earlier, **options).ask(last), [last.get("content", "")])[0]
+
+    def conversation(
+        self, messages: Sequence[Mapping[str, str]] = (), **options: Unpack[GenerationFlags]
+    ) -> Conversation:
+        """A conversation that goes on from ``messages``; its cache stays from turn to turn."""
+        return Conversation(self, messages, options)
+
+    async def agenerate(
+        self, prompts: str | Sequence[str], context: str | None = None, **options: Unpack[GenerationFlags]
+    ) -> list[Completion]:
+        """:meth:`generate`, without keeping the event loop waiting."""
+        return await call_in(self._worker, lambda: self.generate(prompts, context, **options))
+
+    def astream(
+        self, prompts: str | Sequence[str], context: str | None = None, **options: Unpack[GenerationFlags]
+    ) -> AsyncIterator[Event]:
+        """:meth:`stream`, without keeping the event loop waiting; leaving it early ends the writing."""
+        return iterate_in(self._worker, lambda: self.stream(prompts, context, **options))
+
+    async def achat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[SamplingFlags]) -> Completion:
+        """:meth:`chat`, without keeping the event loop waiting."""
+        return await call_in(self._worker, lambda: self.chat(messages, **options))
 
     def logits(
         self,
@@ -57,17 +134,21 @@ class Model:
         self,
         branches: Sequence[Sequence[int]],
         context_ids: Sequence[int] | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
+        *,
         eos_token_ids: Collection[int] | int | None = None,
         ignore_eos: bool = False,
         visibility: Visibility | None = None,
-        seed: int = 0,
+        **sampling: Unpack[SamplingFlags],
     ) -> list[list[int]]:
         """New token ids of every branch, without the end token; the arguments are those of :meth:`stream_ids`."""
         new: list[list[int]] = [[] for _ in branches]
         for column in self.stream_ids(
-            branches, context_ids, max_new_tokens, temperature, eos_token_ids, ignore_eos, visibility, seed
+            branches,
+            context_ids,
+            eos_token_ids=eos_token_ids,
+            ignore_eos=ignore_eos,
+            visibility=visibility,
+            **sampling,
         ):
             for ids, token in zip(new, column.tokens, strict=True):
                 if token is not None:
@@ -78,42 +159,38 @@ class Model:
         self,
         branches: Sequence[Sequence[int]],
         context_ids: Sequence[int] | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
+        *,
         eos_token_ids: Collection[int] | int | None = None,
         ignore_eos: bool = False,
         visibility: Visibility | None = None,
-        seed: int = 0,
+        **sampling: Unpack[SamplingFlags],
     ) -> Iterator[Column]:
-        """Decode prompts side by side with a cache, one column of tokens a step.
+        """Decode prompts side by side with a cache, one column of tokens a step. Nothing is text here.
 
         Args:
             branches: prompts as token ids; one is ordinary text, several are branches of one sequence.
             context_ids: tokens that all branches see, before them.
-            max_new_tokens: for each branch.
-            temperature: 0 is greedy.
             eos_token_ids: in place of the artifact's end tokens; ``ignore_eos`` decodes past them.
             visibility: in place of the artifact's own.
-            seed: of the random draws at a temperature above 0.
+            sampling: the fields of :class:`runtime.Sampling`; greedy where nothing is said, whatever the artifact's
+                generation settings are.
 
         Raises:
             InputError: no or an empty prompt, ids outside the vocabulary, prompts longer than the model.
-            UsageError: a number out of range.
+            UsageError: a number out of range, or texts that end answers.
         """
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens {max_new_tokens} must be at least 1")
+        options = resolve_sampling(self.path, sampling, below={})
+        if options.stop or options.end_token:
+            raise UsageError("stop and end_token are texts; use stream() or generate(), or eos_token_ids")
         layout = build_layout(branches, self.manifest.rope_2d, context_ids, visibility)
         self._check_ids(layout.ids)
         ends = self.manifest.eos_token_ids if eos_token_ids is None else eos_token_ids
         end_tokens = {ends} if isinstance(ends, int) else set(ends)
-        return decode(
-            self.backend,
-            layout,
-            Sampler(temperature, seed),
-            max_new_tokens=max_new_tokens,
-            end_tokens=set() if ignore_eos else end_tokens,
-            context_length=self.manifest.context_length,
-        )
+        writers = [
+            Sampler(options, (branch,), () if ignore_eos else end_tokens, [*(context_ids or ()), *ids])
+            for branch, ids in enumerate(branches)
+        ]
+        return decode(self.backend, layout, writers, context_length=self.manifest.context_length)
 
     def _check_ids(self, ids: Ints) -> None:
         if ids.size == 0:

@@ -21,6 +21,13 @@ class OnnxCache:
     def __init__(self, values: dict[str, ort.OrtValue]) -> None:
         self.values = values
 
+    def reserve(self, capacity: int) -> None:
+        """Nothing: every step makes its own."""
+
+    def rewind(self, length: int) -> None:
+        if any(value.shape()[2] > length for value in self.values.values()):
+            self.values = {name: _first(value, length) for name, value in self.values.items()}
+
 
 class OnnxBackend:
     """One float32 decoder on the CPU."""
@@ -83,3 +90,8 @@ class OnnxBackend:
             name: ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, *shape), dtype=np.float32))
             for name, shape in self._empty_shapes.items()
         }
+
+
+def _first(value: ort.OrtValue, length: int) -> ort.OrtValue:
+    """The first ``length`` tokens of keys or values ``[B, K, T, D]``."""
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, :, :length]))

@@ -1,38 +1,37 @@
 """Answer prompts with an artifact: one as ordinary text, several as branches of one sequence."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from pos2d.spec import Visibility
-from runtime.engine import Column, FinishReason
+from runtime.answers import Completion, Event, collect
+from runtime.flags import part_of
+from runtime.generation import GenerationFlags, prepare, stream
 from runtime.load import load
 from runtime.options import LoadFlags
-from runtime.text import GrowingText, encode_prompts, load_tokenizer
+from runtime.sampling import SamplingFlags, resolve_sampling
 
-TextListener = Callable[[int, str], None]
+Listener = Callable[[Event], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One answer, without its end token."""
-
-    prompt: str
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
+class RunFlags(GenerationFlags, LoadFlags, total=False):
+    """How an artifact is loaded, how answers are laid out, and how they are written."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
     """Answers and times: ``first_seconds`` for the prompts and the first column, ``decode_seconds`` for the rest.
 
-    ``tokens_per_second`` is the rate of that rest, over all branches; 0 where there was none.
+    ``tokens_per_second`` is the rate of that rest, over all branches; 0 where there was none. ``sampling`` are the
+    options that were in force, and ``settings`` the same in words.
     """
 
     visibility: Visibility
+    sampling: dict[str, Any]
+    settings: str
     completions: tuple[Completion, ...]
     prompt_tokens: int
     new_tokens: int
@@ -47,93 +46,44 @@ def run(
     prompt: Sequence[str],
     *,
     context: str | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-    visibility: Visibility | None = None,
-    ignore_chat_template: bool = False,
-    on_text: TextListener | None = None,
-    **loading: Unpack[LoadFlags],
+    on_event: Listener | None = None,
+    **flags: Unpack[RunFlags],
 ) -> RunReport:
-    """Answer every prompt; ``on_text(branch, new_text)`` hears the text as it is written.
+    """Answer every prompt; ``on_event`` hears the answers token by token while they are written.
 
-    ``context`` is seen by all prompts. Prompts go through the artifact's chat template where it has one. The other
-    arguments are those of :meth:`runtime.Model.stream_ids`, ``loading`` those of :func:`runtime.load`.
+    ``context`` is read once and seen by all prompts. Texts go through the artifact's chat template where it has one.
+    The other arguments are those of :meth:`runtime.Model.stream` and of :func:`runtime.load`.
 
     Raises:
         InputError: not an artifact, no tokenizer, an empty prompt, prompts longer than the model.
         UsageError: a number, device or type that cannot be used.
     """
     started = time.monotonic()
-    model = load(artifact, **loading)
-    tokenizer = load_tokenizer(model.path)
-    seen = visibility or model.manifest.rope_2d.visibility
-    encoded = encode_prompts(
-        tokenizer,
-        prompt,
-        context,
-        chat=bool(tokenizer.chat_template) and not ignore_chat_template,
-        ordinary=len(prompt) == 1 or seen == "isolated",
-    )
-    columns = model.stream_ids(
-        encoded.branches, encoded.context, max_new_tokens, temperature, visibility=seen, seed=seed
-    )
+    resolve_sampling(Path(artifact), part_of(SamplingFlags, flags))  # what is wrong with it is said before loading
+    model = load(artifact, **part_of(LoadFlags, flags))
+    asked = prepare(model, prompt, context, part_of(GenerationFlags, flags))
     loaded = time.monotonic()
-    answers = _collect(columns, [GrowingText(tokenizer) for _ in prompt], on_text)
-    return RunReport(
-        visibility=seen,
-        completions=_completions(prompt, answers),
-        prompt_tokens=sum(map(len, encoded.branches)) + len(encoded.context or ()),
-        new_tokens=answers.tokens,
-        load_seconds=loaded - started,
-        first_seconds=answers.first - loaded,
-        decode_seconds=answers.ended - answers.first,
-        tokens_per_second=answers.rate,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Answers:
-    """Texts and why each ended; ``first`` and ``ended`` are clock times of the first column and of the last."""
-
-    texts: list[GrowingText]
-    reasons: tuple[FinishReason, ...]
-    first: float
-    ended: float
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(text.ids) for text in self.texts)
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second after the first column."""
-        later = self.tokens - sum(1 for text in self.texts if text.ids)
-        return later / (self.ended - self.first) if later else 0.0
-
-
-def _completions(prompts: Sequence[str], answers: _Answers) -> tuple[Completion, ...]:
-    return tuple(
-        Completion(prompt, text.text, tuple(text.ids), reason)
-        for prompt, text, reason in zip(prompts, answers.texts, answers.reasons, strict=True)
-    )
-
-
-def _collect(columns: Iterable[Column], texts: list[GrowingText], on_text: TextListener | None) -> _Answers:
+    heard: list[Event] = []
     first: float | None = None
-    reasons: tuple[FinishReason | None, ...] = ()
-    for column in columns:
+    for event in stream(model, asked):
         first = first or time.monotonic()
-        reasons = column.finished
-        for branch, token in enumerate(column.tokens):
-            if token is not None:
-                _tell(on_text, branch, texts[branch].append(token))
+        heard.append(event)
+        if on_event is not None:
+            on_event(event)
     ended = time.monotonic()
-    for branch, text in enumerate(texts):
-        _tell(on_text, branch, text.close())
-    return _Answers(texts, tuple(reason or "length" for reason in reasons), first or ended, ended)
-
-
-def _tell(listener: TextListener | None, branch: int, text: str) -> None:
-    if listener is not None and text:
-        listener(branch, text)
+    first = first or ended
+    in_first_column = sum(event.token is not None for event in heard[: asked.size][: len(prompt)])
+    new_tokens = sum(event.token is not None for event in heard)
+    later = new_tokens - in_first_column
+    return RunReport(
+        visibility=asked.spec.visibility,
+        sampling=asdict(asked.sampling),
+        settings=asked.sampling.summary(),
+        completions=tuple(collect(heard, prompt)),
+        prompt_tokens=asked.prompt_tokens,
+        new_tokens=new_tokens,
+        load_seconds=loaded - started,
+        first_seconds=first - loaded,
+        decode_seconds=ended - first,
+        tokens_per_second=later / (ended - first) if later else 0.0,
+    )

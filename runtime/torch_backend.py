@@ -14,7 +14,7 @@ from pos2d.quiet import quietly
 from pos2d.recipe import QuantRecipe
 from runtime.attention import NAME as COLUMNS
 from runtime.backend import Floats
-from runtime.cache import FixedCache, growing_cache
+from runtime.cache import FixedCache, GrowingCache
 from runtime.cuda_graphs import GraphedCache, Tensors
 from runtime.devices import Homes, one_device, place_of, spread
 from runtime.linears import bnb_layers
@@ -62,7 +62,7 @@ class TorchBackend:
             self._model = dispatch_model(self._model, device_map=homes)
 
     def new_cache(self, capacity: int) -> Cache:
-        return GraphedCache(capacity) if self._graphed else growing_cache(capacity)
+        return GraphedCache(capacity) if self._graphed else GrowingCache(capacity)
 
     @torch.inference_mode()
     def forward(

@@ -6,8 +6,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,7 @@ def imported(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_dependencies_point_one_way(room: str) -> None:
-    ours = {*ROOMS, "cli", "cli_errors", "cli_options", "examples", "benchmarks", "tests"}
+    ours = {*ROOMS, *(path.stem for path in ROOT.glob("cli*.py")), "examples", "benchmarks", "tests"}
     for path in sorted((ROOT / room).rglob("*.py")):
         assert set(imported(path)) & ours <= ROOMS[room] | {room}, path
 
@@ -85,10 +86,15 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
     import exporter
     import runtime
     from cli import cli
-    from runtime.options import LoadFlags
 
-    display_only = {"as_json"}
-    code_only = {"on_text"}
+    def parameters_of(function: Callable[..., Any]) -> set[str]:
+        """Those of a typed dictionary in place of the keywords that it describes."""
+        names = signature(function).parameters
+        kinds = [p.annotation.__args__[0] for p in names.values() if p.kind is p.VAR_KEYWORD]
+        return {*names, *(key for kind in kinds for key in kind.__annotations__)} - {"flags", "loading"}
+
+    display_only = {"as_json", "jsonl", "list_presets", "mode"}
+    code_only = {"on_event"}
     for name, function in (
         ("merge", exporter.merge),
         ("export", exporter.export),
@@ -97,13 +103,12 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
         ("verify", runtime.verify),
         ("eval", runtime.evaluate),
         ("run", runtime.run),
+        ("batch", runtime.batch),
         ("doctor", runtime.doctor),
     ):
         flags = {parameter.name for parameter in cli.commands[name].params}
-        parameters = set(signature(function).parameters)
-        if "loading" in parameters:
-            parameters = parameters - {"loading"} | set(LoadFlags.__annotations__)
-        assert flags - display_only == parameters - code_only, name
+        assert flags - display_only == parameters_of(function) - code_only, name
+    assert parameters_of(runtime.chat) == parameters_of(runtime.run) - code_only - {"prompt"}
 
 
 def test_help_answers_at_once() -> None:

@@ -59,10 +59,10 @@ def test_run_is_generate_ids_between_two_tokenizer_calls(artifacts: Path) -> Non
 def test_streamed_text_is_the_final_text(artifacts: Path) -> None:
     heard = ["", ""]
 
-    def listen(branch: int, text: str) -> None:
-        heard[branch] += text
+    def listen(event: runtime.Event) -> None:
+        heard[event.branch] += event.text
 
-    report = runtime.run(artifacts / "onnx", ["one", "and two"], max_new_tokens=20, on_text=listen)
+    report = runtime.run(artifacts / "onnx", ["one", "and two"], max_new_tokens=20, on_event=listen)
     assert heard == [completion.text for completion in report.completions]
 
 

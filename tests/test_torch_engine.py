@@ -76,7 +76,7 @@ def test_both_attentions_agree(golden: Golden, model_of: ModelOf) -> None:
 
 def test_the_growing_cache_keeps_everything_and_moves_seldom() -> None:
     torch.manual_seed(0)
-    layers = cache.growing_cache(8)
+    layers = cache.GrowingCache(8)
     fed: list[torch.Tensor] = []
     addresses = set()
     for count in (3, *[1] * 40, 9, 1):

@@ -1,0 +1,147 @@
+"""Commands that write texts: run, in one shot or as a chat, and batch."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli_options import force_option, json_option, layout_options, loading_options, sampling_options
+from cli_report import show, warn
+
+
+def text_or_file(_ctx: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    """``@FILE`` stands for what is in the file."""
+    from pos2d.errors import InputError
+
+    if value is None or not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{value[1:]} cannot be read as text: {error}") from None
+
+
+def or_standard_input(_ctx: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """``-`` stands for what comes in."""
+    from pos2d.errors import InputError, UsageError
+
+    if values.count("-") > 1:
+        raise UsageError("--prompt - reads standard input, which can be read once; give it once")
+    try:
+        return tuple(sys.stdin.read().rstrip("\n") if value == "-" else value for value in values)
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not text in UTF-8: {error}") from None
+
+
+def list_presets(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from runtime.sampling import preset_lines
+
+        click.echo("\n".join(preset_lines()))
+        ctx.exit()
+
+
+@click.command()
+@click.argument("artifact")
+@click.option(
+    "--mode",
+    type=click.Choice(["generate", "chat"]),
+    default="generate",
+    show_default=True,
+    help="Answer the prompts and leave, or hold a conversation.",
+)
+@click.option(
+    "-p",
+    "--prompt",
+    multiple=True,
+    metavar="TEXT",
+    callback=or_standard_input,
+    help="Repeat it to ask several at once; - reads standard input.",
+)
+@click.option(
+    "--context",
+    "--system-prompt",
+    metavar="TEXT|@FILE",
+    callback=text_or_file,
+    help="Read once, before all prompts; the system turn of a chat template.",
+)
+@sampling_options
+@click.option(
+    "--list-presets",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=list_presets,
+    help="Show them and leave.",
+)
+@layout_options
+@click.option("--ignore-chat-template", is_flag=True, help="Take the texts as they are.")
+@loading_options
+@json_option
+@click.option("--jsonl", is_flag=True, help="Print every token as a line of JSON, with the number of its branch.")
+def run(mode: str, prompt: tuple[str, ...], as_json: bool, jsonl: bool, **flags: Any) -> None:
+    """Answer prompts with an ARTIFACT, several side by side, or chat with it."""
+    from pos2d.errors import UsageError
+
+    if mode == "chat":
+        if prompt or as_json or jsonl or flags.pop("ignore_chat_template"):
+            raise UsageError(
+                "--prompt, --json, --jsonl and --ignore-chat-template are not for --mode chat; leave them out"
+            )
+        import runtime
+
+        runtime.chat(**flags)
+    elif not prompt:
+        raise UsageError("there is no prompt; give --prompt TEXT, or --mode chat")
+    elif as_json and jsonl:
+        raise UsageError("--json prints one report and --jsonl a line for every token; give one of them")
+    else:
+        generate(prompt, as_json, jsonl, flags)
+
+
+def generate(prompt: tuple[str, ...], as_json: bool, jsonl: bool, flags: dict[str, Any]) -> None:
+    import runtime
+    from runtime.display import Display
+
+    def write_line(event: runtime.Event) -> None:
+        click.echo(json.dumps(dataclasses.asdict(event), ensure_ascii=False))
+
+    if as_json or jsonl:
+        report = runtime.run(prompt=prompt, on_event=write_line if jsonl else None, **flags)
+        if as_json:
+            show(report, as_json, "")
+        return
+    with Display(prompt) as display:
+        report = runtime.run(prompt=prompt, on_event=display.hear, **flags)
+    display.finish(report.completions)
+    click.echo(
+        f"{report.new_tokens} tokens, {report.tokens_per_second:.1f} tokens/s, first after "
+        f"{report.first_seconds:.2f} s (loaded in {report.load_seconds:.1f} s, {report.visibility}, {report.settings})",
+        err=True,
+    )
+
+
+@click.command()
+@click.argument("artifact")
+@click.option("-i", "--input", required=True, metavar="IN.jsonl", help="A line for every question.")
+@click.option("-o", "--output", required=True, metavar="OUT.jsonl", help="A record for every line, in the same order.")
+@sampling_options
+@layout_options
+@click.option("--ignore-chat-template", is_flag=True, help="Take the texts as they are.")
+@loading_options
+@force_option
+@json_option
+def batch(as_json: bool, **flags: Any) -> None:
+    """Answer every line of a file; killed and started again, it goes on where it was.
+
+    A line is {"prompt": ...}, {"messages": [...]}, {"context": ..., "prompts": [...]}, {"branches": [...]} or "a||b",
+    with sampling options of its own where they differ from the flags.
+    """
+    import runtime
+
+    report = runtime.batch(**flags)
+    warn(report.warnings)
+    show(report, as_json, report.summary())

@@ -1,0 +1,156 @@
+"""A conversation on a terminal, or line by line from a pipe."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Unpack
+
+from pos2d.errors import InputError, Pos2DError, StorageError
+from runtime.answers import Event, completion
+from runtime.conversation import Conversation, Message
+from runtime.display import Display
+from runtime.flags import part_of
+from runtime.generation import GenerationFlags
+from runtime.line_input import read_line, with_line_editing
+from runtime.load import load
+from runtime.options import LoadFlags
+from runtime.run import RunFlags
+from runtime.sampling import SamplingFlags, resolve_sampling
+
+LEAVE = ("quit", "exit")
+HELP = """\
+/branches QUESTION | QUESTION | …   several at once, in the context of the conversation, which stays as it is
+/reset                              begin again
+/save FILE, /load FILE              the conversation as JSON
+/help                               this text
+quit, exit, Ctrl-D                  leave; Ctrl-C stops an answer"""
+
+
+def chat(artifact: str | Path, *, context: str | None = None, **flags: Unpack[RunFlags]) -> None:
+    """Talk with an artifact on standard input and output; ``context`` is the system turn.
+
+    The other arguments are those of :meth:`runtime.Model.conversation` and of :func:`runtime.load`.
+
+    Raises:
+        InputError: not an artifact, no chat template.
+        UsageError: a value that cannot be used.
+    """
+    sampling = resolve_sampling(Path(artifact), part_of(SamplingFlags, flags))
+    model = load(artifact, **part_of(LoadFlags, flags))
+    system: list[Message] = [{"role": "system", "content": context}] if context else []
+    session = Session(model.conversation(system, **part_of(GenerationFlags, flags)), system)
+    if sys.stdin.isatty():
+        _note(f"{artifact} ({sampling.summary()}); /help shows the commands")
+    with with_line_editing():
+        while session.turn():
+            pass
+
+
+class Session:
+    """The loop of reading a line and answering it; faults are said and do not end it."""
+
+    def __init__(self, conversation: Conversation, system: Sequence[Message]) -> None:
+        self._conversation = conversation
+        self._system = system
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/branches": self._branches,
+            "/reset": self._reset,
+            "/save": self._save,
+            "/load": self._load,
+            "/help": lambda _: print(HELP),
+        }
+
+    def turn(self) -> bool:
+        """Whether the conversation goes on."""
+        try:
+            line = read_line("User: ")
+        except EOFError:
+            return self._leave()
+        except KeyboardInterrupt:
+            _note("\nquit, exit or Ctrl-D leave")
+            return True
+        if line.strip().lower() in LEAVE:
+            return self._leave()
+        try:
+            self._answer(line.strip())
+        except Pos2DError as error:
+            _note(f"error: {' '.join(str(error).split())}")
+        return True
+
+    def _leave(self) -> bool:
+        if sys.stdin.isatty():
+            print("Bye.")
+        return False
+
+    def _answer(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        if name in self._commands:
+            self._commands[name](rest.strip())
+        elif name.startswith("/") and "/" not in name[1:]:
+            raise InputError(f"there is no {name}; /help shows what there is")
+        elif line:
+            self._ask(line)
+
+    def _ask(self, question: str) -> None:
+        if sys.stdin.isatty():
+            print("Assistant: ", end="", flush=True)
+        with _stoppable(), closing(self._conversation.ask(question)) as events:
+            for event in events:
+                print(event.text, end="", flush=True)
+        print()
+
+    def _branches(self, text: str) -> None:
+        questions = [question.strip() for question in text.split("|") if question.strip()]
+        if not questions:
+            raise InputError("/branches needs questions, with | between them")
+        heard: list[list[Event]] = [[] for _ in questions]
+        with Display(questions) as display, _stoppable(), closing(self._conversation.ask_branches(questions)) as events:
+            for event in events:
+                heard[event.branch].append(event)
+                display.hear(event)
+        display.finish([completion(question, events) for question, events in zip(questions, heard, strict=True)])
+
+    def _reset(self, _: str) -> None:
+        self._conversation.reset(self._system)
+        _note("the conversation begins again")
+
+    def _save(self, name: str) -> None:
+        try:
+            text = json.dumps({"messages": self._conversation.messages}, indent=2, ensure_ascii=False)
+            _path(name).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"{name} cannot be written: {error.strerror}") from None
+        _note(f"{len(self._conversation.messages)} turns are in {name}")
+
+    def _load(self, name: str) -> None:
+        try:
+            block = json.loads(_path(name).read_text(encoding="utf-8"))
+            messages = block["messages"]
+            self._conversation.reset(messages)
+        except OSError as error:
+            raise StorageError(f"{name} cannot be read: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f'{name} is no conversation; it must be JSON of the form {{"messages": [...]}}') from None
+        _note(f"{len(messages)} turns from {name}")
+
+
+def _path(name: str) -> Path:
+    if not name:
+        raise InputError("give the name of a file")
+    return Path(name).expanduser()
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C ends an answer, and nothing else."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(" …", end="", flush=True)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

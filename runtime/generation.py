@@ -1,0 +1,125 @@
+"""Many prompts over one context: laid out in as many sequences as they need, the context read once."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypedDict
+
+from pos2d.errors import UsageError
+from pos2d.layout import Layout, build_layout
+from pos2d.spec import Align, Rope2DSpec, Visibility
+from runtime.answers import Event, answer, end_token_ids
+from runtime.engine import check_length
+from runtime.flags import part_of
+from runtime.prefix import Prefix
+from runtime.sampling import Sampling, SamplingFlags, resolve_sampling
+from runtime.text import EncodedPrompts, encode_prompts
+
+if TYPE_CHECKING:
+    from runtime.model import Model
+
+MAX_BRANCHES = 16
+
+
+class LayoutFlags(TypedDict, total=False):
+    """How prompts stand side by side, None for what the artifact was trained with.
+
+    ``visibility``: whether they see each other's earlier columns (``columnar``) or each only itself (``isolated``).
+    ``align_to``: where prompts of different length line up. ``branch_stride``: branch value between neighbours.
+    ``max_branches``: prompts of one sequence; more wait for the next one, over the same context.
+    """
+
+    visibility: Visibility | None
+    align_to: Align | None
+    branch_stride: int | None
+    max_branches: int | None
+
+
+class GenerationFlags(SamplingFlags, LayoutFlags, total=False):
+    """The options of an answer and of its place; ``ignore_chat_template`` takes texts as they are."""
+
+    ignore_chat_template: bool
+
+
+def chosen_spec(spec: Rope2DSpec, flags: LayoutFlags) -> Rope2DSpec:
+    """The artifact's positions, but for what the flags say.
+
+    Raises:
+        InputError: a value out of range.
+    """
+    stride = flags.get("branch_stride")
+    return replace(
+        spec,
+        visibility=flags.get("visibility") or spec.visibility,
+        align_to=flags.get("align_to") or spec.align_to,
+        branch_stride=spec.branch_stride if stride is None else stride,
+    )
+
+
+def group_size(flags: LayoutFlags) -> int:
+    """Raises:
+    UsageError: less than one branch.
+    """
+    size = flags.get("max_branches")
+    if size is not None and size < 1:
+        raise UsageError(f"max_branches {size} must be at least 1")
+    return size or MAX_BRANCHES
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """Prompts that were checked: at most ``size`` of them stand in one sequence, after their context."""
+
+    encoded: EncodedPrompts
+    layouts: tuple[Layout, ...]
+    spec: Rope2DSpec
+    sampling: Sampling
+    size: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.encoded.branches)) + len(self.encoded.context or ())
+
+
+def prepare(model: "Model", prompts: Sequence[str], context: str | None, flags: GenerationFlags) -> Asked:
+    """Everything that can be wrong with :meth:`runtime.Model.stream` is found here."""
+    sampling = resolve_sampling(model.path, part_of(SamplingFlags, flags))
+    spec = chosen_spec(model.manifest.rope_2d, flags)
+    encoded = encode_prompts(
+        model.tokenizer,
+        prompts,
+        context,
+        chat=bool(model.tokenizer.chat_template) and not flags.get("ignore_chat_template"),
+        ordinary=len(prompts) == 1 or spec.visibility == "isolated",
+    )
+    return lay_out(model, encoded, spec, sampling, group_size(flags))
+
+
+def lay_out(model: "Model", encoded: EncodedPrompts, spec: Rope2DSpec, sampling: Sampling, size: int) -> Asked:
+    """Raises:
+    InputError: a sequence that is longer than the model.
+    UsageError: an end token that the tokenizer does not have.
+    """
+    end_token_ids(model.tokenizer, sampling)
+    firsts = range(0, len(encoded.branches), size)
+    layouts = tuple(build_layout(encoded.branches[first : first + size], spec, encoded.context) for first in firsts)
+    for layout in layouts:
+        check_length(layout, model.manifest.context_length)
+    return Asked(encoded, layouts, spec, sampling, size)
+
+
+def stream(model: "Model", asked: Asked, prefix: Prefix | None = None, turn: Sequence[int] = ()) -> Generator[Event]:
+    """One sequence after the other; the context is read once and stays in ``prefix``.
+
+    Random numbers are those of ``turn`` and the branch.
+    """
+    context = asked.encoded.context or []
+    prefix = prefix or Prefix(model.backend, asked.spec, model.manifest.context_length)
+    first = 0
+    for layout in asked.layouts:
+        prefix.become(context)
+        branches = range(first, first + len(layout.last))
+        streams = [(*turn, branch) for branch in branches]
+        samplings = [asked.sampling] * len(branches)
+        for event in answer(model, layout, samplings, streams, prefix.cache, len(context)):
+            yield replace(event, branch=branches[event.branch])
+        first = branches.stop

@@ -1,0 +1,50 @@
+"""Lines of a person at a terminal, with editing and a history that lasts; from a pipe, lines as they come."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+HISTORY_LINES = 1000
+
+
+def read_line(prompt: str) -> str:
+    """Raises:
+    EOFError: there are no more.
+    """
+    if sys.stdin.isatty():
+        return input(prompt)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
+
+
+@contextlib.contextmanager
+def with_line_editing() -> Iterator[None]:
+    """While this lasts ``input`` edits lines, and remembers those of earlier runs."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    try:
+        import readline
+    except ImportError:  # there is none on Windows, where the console edits
+        yield
+        return
+    path = history_file()
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    readline.set_history_length(HISTORY_LINES)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            readline.write_history_file(path)
+
+
+def history_file() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "pos2d" / "chat_history"
