@@ -24,7 +24,7 @@ from cli_options import (
     shard_option,
 )
 from cli_report import show, warn
-from cli_run import batch, run
+from cli_run import batch, run, show_layout
 from pos2d import __version__
 
 
@@ -210,7 +210,7 @@ def doctor(as_json: bool) -> None:
     report.raise_if_unfit()
 
 
-for command in (run, batch):
+for command in (run, batch, show_layout):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""Commands that write texts: run, in one shot or as a chat, and batch."""
+"""Commands that write texts: run, in one shot or as a chat, batch, and show-layout, which draws how they stand."""
 
 import dataclasses
 import json
@@ -145,3 +145,32 @@ def batch(as_json: bool, **flags: Any) -> None:
     report = runtime.batch(**flags)
     warn(report.warnings)
     show(report, as_json, report.summary())
+
+
+@click.command(name="show-layout")
+@click.argument("artifact", required=False)
+@click.option("-p", "--prompt", multiple=True, required=True, metavar="TEXT", help="Repeat it for several branches.")
+@click.option("--context", metavar="TEXT|@FILE", callback=text_or_file, help="Stands before all prompts.")
+@click.option("--token", metavar="SLOT_OR_TEXT", help="Show what this one sees.  [default: the last]")
+@click.option(
+    "--visibility", type=click.Choice(["columnar", "isolated"]), help="[default: the artifact's, or columnar]"
+)
+@click.option("--align-to", type=click.Choice(["left", "right"]), help="[default: the artifact's, or left]")
+@click.option("--branch-stride", type=int, help="[default: the artifact's, or 128]")
+@click.option("--ignore-chat-template", is_flag=True, help="Take the texts as they are.")
+@click.option("-o", "--output", metavar="FILE.svg", help="Write a picture instead of text.")
+@click.option("--force", is_flag=True, help="Replace FILE.svg.")
+@json_option
+def show_layout(as_json: bool, **flags: Any) -> None:
+    """Draw prompts by branch and time, and what one token of them sees; no weight is read.
+
+    The tokens are those of an ARTIFACT; without one, words stand for them.
+    """
+    import runtime
+    from runtime.display import print_layout
+
+    report = runtime.show_layout(**flags)
+    if as_json or report.output:
+        show(report, as_json, "\n".join([f"{report.output}:", *report.lines]))
+    else:
+        print_layout(report)

@@ -10,6 +10,7 @@ from runtime.load import load
 from runtime.model import Model
 from runtime.run import RunReport, run
 from runtime.sampling import Sampling
+from runtime.show_layout import LayoutReport, show_layout
 from runtime.verify import ParityReport, verify
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DoctorReport",
     "EvalReport",
     "Event",
+    "LayoutReport",
     "Model",
     "ParityReport",
     "RunReport",
@@ -29,5 +31,6 @@ __all__ = [
     "evaluate",
     "load",
     "run",
+    "show_layout",
     "verify",
 ]

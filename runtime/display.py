@@ -10,6 +10,8 @@ from runtime.answers import Completion, Event
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from pos2d.picture import Picture
+
 MIN_PANEL_WIDTH = 32
 
 
@@ -74,3 +76,13 @@ class Display:
         for first in range(0, len(panels), across):
             grid.add_row(*panels[first : first + across])
         return grid
+
+
+def print_layout(picture: "Picture") -> None:
+    """A picture as lines, as wide as the terminal; colours only where it shows them."""
+    from rich.console import Console
+
+    from pos2d.drawing_text import draw_text
+
+    console = Console(highlight=False)
+    console.print(draw_text(picture, console.width), no_wrap=True, overflow="ignore", crop=False)

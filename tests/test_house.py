@@ -104,6 +104,7 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
         ("eval", runtime.evaluate),
         ("run", runtime.run),
         ("batch", runtime.batch),
+        ("show-layout", runtime.show_layout),
         ("doctor", runtime.doctor),
     ):
         flags = {parameter.name for parameter in cli.commands[name].params}

@@ -1,0 +1,169 @@
+"""Draw what positions, branches and times mean: prompts on a grid, and what one token of them may attend to."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pos2d.errors import OutputError, UsageError
+from pos2d.layout import Layout, build_layout
+from pos2d.manifest import read_manifest
+from pos2d.picture import Picture, clipped, placed, shown
+from pos2d.spec import Align, Rope2DSpec, Visibility
+from runtime.text import EncodedPrompts, encode_prompts, load_tokenizer
+
+SUFFIX = ".svg"
+# Which frequencies turn with what does not change where tokens stand, as long as there are some.
+PLAIN_SPEC = Rope2DSpec(num_frequencies=2, pair_indices=(1, 2))
+CHOICES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutReport(Picture):
+    """The picture as values; ``output`` is the file that was written, where one was."""
+
+    output: str | None
+
+    def lines(self) -> list[str]:
+        """For people: what the picture shows."""
+        return [*([self.output] if self.output else []), self.headline, self.rule, self.facts]
+
+
+def show_layout(
+    artifact: str | Path | None = None,
+    *,
+    prompt: Sequence[str],
+    context: str | None = None,
+    token: str | int | None = None,
+    visibility: Visibility | None = None,
+    align_to: Align | None = None,
+    branch_stride: int | None = None,
+    ignore_chat_template: bool = False,
+    output: str | Path | None = None,
+    force: bool = False,
+) -> LayoutReport:
+    """Lay out prompts as ``run`` would; no weight is read. Without an artifact, words stand for tokens.
+
+    ``token`` is a slot, or the text of a token, the last of the last prompt if absent. Visibility, alignment and
+    stride are the artifact's, or columnar, left and 128. ``output`` is an SVG file.
+
+    Raises:
+        InputError: not an artifact, no tokenizer, an empty prompt, a stride below 1.
+        UsageError: a token that is not there, or a flag that changes nothing here.
+        OutputError: a file that exists, or that is not to be an SVG.
+    """
+    file = _checked_output(output, force)
+    if ignore_chat_template and artifact is None:
+        raise UsageError("--ignore-chat-template is about an artifact's template; name one, or leave the flag out")
+    spec = PLAIN_SPEC if artifact is None else read_manifest(Path(artifact)).rope_2d
+    spec = _overridden(spec, visibility, align_to, branch_stride)
+    if artifact is None:
+        encoded, text_of = _words(prompt, context)
+    else:
+        encoded, text_of = _tokens(Path(artifact), prompt, context, spec, ignore_chat_template)
+    layout = build_layout(encoded.branches, spec, encoded.context)
+    texts = [text_of(int(number)) for number in layout.ids]
+    chosen = _chosen(token, texts, layout)
+    report = LayoutReport(
+        visibility=spec.visibility,
+        align_to=spec.align_to,
+        branch_stride=spec.branch_stride if spec.is_2d else None,
+        words=artifact is None,
+        chosen=chosen,
+        tokens=placed(layout, texts, chosen),
+        output=str(output) if file else None,
+    )
+    if file:
+        from pos2d.drawing import draw_svg
+
+        _write(file, draw_svg(report))
+    return report
+
+
+def _checked_output(output: str | Path | None, force: bool) -> Path | None:
+    if output is None:
+        if force:
+            raise UsageError("--force replaces the file of --output; give both, or leave it out")
+        return None
+    path = Path(output)
+    if path.suffix.lower() != SUFFIX:
+        raise OutputError(f"{path} does not end in {SUFFIX}; only SVG is written")
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; choose another output")
+    if os.path.lexists(path) and not force:
+        raise OutputError(f"{path} exists already; choose another output, or replace it with --force")
+    return path
+
+
+def _overridden(
+    spec: Rope2DSpec, visibility: Visibility | None, align_to: Align | None, branch_stride: int | None
+) -> Rope2DSpec:
+    """The artifact's contract with what the flags say instead; one that would change nothing is refused."""
+    if branch_stride is not None and not spec.is_2d:
+        raise UsageError("--branch-stride does nothing in an artifact without 2D RoPE; leave it out")
+    if align_to is not None and (visibility or spec.visibility) == "isolated":
+        raise UsageError("--align-to moves nothing where prompts are isolated; leave it out, or add columnar")
+    given = {"visibility": visibility, "align_to": align_to, "branch_stride": branch_stride}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(spec, **changes)
+
+
+def _words(prompts: Sequence[str], context: str | None) -> tuple[EncodedPrompts, Callable[[int], str]]:
+    """Words as tokens: a vocabulary of those that are there."""
+    vocabulary: list[str] = []
+
+    def encode(text: str) -> list[int]:
+        words = text.split()
+        vocabulary.extend(words)
+        return list(range(len(vocabulary) - len(words), len(vocabulary)))
+
+    encoded = EncodedPrompts([encode(prompt) for prompt in prompts], encode(context or ""))
+    return encoded, vocabulary.__getitem__
+
+
+def _tokens(
+    directory: Path, prompts: Sequence[str], context: str | None, spec: Rope2DSpec, ignore_chat_template: bool
+) -> tuple[EncodedPrompts, Callable[[int], str]]:
+    """The ids that ``run`` would give the model."""
+    tokenizer: Any = load_tokenizer(directory)
+    encoded = encode_prompts(
+        tokenizer,
+        prompts,
+        context,
+        chat=bool(tokenizer.chat_template) and not ignore_chat_template,
+        ordinary=len(prompts) == 1 or spec.visibility == "isolated",
+    )
+
+    def text_of(number: int) -> str:
+        text: str = tokenizer.decode([number], clean_up_tokenization_spaces=False)
+        # Some tokenizers drop the space before a text, and one token alone is a text.
+        spaced = str(tokenizer.convert_ids_to_tokens(number)).startswith("▁") and not text.startswith(" ")
+        return " " + text if spaced else text
+
+    return encoded, text_of
+
+
+def _chosen(token: str | int | None, texts: Sequence[str], layout: Layout) -> int:
+    """The slot of a token that is named by its slot or by its text, with or without the spaces around it."""
+    if token is None:
+        return layout.last[-1]
+    named = str(token)
+    if named.isdecimal() and int(named) < len(texts):
+        return int(named)
+    for wanted in (texts, [text.strip() for text in texts], [shown(text) for text in texts]):
+        if named in wanted and not named.isdecimal():
+            return list(wanted).index(named)
+    some = ", ".join(f"{slot} ({clipped(shown(texts[slot]))})" for slot in range(min(CHOICES, len(texts))))
+    raise UsageError(f"there is no token {named}; give a slot from 0 to {len(texts) - 1} or a text, such as {some}")
+
+
+def _write(file: Path, text: str) -> None:
+    """The whole file or none, also where it is cut off."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
