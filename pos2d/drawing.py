@@ -15,6 +15,7 @@ LETTER = 9  # a cell of the tokens' 15 px monospace
 BOX, GAP = 46, 8
 HEADER, STEP, BAND_GAP = 30, BOX + 12, 18
 NARROWEST = 46
+KEY = 610
 
 STYLE = """
 text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: #1f2328 }
@@ -74,8 +75,8 @@ def draw_svg(picture: Picture) -> str:
         parts += _band(sheet, rows, columns, y)
         y += HEADER + STEP * len(rows) + BAND_GAP
     parts += _key(y)
-    parts.append(_text(PAD, y + 56, picture.facts, "words"))
-    height = y + 56 + PAD
+    parts += [_text(PAD, y + 54, picture.place, "words"), _text(PAD, y + 78, picture.facts, "words")]
+    height = y + 78 + PAD
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {sheet.width} {height}" '
@@ -91,14 +92,14 @@ def draw_svg(picture: Picture) -> str:
 def _measured(picture: Picture) -> Sheet:
     """A column is as wide as its widest token; letters of the words around the grid are guessed from above."""
     rows = picture.rows
-    head = 24 + 8 * max(len(line) for row in rows for line in (row.name, f"branch {row.branch}"))
+    head = 26 + 9 * max(len(line) for row in rows for line in (row.name, f"branch {row.branch}"))
     widths = [NARROWEST + GAP] * picture.columns
     for token in picture.tokens:
         letters = max(cell_len(clipped(shown(token.text))), len(str(token.position)))
         widths[token.time] = max(widths[token.time], LETTER * letters + 18 + GAP)
     grid = max(sum(widths[time] for time in columns) for columns in bands(widths, PAGE - 2 * PAD - head))
-    words = max(11 * cell_len(picture.headline), 8 * max(len(picture.rule), len(picture.facts)))
-    return Sheet(picture, rows, head, widths, 2 * PAD + max(head + grid, words))
+    words = max(11 * cell_len(picture.headline), 8 * max(map(len, picture.lines[1:])))
+    return Sheet(picture, rows, head, widths, 2 * PAD + max(head + grid, words, KEY))
 
 
 def _band(sheet: Sheet, rows: list[Row], columns: range, y: int) -> Iterator[str]:
@@ -107,7 +108,7 @@ def _band(sheet: Sheet, rows: list[Row], columns: range, y: int) -> Iterator[str
     for time in columns:
         starts[time] = x
         x += sheet.widths[time]
-    yield _text(PAD + 12, y + 18, "time", "branch")
+    yield _text(PAD + 12, y + 18, "time →", "branch")
     for time, start in starts.items():
         yield _text(start + (sheet.widths[time] - GAP) // 2, y + 18, str(time), "time")
     for number, row in enumerate(rows):
@@ -137,7 +138,7 @@ def _token(token: PlacedToken, sheet: Sheet, x: int, y: int) -> str:
 def _key(y: int) -> Iterator[str]:
     """What the boxes mean; the classes of tokens colour these too."""
     x = PAD
-    for kind, words in (("chosen", "the chosen token"), ("seen", "what it sees"), ("unseen", "what it does not see")):
+    for kind, words in (("chosen", "the chosen token"), ("seen", "what it sees"), ("unseen", "not seen")):
         yield f'<g class="token {kind}"><rect x="{x}" y="{y + 8}" width="24" height="18"/></g>'
         yield _text(x + 34, y + 22, words, "words")
         x += 34 + 8 * len(words) + 14

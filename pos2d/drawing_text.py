@@ -36,8 +36,9 @@ def draw_text(picture: Picture, width: int) -> Text:
                 lines.append(_line(branch, QUIET, _full(positions, columns), head, widths))
         lines.append(Text())
     key = "[ ] chosen   ● seen   ○ not seen   below: position"
-    for words, style in ((key, ""), (picture.headline, "bold"), (picture.rule, ""), (picture.facts, "")):
-        lines += _wrapped(words, style, width)
+    lines += _wrapped(key, QUIET, width)
+    for number, words in enumerate(picture.lines):
+        lines += _wrapped(words, "" if number else "bold", width)
     return Text("\n").join(lines)
 
 

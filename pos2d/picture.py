@@ -77,25 +77,35 @@ class Picture:
         return f"isolated: a token sees itself and what stands before it in its own prompt{context}"
 
     @property
-    def facts(self) -> str:
+    def place(self) -> str:
         token = self.tokens[self.chosen]
+        return f"it stands at position {token.position}, branch {token.branch}, time {token.time}"
+
+    @property
+    def facts(self) -> str:
         stride = "no 2D RoPE" if self.branch_stride is None else f"branch stride {self.branch_stride}"
         aligned = f"aligned {self.align_to}" if self.visibility == "columnar" else "positions as if each were alone"
-        return "; ".join(
-            [
-                f"it stands at position {token.position}, branch {token.branch}, time {token.time}",
-                f"{stride}, {aligned}",
-                *(["words stand for tokens"] if self.words else []),
-            ]
-        )
+        return f"{stride}; {aligned}" + ("; words stand for tokens" if self.words else "")
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What it shows, in words."""
+        return self.headline, self.rule, self.place, self.facts
 
 
 def placed(layout: Layout, texts: Sequence[str], chosen: int) -> tuple[PlacedToken, ...]:
     """Every token of a layout, seen from the one in slot ``chosen``; ``texts`` are in the order of the slots."""
     visible = layout.mask(chosen)[0]
-    columns = (layout.positions, layout.branches, layout.times, layout.owners)
     return tuple(
-        PlacedToken(text, slot, *(int(column[slot]) for column in columns), visible=bool(visible[slot]))
+        PlacedToken(
+            text=text,
+            slot=slot,
+            position=int(layout.positions[slot]),
+            branch=int(layout.branches[slot]),
+            time=int(layout.times[slot]),
+            owner=int(layout.owners[slot]),
+            visible=bool(visible[slot]),
+        )
         for slot, text in enumerate(texts)
     )
 

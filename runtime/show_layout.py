@@ -25,10 +25,6 @@ class LayoutReport(Picture):
 
     output: str | None
 
-    def lines(self) -> list[str]:
-        """For people: what the picture shows."""
-        return [*([self.output] if self.output else []), self.headline, self.rule, self.facts]
-
 
 def show_layout(
     artifact: str | Path | None = None,
