@@ -15,7 +15,7 @@ LETTER = 9  # a cell of the tokens' 15 px monospace
 BOX, GAP = 46, 8
 HEADER, STEP, BAND_GAP = 30, BOX + 12, 18
 NARROWEST = 46
-KEY = 610
+KEY = 610  # the line that says what the boxes mean
 
 STYLE = """
 text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: #1f2328 }
