@@ -33,7 +33,7 @@ class Conversation:
         self._group_size = group_size(options)
         self._sampling = resolve_sampling(model.path, part_of(SamplingFlags, options))
         self._prefix = Prefix(model.backend, self._spec, model.manifest.context_length)
-        # Texts of the conversation up to the end of its last answer, and the tokens of that.
+        # Texts of the conversation up to the end of each answer, the last one first, and the tokens of that.
         self._known: list[tuple[str, list[int]]] = []
         self.messages: list[Message] = [_message(message) for message in messages]
 
@@ -109,9 +109,10 @@ class Conversation:
         # What the last event gave is not in the cache; an end token gave nothing.
         self._prefix.ids = ids + [event.token for event in heard[:-1] if event.token is not None]
         self.messages += [asked, {"role": "assistant", "content": content}]
-        if self._model.tokenizer.decode(tokens, skip_special_tokens=True) == content:  # it was not cut at a stop
+        at_stop_text = heard[-1].finish_reason == "stop" and heard[-1].token is not None
+        if not at_stop_text:  # of which tokens are there, but no text
             # Templates may trim an answer; its tokens stay what they were.
-            self._known = [(text + said, ids + tokens) for said in (content, content.strip())]
+            self._known = [(text + said, ids + tokens) for said in (content, content.strip())] + self._known
 
 
 def _message(message: str | Mapping[str, str]) -> Message:

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 import exporter
 import runtime
 from pos2d.recipe import Quant
+from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
@@ -79,6 +80,24 @@ def artifact_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Golden, s
 def model_of(artifact_of: Callable[[Golden, str], Path]) -> Callable[..., runtime.Model]:
     """Loads it, with the flags of :func:`runtime.load`."""
     return lambda golden, kind, **flags: runtime.load(artifact_of(golden, kind), **flags)
+
+
+@pytest.fixture(scope="session")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with ``merged`` and ``onnx``: a tiny model with a tokenizer of bytes and a chat template."""
+    root = tmp_path_factory.mktemp("talking")
+    base = write_base(root / "base", CONFIGS["llama"])
+    write_tokenizer(base, chat=True)
+    lora = write_adapter(root / "lora.pth", random_adapter(linear_modules(base)))
+    exporter.merge(base, lora, root / "merged")
+    exporter.export(root / "merged", root / "onnx", no_verify=True)
+    return root
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def talker(request: pytest.FixtureRequest, talking: Path) -> runtime.Model:
+    """That model, on either backend."""
+    return runtime.load(talking / request.param)
 
 
 @pytest.fixture(scope="session")
