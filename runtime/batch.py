@@ -211,7 +211,8 @@ def _count_lines(path: Path) -> int:
 
 def _recipe(artifact: Path, source: Path, sampling: Sampling, flags: RunFlags) -> dict[str, Any]:
     """Everything that the output depends on; equal ones make equal bytes on the same machine."""
-    layout = {name: value for name, value in flags.items() if name not in SamplingFlags.__annotations__}
+    said = {name: value for name, value in flags.items() if value is not None and value is not False}
+    layout = {name: value for name, value in said.items() if name not in SamplingFlags.__annotations__}
     manifest = artifact / FILE_NAME
     recipe = {
         "input": {"name": source.name, "sha256": _sha256(source)},

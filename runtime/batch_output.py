@@ -75,8 +75,8 @@ class BatchOutput:
             count = _cut_to_lines(file)
             try:
                 yield file, count
-            except KeyboardInterrupt as interrupt:
-                interrupt.add_note("the same command goes on from here")
+            except (KeyboardInterrupt, SystemExit) as end:
+                end.add_note("the same command goes on from here")
                 raise
             file.flush()
             os.fsync(file.fileno())

@@ -171,6 +171,16 @@ def test_templates_that_change_an_answer(talker: runtime.Model, template: str, m
     assert [list(after.token_ids)] == talker.generate_ids([ids], max_new_tokens=8)
 
 
+def test_an_answer_that_was_cut_at_a_stop_is_read_as_it_stands(talker: runtime.Model) -> None:
+    free = talker.generate("one", max_new_tokens=30)[0].text
+    conversation = talker.conversation(max_new_tokens=30, stop=(free[6:8],))
+    answer = say(conversation, "one")
+    assert answer.text == free[: free.index(free[6:8])]
+    ids = tokens(talker, f"<user>one\n<assistant>{answer.text}\n<user>and two\n<assistant>")
+    (expected,) = talker.generate_ids([ids], max_new_tokens=30)
+    assert list(say(conversation, "and two").token_ids) == expected[: len(conversation.messages[-1]["content"]) + 40]
+
+
 def test_every_turn_draws_anew(talker: runtime.Model) -> None:
     options: Any = {"max_new_tokens": 10, "temperature": 3.0, "seed": 2}
     conversation = talker.conversation(**options)

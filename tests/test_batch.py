@@ -1,0 +1,258 @@
+"""Batches: every form of a line, the answers that it would have alone, and runs that are cut off anywhere."""
+
+import contextlib
+import importlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+import runtime
+from pos2d.errors import InputError, OutputError, UsageError
+from tests.batch_files import FORMS, write_lines
+
+Call = Callable[..., Result]
+ROOT = Path(__file__).parent.parent
+batch_module: Any = importlib.import_module("runtime.batch")
+OPTIONS: Any = {"max_new_tokens": 8}
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def texts(record: dict[str, Any]) -> list[str]:
+    return [completion["text"] for completion in record["completions"]]
+
+
+def write(path: Path, *lines: Any) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_every_line_is_answered_as_it_would_be_alone(talker: runtime.Model, tmp_path: Path) -> None:
+    """All forms, in one file and each through the Python interface."""
+    source, output = write_lines(tmp_path / "in.jsonl", len(FORMS)), tmp_path / "out.jsonl"
+    report = runtime.batch(talker.path, source, output, **OPTIONS)
+    found = records(output)
+    assert [record["line"] for record in found] == list(range(1, len(FORMS) + 1))
+    assert (report.lines, report.errors, report.resumed) == (len(FORMS), 1, 0)
+
+    def ask(prompts: Any, context: str | None = None, **options: Any) -> list[str]:
+        return [answer.text for answer in talker.generate(prompts, context, **{**OPTIONS, **options})]
+
+    assert found[0]["id"] == "first"
+    assert found[6]["meta"] == {"any": [1]}
+    assert texts(found[0]) == ask("one 0")
+    assert texts(found[1]) == [talker.chat(FORMS[1]["messages"], **OPTIONS).text]
+    assert texts(found[2]) == ask(["a", "bc", "def"], "said before. ")
+    assert texts(found[3]) == ask(["x y", "what?", "said"], "over all")
+    assert texts(found[4]) == ask(["left", "right"])
+    assert texts(found[5]) == ask("drawn 5", temperature=1.1, top_k=20, seed=3, max_new_tokens=5)
+    assert texts(found[6]) == ask("stopped 6", stop=("e", "a"))
+    assert texts(found[7]) == ask(["p", "q"], visibility="isolated", preset="code")
+    assert found[8]["error"].startswith("temprature is no option")
+    (long,) = talker.generate(json.loads(source.read_text().splitlines()[9])["prompt"], logprobs=True, **OPTIONS)
+    (completion,) = found[9]["completions"]
+    assert completion["finish_reason"] == long.finish_reason
+    assert completion["new_tokens"] == len(long.token_ids)
+    assert completion["logprobs"] == pytest.approx(long.logprobs, abs=1e-4)
+
+
+def test_lines_win_over_flags(talker: runtime.Model, tmp_path: Path) -> None:
+    drawn: Any = {"temperature": 2.0, "top_k": 40, "seed": 4}
+    source = write(tmp_path / "in.jsonl", {"prompt": "one", **drawn}, {"prompt": "one", "temperature": 0})
+    output = tmp_path / "out.jsonl"
+    runtime.batch(talker.path, source, output, temperature=0.5, top_p=0.5, **OPTIONS)
+    first, second = records(output)
+    assert texts(first) == [talker.generate("one", top_p=0.5, **drawn, **OPTIONS)[0].text]
+    assert texts(second) == [talker.generate("one", **OPTIONS)[0].text]
+
+
+def test_ordinary_lines_share_a_sequence(talker: runtime.Model, tmp_path: Path, monkeypatch: Any) -> None:
+    calls: list[int] = []
+    answer = batch_module.answer
+
+    def counting(model: Any, layout: Any, *rest: Any) -> Any:
+        calls.append(len(layout.last))
+        return answer(model, layout, *rest)
+
+    monkeypatch.setattr(batch_module, "answer", counting)
+    source = write(tmp_path / "in.jsonl", *({"prompt": f"question {k}"} for k in range(11)))
+    runtime.batch(talker.path, source, tmp_path / "out.jsonl", max_branches=4, **OPTIONS)
+    assert calls == [4, 4, 3]
+    assert [texts(record)[0] for record in records(tmp_path / "out.jsonl")] == [
+        talker.generate(f"question {k}", **OPTIONS)[0].text for k in range(11)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"", "the line is empty"),
+        (b"{", "neither an object of JSON"),
+        (b"[1]", "neither an object of JSON"),
+        (b"\xff\xfe", "not text in UTF-8"),
+        (b"{}", "a line has one of prompt"),
+        (b'{"prompt": "a", "prompts": ["b"]}', "a line has one of prompt"),
+        (b'{"prompt": 3}', "prompt has 3, which is not a text"),
+        (b'{"prompt": "  "}', "prompt 1 is empty"),
+        (b'{"prompts": []}', "prompts must be a list"),
+        (b'{"branches": [{"answer": "a"}]}', "is not a text"),
+        (b'{"messages": []}', "messages must be a list of turns"),
+        (b'{"messages": [{"role": "user"}]}', "messages must be a list of turns"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "context": "b"}', "its own system turn"),
+        (b'{"prompt": "a", "context": 3}', "the context must be one text"),
+        (b'{"prompt": "a", "temperature": "hot"}', "temperature 'hot' must be a number"),
+        (b'{"prompt": "a", "top_p": 0.5}', "nothing is drawn at temperature 0"),
+        (b'{"prompt": "a", "preset": "poetry"}', "preset 'poetry'"),
+        (b'{"prompt": "a", "visibility": "blind"}', "visibility 'blind'"),
+        (b'{"prompt": "a", "branch_stride": "b"}', "branch_stride 'b' must be a whole number"),
+        (b'{"prompt": "a", "stop": 3}', "stop 3 must be texts"),
+        (b'{"prompt": "a", "end_token": "<nowhere>"}', "end token <nowhere>"),
+        (b'{"prompt": "' + b"x" * 600 + b'"}', "the model has 512"),
+        (b"a||", "prompt 2 is empty"),
+    ],
+)
+def test_what_cannot_be_answered_is_a_record(talking: Path, tmp_path: Path, line: bytes, words: str) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "a"}\n' + line + b'\n{"prompt": "b"}\n')
+    report = runtime.batch(talking / "onnx", tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_new_tokens=2)
+    first, second, third = records(tmp_path / "out.jsonl")
+    assert words in second["error"]
+    assert "error" not in first | third
+    assert report.errors == 1
+
+
+def test_a_run_that_is_cut_anywhere_goes_on_to_the_same_bytes(
+    talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut after any number of bytes of a record, thirty times in one file."""
+    source = write_lines(tmp_path / "in.jsonl", 150)
+    runtime.batch(talking / "onnx", source, tmp_path / "whole.jsonl", **OPTIONS)
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    draw = random.Random(7)
+    write = batch_module._write
+    output = tmp_path / "out.jsonl"
+    cuts = 0
+    for _ in range(30):
+        left = draw.randrange(1, 4)
+
+        def cut(file: Any, records: Any) -> None:
+            nonlocal left, cuts
+            left -= 1
+            if left:
+                write(file, records)
+                return
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+            file.write(text[: draw.randrange(len(text))])
+            file.flush()
+            cuts += 1
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(batch_module, "_write", cut)
+            with contextlib.suppress(KeyboardInterrupt):
+                runtime.batch(talking / "onnx", source, output, **OPTIONS)
+                break
+        assert not output.exists()
+    assert cuts > 5
+    runtime.batch(talking / "onnx", source, output, **OPTIONS)
+    assert output.read_bytes() == whole
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_killed_at_random_and_started_again(talking: Path, tmp_path: Path) -> None:
+    """A thousand mixed lines, SIGKILL as soon as some more of them are there."""
+    source = write_lines(tmp_path / "in.jsonl", 1000)
+    command = [sys.executable, str(ROOT / "cli.py"), "batch", str(talking / "onnx"), "-i", str(source), "-n", "4"]
+    runtime.batch(talking / "onnx", source, tmp_path / "whole.jsonl", max_new_tokens=4)
+    output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    draw = random.Random(1)
+    kills = 0
+    for _ in range(20):
+        before = partial.stat().st_size if partial.exists() else 0
+        wanted = before + draw.randrange(8_000)
+        with subprocess.Popen([*command, "-o", str(output)], stderr=subprocess.PIPE) as process:
+            while process.poll() is None and (partial.stat().st_size if partial.exists() else 0) < wanted:
+                time.sleep(0.001)
+            kills += process.poll() is None
+            process.send_signal(signal.SIGKILL)
+    assert kills >= 15
+    done = subprocess.run([*command, "-o", str(output), "--json"], check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout)["resumed"] > 0
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert [record["line"] for record in records(output)] == list(range(1, 1001))
+
+
+def test_what_is_finished_is_left_and_what_is_anothers_is_kept(talking: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", {"prompt": "one"})
+    output = tmp_path / "out.jsonl"
+
+    def ask(**options: Any) -> runtime.BatchReport:
+        return runtime.batch(talking / "onnx", source, output, **{**OPTIONS, **options})
+
+    ask()
+    made = output.stat().st_mtime_ns
+    assert ask().resumed == 1
+    assert output.stat().st_mtime_ns == made
+    with pytest.raises(OutputError, match="--force replaces it"):
+        ask(max_new_tokens=3)
+    ask(max_new_tokens=3, force=True)
+    assert records(output)[0]["completions"][0]["new_tokens"] == 3
+    output.rename(tmp_path / "out.jsonl.partial")
+    with pytest.raises(OutputError, match="the beginning of a run with another input, artifact or options"):
+        ask()
+    ask(force=True)
+    assert records(output)[0]["completions"][0]["new_tokens"] == 8
+
+
+def test_two_processes_do_not_write_one_file(talking: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    source = write(tmp_path / "in.jsonl", {"prompt": "one"})
+    with (tmp_path / "out.jsonl.partial").open("ab") as held:
+        runtime.batch(talking / "onnx", source, tmp_path / "first.jsonl", **OPTIONS)
+        os.rename(tmp_path / "first.jsonl.run.json", tmp_path / "out.jsonl.run.json")
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another process"):
+            runtime.batch(talking / "onnx", source, tmp_path / "out.jsonl", **OPTIONS)
+
+
+def test_what_a_batch_refuses(call: Call, talking: Path, tmp_path: Path) -> None:
+    source, empty = write(tmp_path / "in.jsonl", {"prompt": "one"}), tmp_path / "empty.jsonl"
+    empty.touch()
+    for flags, code, words in (
+        (("-i", tmp_path / "none.jsonl", "-o", tmp_path / "o"), 3, "cannot be read"),
+        (("-i", empty, "-o", tmp_path / "o"), 3, "is empty"),
+        (("-i", source, "-o", tmp_path / "none" / "o"), 5, "is no directory"),
+        (("-i", source, "-o", tmp_path / "o", "--temperature", "-1"), 2, "temperature -1"),
+        (("-i", source, "-o", tmp_path / "o", "--max-branches", "0"), 2, "max_branches 0"),
+    ):
+        result = call("batch", talking / "onnx", *flags)
+        assert (result.exit_code, words in result.stderr) == (code, True), result.stderr
+        assert not (tmp_path / "o").exists()
+    assert call("batch", tmp_path, "-i", source, "-o", tmp_path / "o").exit_code == 3
+
+
+def test_command_line_says_what_it_did(call: Call, talking: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", {"prompt": "one"}, {"prompt": ""})
+    result = call("batch", talking / "onnx", "-i", source, "-o", tmp_path / "out.jsonl", "-n", 4)
+    assert result.exit_code == 0
+    assert "2 lines; 4 tokens in" in result.stdout
+    assert result.stderr == "warning: 1 of 2 lines have an error in place of an answer\n"
+
+
+def test_errors_of_the_library(talking: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="temperature"):
+        runtime.batch(talking / "onnx", tmp_path / "in", tmp_path / "out", temperature=-1.0)
+    with pytest.raises(InputError, match="cannot be read"):
+        runtime.batch(talking / "onnx", tmp_path / "in", tmp_path / "out")
