@@ -127,6 +127,8 @@ def adapter_options(required: bool) -> Callable[[Command], Command]:
         revision_option,
         click.option(
             "--lora",
+            "--lora-path",
+            "lora",
             required=required,
             multiple=True,
             metavar="PATH[=WEIGHT]",
