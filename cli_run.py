@@ -86,6 +86,8 @@ def run(mode: str, prompt: tuple[str, ...], as_json: bool, jsonl: bool, **flags:
     """Answer prompts with an ARTIFACT, several side by side, or chat with it."""
     from pos2d.errors import UsageError
 
+    if flags["logprobs"] and not (as_json or jsonl):
+        raise UsageError("--logprobs are shown with --json and --jsonl; add one of them")
     if mode == "chat":
         if prompt or as_json or jsonl or flags.pop("ignore_chat_template"):
             raise UsageError(

@@ -211,6 +211,7 @@ def test_chat_needs_a_template(call: Call, tmp_path: Path) -> None:
         (("--mode", "chat", "--json"), "are not for --mode chat"),
         (("--mode", "chat", "--ignore-chat-template"), "are not for --mode chat"),
         (("-p", "x", "--json", "--jsonl"), "give one of them"),
+        (("-p", "x", "--logprobs"), "with --json and --jsonl"),
         (("-p", "-", "-p", "-"), "give it once"),
         (("-p", "x", "--max-branches", "0"), "max_branches 0"),
         (("-p", "x", "--top-p", "0.5"), "nothing is drawn"),
