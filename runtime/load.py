@@ -30,5 +30,5 @@ def load(path: str | Path, **flags: Unpack[LoadFlags]) -> Model:
     else:
         from runtime.torch_backend import TorchBackend
 
-        backend = TorchBackend(directory, manifest, options)
+        backend = TorchBackend.load(directory, manifest, options)
     return Model(directory, manifest, backend)

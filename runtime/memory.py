@@ -18,9 +18,15 @@ def check_memory(directory: Path, manifest: Manifest, dtype: str, quant: Quant |
     Raises:
         StorageError: more bytes than are available.
     """
+    stored = sum(facts["bytes"] for name, facts in manifest.files.items() if name.endswith(WEIGHT_ENDINGS))
+    check_least(str(directory), least_memory(manifest.kind, stored, manifest.dtype, dtype, quant))
+
+
+def check_least(what: str, needed: int) -> None:
+    """Raises:
+    StorageError: the process would need more bytes in all than it has or can get.
+    """
     import psutil
 
-    stored = sum(facts["bytes"] for name, facts in manifest.files.items() if name.endswith(WEIGHT_ENDINGS))
     # What this process holds already, such as torch, is in the need too.
-    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    check_memory_fits(str(directory), least_memory(manifest.kind, stored, manifest.dtype, dtype, quant), available)
+    check_memory_fits(what, needed, psutil.virtual_memory().available + psutil.Process().memory_info().rss)

@@ -2,9 +2,11 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch.nn import functional
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pos2d.errors import UsageError
@@ -24,42 +26,49 @@ from runtime.torch_loading import HEAD, empty_decoder, fill_decoder, sized_decod
 
 
 class TorchBackend:
-    """One decoder on one device, or spread over several."""
+    """One decoder on one device, or spread over several: ``homes`` says which of its modules are where."""
 
-    def __init__(self, directory: Path, manifest: Manifest, options: LoadOptions) -> None:
+    def __init__(self, model: PreTrainedModel, homes: Homes) -> None:
+        self._model = model
+        self._device = place_of(homes)("model.embed_tokens")
+        self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        foreign = bnb_layers(model)
+        self._talks = bool(foreign)
+        # bitsandbytes' int8 looks at its activations to choose what it does, which a graph cannot.
+        alone = homes == {"": self._device} and self._device.type == "cuda"
+        self._graphed = alone and "Linear8bitLt" not in foreign
+
+    @classmethod
+    def load(cls, directory: Path, manifest: Manifest, options: LoadOptions) -> Self:
+        """Raises as :func:`runtime.load`."""
         recipe = _recipe(directory, manifest, options)
         if options.int8_kernel != "auto" and (recipe is None or recipe.name != "8bit"):
             raise UsageError(
                 f"--int8-kernel is for 8 bits, which {directory} does not have; leave it out, or use --quant 8bit"
             )
         device = one_device(options.device)
-        self.dtype = _compute_dtype(manifest, options, recipe, device)
+        dtype = _compute_dtype(manifest, options, recipe, device)
         if device.type == "cpu" and options.device_map is None:
-            check_memory(directory, manifest, str(self.dtype).removeprefix("torch."), options.quant)
+            check_memory(directory, manifest, str(dtype).removeprefix("torch."), options.quant)
         attention = COLUMNS if options.attn_implementation == "sdpa" else "eager"
-        self._model = empty_decoder(directory, manifest.family, attention)
+        model = empty_decoder(directory, manifest.family, attention)
         homes: Homes = {"": device}
         if options.device_map is not None:
-            homes = spread(sized_decoder(directory, manifest.family, recipe, self.dtype), options.max_memory)
+            homes = spread(sized_decoder(directory, manifest.family, recipe, dtype), options.max_memory)
         fill_decoder(
-            self._model,
+            model,
             stored_tensors(directory, manifest),
             recipe,
             stored=manifest.quant is not None,
             kernel=options.int8_kernel,
-            dtype=self.dtype,
+            dtype=dtype,
             place=place_of(homes),
         )
-        foreign = bnb_layers(self._model)
-        self._talks = bool(foreign)
-        # bitsandbytes' int8 looks at its activations to choose what it does, which a graph cannot.
-        self._graphed = homes == {"": device} and device.type == "cuda" and "Linear8bitLt" not in foreign
-        self._device = place_of(homes)("model.embed_tokens")
-        self._model.model.rotary_emb.to(self._device)
         if len(set(homes.values())) > 1:
             from accelerate import dispatch_model
 
-            self._model = dispatch_model(self._model, device_map=homes)
+            model = dispatch_model(model, device_map=homes)
+        return cls(model, homes)
 
     def new_cache(self, capacity: int) -> Cache:
         return GraphedCache(capacity) if self._graphed else GrowingCache(capacity)

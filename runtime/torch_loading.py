@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +23,12 @@ HEAD = "lm_head"
 Place = Callable[[str], torch.device]
 
 
-def empty_decoder(directory: Path, family: str, attention: str) -> PreTrainedModel:
-    """The artifact's model without any weights, but for its rotary frequencies."""
+def empty_decoder(described: Path | Mapping[str, Any], family: str, attention: str) -> PreTrainedModel:
+    """A model without any weights, but for its rotary frequencies; ``described`` by the directory of an artifact, or by
+    what its ``config.json`` would say."""
     name = CLASS_NAMES[family]
-    config = getattr(configuration_pos2d, f"{name}Config").from_pretrained(directory)
+    kind = getattr(configuration_pos2d, f"{name}Config")
+    config = kind.from_pretrained(described) if isinstance(described, Path) else kind.from_dict(dict(described))
     config._attn_implementation = attention
     with torch.device("meta"):
         model: PreTrainedModel = getattr(modeling_pos2d, f"{name}ForCausalLM")(config)
@@ -59,6 +62,19 @@ def quantised_modules(model: PreTrainedModel, recipe: QuantRecipe | None) -> dic
     return layers
 
 
+class TensorSource(Protocol):
+    """Where weights come from; ``files`` names for every tensor the one of ``directory`` that it is in."""
+
+    @property
+    def directory(self) -> Path: ...
+
+    @property
+    def files(self) -> Mapping[str, str]: ...
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor of the caller's own, in its own type where no other is asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensors:
     """The tensors of an artifact's files, each read when it is asked for and kept nowhere."""
@@ -89,7 +105,7 @@ def stored_tensors(directory: Path, manifest: Manifest) -> StoredTensors:
 
 def fill_decoder(
     model: PreTrainedModel,
-    tensors: StoredTensors,
+    tensors: TensorSource,
     recipe: QuantRecipe | None,
     stored: bool,
     kernel: Int8Kernel,
@@ -129,6 +145,7 @@ def fill_decoder(
             progress.advance(len(own))
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.rotary_emb.to(place("model.embed_tokens"))
     model.eval()  # in training bitsandbytes leaves the activations of a CPU as they are
 
 
@@ -138,7 +155,7 @@ def _parts(layer: nn.Linear, stored: Quant | None) -> tuple[str, ...]:
     return weight if layer.bias is None else (*weight, "bias")
 
 
-def _check_names(tensors: StoredTensors, expected: set[str]) -> None:
+def _check_names(tensors: TensorSource, expected: set[str]) -> None:
     faults = sorted(expected ^ set(tensors.files))
     if faults:
         raise InputError(

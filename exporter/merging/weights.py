@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from exporter.adapters.changes import Change, Replaced, exact_sum
+from exporter.adapters.changes import Change, Replaced
 from exporter.checkpoint import DTYPES
 from exporter.merging.journal import Journal
 from exporter.merging.ledger import Action, Tally, TensorEntry, tally_of
 from exporter.merging.plan import MergePlan, PlannedShard, PlannedTensor
 from exporter.merging.resume import is_intact
-from exporter.merging.rounding import Rounding, is_finite, round_nearest
+from exporter.merging.rounding import Rounding, round_nearest
+from exporter.merging.rows import check_copied, rounded_rows
 from exporter.merging.settler import Settler
-from exporter.tensors import BLOCK, TensorFile, opened, pieces, row_blocks, write_at
+from exporter.tensors import BLOCK, TensorFile, opened, pieces, write_at
 from exporter.workers import single_threaded_torch, worker_count
-from pos2d.errors import InputError
 from pos2d.progress import Progress
 
 # Bytes read at once of a tensor that is copied: a piece stays in the cache.
@@ -146,10 +146,7 @@ def _copy(job: Job) -> TensorEntry:
         data = buffer[:count]
         job.source.read_into(job.tensor.origin, place, start, data)
         digest.update(data)
-        if not is_finite(torch.frombuffer(data, dtype=dtype)):
-            raise InputError(
-                f"{place.file}: tensor {job.tensor.origin} has NaN or infinite values; copy the base again"
-            )
+        check_copied(job.tensor, torch.frombuffer(data, dtype=dtype))
         job.source.copy_to(place, start, data, job.target, job.tensor.target.offset + start)
         job.shared.progress.advance(count)
     return job.entry("copied", digest.hexdigest(), digest.hexdigest())
@@ -160,25 +157,15 @@ def _compute(job: Job) -> TensorEntry:
 
     tensor = job.tensor
     dtype = getattr(torch, DTYPES[tensor.target.dtype][0])
-    changes = [change.widened() for change in tensor.changes]
-    # Only a change is worth noise: what has none is converted to the nearest value.
-    rounded_to = job.shared.rounding.of(tensor.name) if changes else round_nearest
     same_type = tensor.source.dtype == tensor.target.dtype
     hash_in, hash_out, tally = hashlib.sha256(), hashlib.sha256(), Tally()
     offset = tensor.target.offset
-    for rows, data, weight in row_blocks(job.source, tensor.origin, tensor.source):
-        hash_in.update(data)
-        exact, delta = exact_sum(weight, changes, rows) if changes else (weight, None)
-        rounded = rounded_to(exact, dtype)
-        if not is_finite(rounded):
-            raise InputError(
-                f"tensor {tensor.name} has NaN or infinite values in {dtype}; "
-                "use --dtype float32 or bfloat16, or check the base and the adapter"
-            )
-        if delta is not None:
-            before = weight if same_type else round_nearest(weight, dtype).double()
-            tally += tally_of(weight, before, delta, rounded)
-        written = rounded.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    for block in rounded_rows(tensor, job.source, job.shared.rounding):
+        hash_in.update(block.data)
+        if block.delta is not None:
+            before = block.weight if same_type else round_nearest(block.weight, dtype).double()
+            tally += tally_of(block.weight, before, block.delta, block.rounded)
+        written = block.rounded.contiguous().reshape(-1).view(torch.uint8).numpy().data
         hash_out.update(written)
         write_at(job.target, written, offset)
         offset += len(written)
@@ -187,7 +174,7 @@ def _compute(job: Job) -> TensorEntry:
     action = _action(tensor.changes)
     if action == "replaced" and hashes[0] == hashes[1]:
         return job.entry("copied", *hashes)  # PEFT saves some base weights with an adapter
-    return job.entry(action, *hashes, tally if changes else None)
+    return job.entry(action, *hashes, tally if tensor.changes else None)
 
 
 def _action(changes: tuple[Change, ...]) -> Action:
