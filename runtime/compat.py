@@ -32,6 +32,8 @@ from runtime.torch_backend import TorchBackend
 from runtime.torch_loading import empty_decoder, fill_decoder
 from runtime.unpacking import Loaded
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 
 def load_model_with_lora(
     base_model: str | Path,
@@ -143,11 +145,14 @@ def _tokenizer(directory: Path) -> Any:
     Raises:
         InputError: the base has none, or none that transformers can read.
     """
+    # Without any of these transformers 5 makes a tokenizer that knows no token.
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"{directory} has none of {', '.join(TOKENIZER_FILES)}; copy the model again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{directory} has no tokenizer that can be read: {reason}; copy the model again") from None
+    except Exception as error:  # the libraries raise whatever a damaged file provokes
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"the tokenizer in {directory} cannot be read: {reason}; copy the model again") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
