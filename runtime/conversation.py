@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 from pos2d.errors import InputError
 from pos2d.layout import build_layout
 from runtime.answers import Event, answer
-from runtime.engine import check_length
 from runtime.flags import part_of
-from runtime.generation import GenerationFlags, chosen_spec, group_size, lay_out, stream
+from runtime.generation import GenerationFlags, check_heeded, chosen_spec, group_size, lay_out, stream
 from runtime.prefix import Prefix
 from runtime.sampling import SamplingFlags, resolve_sampling
 from runtime.text import EncodedPrompts, encode, require_chat_template, template_text
@@ -29,6 +28,7 @@ class Conversation:
     def __init__(self, model: "Model", messages: Sequence[Mapping[str, str]], options: GenerationFlags) -> None:
         require_chat_template(model.tokenizer)
         self._model = model
+        check_heeded(model.manifest.rope_2d, options)
         self._spec = chosen_spec(model.manifest.rope_2d, options)
         self._group_size = group_size(options)
         self._sampling = resolve_sampling(model.path, part_of(SamplingFlags, options))
@@ -51,8 +51,10 @@ class Conversation:
         asked = _message(question)
         text = template_text(self._model.tokenizer, [*self.messages, asked], ask=True)
         ids = self._encode(text)
+        limit = self._model.manifest.context_length
+        if len(ids) > limit:
+            raise InputError(f"the conversation takes {len(ids)} positions, the model has {limit}; begin a new one")
         layout = build_layout([ids], self._spec)
-        check_length(layout, self._model.manifest.context_length)
 
         def answered() -> Generator[Event]:
             start = self._prefix.keep(ids[:-1])  # the last token must be read to know what follows

@@ -55,6 +55,18 @@ def chosen_spec(spec: Rope2DSpec, flags: LayoutFlags) -> Rope2DSpec:
     )
 
 
+def check_heeded(spec: Rope2DSpec, flags: LayoutFlags) -> None:
+    """``spec`` is the artifact's.
+
+    Raises:
+        UsageError: a flag that would change nothing here.
+    """
+    if flags.get("branch_stride") is not None and not spec.is_2d:
+        raise UsageError("--branch-stride does nothing in an artifact without 2D RoPE; leave it out")
+    if flags.get("align_to") is not None and (flags.get("visibility") or spec.visibility) == "isolated":
+        raise UsageError("--align-to moves nothing where prompts are isolated; leave it out, or add columnar")
+
+
 def group_size(flags: LayoutFlags) -> int:
     """Raises:
     UsageError: less than one branch.
@@ -83,6 +95,7 @@ class Asked:
 def prepare(model: "Model", prompts: Sequence[str], context: str | None, flags: GenerationFlags) -> Asked:
     """Everything that can be wrong with :meth:`runtime.Model.stream` is found here."""
     sampling = resolve_sampling(model.path, part_of(SamplingFlags, flags))
+    check_heeded(model.manifest.rope_2d, flags)
     spec = chosen_spec(model.manifest.rope_2d, flags)
     encoded = encode_prompts(
         model.tokenizer,

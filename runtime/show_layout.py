@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from pos2d.layout import Layout, build_layout
 from pos2d.manifest import read_manifest
 from pos2d.picture import Picture, clipped, placed, shown
 from pos2d.spec import Align, Rope2DSpec, Visibility
+from runtime.generation import LayoutFlags, check_heeded, chosen_spec
 from runtime.text import EncodedPrompts, encode_prompts, load_tokenizer
 
 SUFFIX = ".svg"
@@ -53,7 +54,9 @@ def show_layout(
     if ignore_chat_template and artifact is None:
         raise UsageError("--ignore-chat-template is about an artifact's template; name one, or leave the flag out")
     spec = PLAIN_SPEC if artifact is None else read_manifest(Path(artifact)).rope_2d
-    spec = _overridden(spec, visibility, align_to, branch_stride)
+    flags: LayoutFlags = {"visibility": visibility, "align_to": align_to, "branch_stride": branch_stride}
+    check_heeded(spec, flags)
+    spec = chosen_spec(spec, flags)
     if artifact is None:
         encoded, text_of = _words(prompt, context)
     else:
@@ -90,19 +93,6 @@ def _checked_output(output: str | Path | None, force: bool) -> Path | None:
     if os.path.lexists(path) and not force:
         raise OutputError(f"{path} exists already; choose another output, or replace it with --force")
     return path
-
-
-def _overridden(
-    spec: Rope2DSpec, visibility: Visibility | None, align_to: Align | None, branch_stride: int | None
-) -> Rope2DSpec:
-    """The artifact's contract with what the flags say instead; one that would change nothing is refused."""
-    if branch_stride is not None and not spec.is_2d:
-        raise UsageError("--branch-stride does nothing in an artifact without 2D RoPE; leave it out")
-    if align_to is not None and (visibility or spec.visibility) == "isolated":
-        raise UsageError("--align-to moves nothing where prompts are isolated; leave it out, or add columnar")
-    given = {"visibility": visibility, "align_to": align_to, "branch_stride": branch_stride}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return replace(spec, **changes)
 
 
 def _words(prompts: Sequence[str], context: str | None) -> tuple[EncodedPrompts, Callable[[int], str]]:

@@ -58,8 +58,8 @@ def encode_prompts(
 
 
 def encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
-    """Token ids; ``special`` adds those that the tokenizer puts around a text."""
-    ids: list[int] = tokenizer(text, add_special_tokens=special).input_ids
+    """Token ids; ``special`` adds those that the tokenizer puts around a text. What is too long is said by us."""
+    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
     return ids
 
 

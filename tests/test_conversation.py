@@ -192,7 +192,11 @@ def test_every_turn_draws_anew(talker: runtime.Model) -> None:
 
 @pytest.mark.parametrize(
     ("question", "words"),
-    [("", "the question is empty"), ("x" * 600, "shorten"), ({"role": "user"}, "has a role and a content")],
+    [
+        ("", "the question is empty"),
+        ("x" * 600, "the model has 512; begin a new one"),
+        ({"role": "user"}, "has a role and a content"),
+    ],
 )
 def test_a_refused_turn_changes_nothing(talker: runtime.Model, question: Any, words: str) -> None:
     conversation = talker.conversation(max_new_tokens=6)
