@@ -154,7 +154,7 @@ def _answers(model: Model, unit: Sequence[Line]) -> list[list[Completion]]:
         return [[]]
     if not unit[0].is_ordinary:
         return [collect(stream(model, unit[0].asked), [""] * len(unit[0].asked.encoded.branches))]
-    (layout,) = side_by_side(list(unit), model).layouts
+    layout = side_by_side(unit, model)
     samplings = [line.asked.sampling for line in unit if line.asked is not None]
     # Every line has the random numbers that it would have by itself.
     events = answer(model, layout, samplings, [(0,)] * len(unit))

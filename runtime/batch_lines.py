@@ -1,11 +1,12 @@
 """One line of a batch: what it asks, with which options, or why it cannot be answered."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from pos2d.errors import InputError, Pos2DError
+from pos2d.layout import Layout, build_layout
 from pos2d.texts import PAIRS, TEXTS
 from runtime.flags import part_of
 from runtime.generation import Asked, GenerationFlags, LayoutFlags, chosen_spec, group_size, lay_out
@@ -84,6 +85,8 @@ def _asked(block: Mapping[str, Any], model: "Model", sampling: Sampling, flags: 
     if asking == ["messages"]:
         if context is not None:
             raise InputError("messages has its own system turn; put the context there")
+        if flags.get("ignore_chat_template"):
+            raise InputError("messages are turns of the chat template; use prompt, or leave --ignore-chat-template out")
         encoded = _conversation(block["messages"], model)
     else:
         prompts = _prompts(block[asking[0]], asking[0])
@@ -146,9 +149,7 @@ def _conversation(messages: Any, model: "Model") -> EncodedPrompts:
     return EncodedPrompts([encode(model.tokenizer, template_text(model.tokenizer, turns, ask=True))], None)
 
 
-def side_by_side(lines: list[Line], model: "Model") -> Asked:
+def side_by_side(lines: Sequence[Line], model: "Model") -> Layout:
     """Ordinary lines as branches of one sequence that do not see each other; each is answered as if it were alone."""
-    asked = [line.asked for line in lines if line.asked is not None]
-    encoded = EncodedPrompts([one.encoded.branches[0] for one in asked], None)
-    spec = replace(model.manifest.rope_2d, visibility="isolated")
-    return lay_out(model, encoded, spec, asked[0].sampling, len(asked))
+    branches = [line.asked.encoded.branches[0] for line in lines if line.asked is not None]
+    return build_layout(branches, model.manifest.rope_2d, visibility="isolated")

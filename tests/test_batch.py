@@ -243,6 +243,14 @@ def test_what_a_batch_refuses(call: Call, talking: Path, tmp_path: Path) -> None
     assert call("batch", tmp_path, "-i", source, "-o", tmp_path / "o").exit_code == 3
 
 
+def test_turns_need_the_template(talking: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", {"messages": [{"role": "user", "content": "a"}]}, {"prompt": "a"})
+    runtime.batch(talking / "onnx", source, tmp_path / "out.jsonl", ignore_chat_template=True, max_new_tokens=2)
+    first, second = records(tmp_path / "out.jsonl")
+    assert "leave --ignore-chat-template out" in first["error"]
+    assert "completions" in second
+
+
 def test_command_line_says_what_it_did(call: Call, talking: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", {"prompt": "one"}, {"prompt": ""})
     result = call("batch", talking / "onnx", "-i", source, "-o", tmp_path / "out.jsonl", "-n", 4)
