@@ -19,15 +19,20 @@ def text_or_file(_ctx: click.Context, _option: click.Parameter, value: str | Non
     if value is None or not value.startswith("@"):
         return value
     try:
-        return Path(value[1:]).read_text(encoding="utf-8").rstrip("\n")
+        text = Path(value[1:]).read_text(encoding="utf-8").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{value[1:]} cannot be read as text: {error}") from None
+    if not text.strip():
+        raise InputError(f"{value[1:]} is empty; leave it out, or put some text there")
+    return text
 
 
 def or_standard_input(_ctx: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     """``-`` stands for what comes in."""
     from pos2d.errors import InputError, UsageError
 
+    if "-" in values and sys.stdin is None:
+        raise InputError("standard input is closed; --prompt - reads it")
     if values.count("-") > 1:
         raise UsageError("--prompt - reads standard input, which can be read once; give it once")
     try:

@@ -11,6 +11,8 @@ Visibility = Literal["columnar", "isolated"]
 
 POSITION, BRANCH, TIME = 0, 1, 2
 VERSION = 1
+# Beyond it float32 angles of neighbouring positions are the same, and a few branches leave the range of integers.
+MAX_STRIDE = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class Rope2DSpec:
             raise InputError(f"pair indices {list(self.pair_indices)} name a frequency twice")
         if self.branch_stride < 1:
             raise InputError(f"branch stride {self.branch_stride} must be at least 1")
+        if self.branch_stride > MAX_STRIDE:
+            raise InputError(f"branch stride {self.branch_stride} is more than {MAX_STRIDE}; 128 is usual")
         if self.align_to not in get_args(Align):
             raise InputError(f"align_to {self.align_to!r} must be one of {', '.join(get_args(Align))}")
         if self.visibility not in get_args(Visibility):

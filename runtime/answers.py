@@ -82,7 +82,7 @@ def answer(
             model.tokenizer,
             sampling,
             stream,
-            {*model.manifest.eos_token_ids, *end_token_ids(model.tokenizer, sampling)},
+            _drawable({*model.manifest.eos_token_ids, *end_token_ids(model.tokenizer, sampling)}, model),
             set(layout.ids[(layout.owners == branch) | (layout.owners == CONTEXT)].tolist()),
         )
         for branch, (sampling, stream) in enumerate(zip(samplings, streams, strict=True))
@@ -101,6 +101,11 @@ def _events(columns: Iterable[Column], writers: Sequence[TextWriter]) -> Iterato
             text = writers[branch].take(last=reason is not None)
             yield Event(branch, column.tokens[branch], text, column.logprobs[branch], reason)
         going = [branch for branch in going if column.finished[branch] is None]
+
+
+def _drawable(tokens: Collection[int], model: "Model") -> set[int]:
+    """A tokenizer may have more tokens than the model, which draws none of those."""
+    return {token for token in tokens if token < model.manifest.vocab_size}
 
 
 def end_token_ids(tokenizer: Any, sampling: Sampling) -> list[int]:

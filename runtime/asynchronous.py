@@ -9,10 +9,6 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def call_in(worker: ThreadPoolExecutor, function: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(worker, function)
-
-
 async def iterate_in(worker: ThreadPoolExecutor, make: Callable[[], Iterator[T]]) -> AsyncIterator[T]:
     """What an iterator yields that is made and driven in ``worker``.
 

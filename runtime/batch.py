@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import IO, Any, Unpack
 
 from pos2d import __version__
-from pos2d.errors import InputError
+from pos2d.errors import InputError, UsageError
 from pos2d.manifest import FILE_NAME
 from pos2d.progress import Progress
 from runtime.answers import Completion, answer, collect
 from runtime.batch_lines import Line, read_line, side_by_side
 from runtime.batch_output import BatchOutput
-from runtime.flags import part_of
-from runtime.generation import GenerationFlags, group_size, stream
+from runtime.flags import check_known, part_of
+from runtime.generation import GenerationFlags, check_heeded, group_size, stream
 from runtime.load import load
 from runtime.model import Model
 from runtime.options import LoadFlags, LoadOptions
@@ -30,6 +30,9 @@ from runtime.sampling import Sampling, SamplingFlags, resolve_sampling
 WINDOW = 64
 # Prompt tokens of lines that share a sequence: beyond that, what they cost each other is more than they save.
 SHARED_TOKENS = 2048
+OTHER_LINE_ENDS = "\x85\u2028\u2029"
+# Files of an artifact, beside its manifest, that say what a prompt becomes.
+READING = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +78,22 @@ def batch(
         OutputError: an output of another run, or one that another process writes.
     """
     source = Path(input)
+    check_known(RunFlags, flags)
     sampling = resolve_sampling(Path(artifact), part_of(SamplingFlags, flags))
     lines = _count_lines(source)
     result = BatchOutput(Path(output), _recipe(Path(artifact), source, sampling, flags))
+    if any(path.exists() and path.samefile(source) for path in result.files):
+        raise UsageError(f"{output} would be written over {input}; name another output")
     if result.is_finished(force):
         return _report(result.path, lines, _Work(resumed=lines), 0.0)
     model = load(artifact, **part_of(LoadFlags, flags))
     generation = part_of(GenerationFlags, flags)
     group_size(generation)
+    check_heeded(model.manifest.rope_2d, generation)
     _ = model.tokenizer
     started = time.monotonic()
     work = _Work()
-    with result.opened() as (file, done), Progress("answering", lines) as progress:
+    with result.opened(force) as (file, done), Progress("answering", lines) as progress:
         work.resumed = done
         progress.advance(done)
         for window in _windows(source, done):
@@ -178,7 +185,10 @@ def _completion(completion: Completion) -> dict[str, Any]:
 
 
 def _write(file: IO[bytes], records: Sequence[Mapping[str, Any]]) -> None:
-    file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    for end in OTHER_LINE_ENDS:  # what some programs take for the end of a line
+        lines = lines.replace(end, f"\\u{ord(end):04x}")
+    file.write(lines.encode())
     file.flush()
     os.fsync(file.fileno())
 
@@ -199,6 +209,8 @@ def _count_lines(path: Path) -> int:
     """Raises:
     InputError: it cannot be read, or is empty.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no file, which can be read twice; write the lines to one")
     try:
         with path.open("rb") as file:
             count = sum(1 for _ in file)
@@ -213,10 +225,10 @@ def _recipe(artifact: Path, source: Path, sampling: Sampling, flags: RunFlags) -
     """Everything that the output depends on; equal ones make equal bytes on the same machine."""
     said = {name: value for name, value in flags.items() if value is not None and value is not False}
     layout = {name: value for name, value in said.items() if name not in SamplingFlags.__annotations__}
-    manifest = artifact / FILE_NAME
+    read = (artifact / name for name in (FILE_NAME, *READING))
     recipe = {
         "input": {"name": source.name, "sha256": _sha256(source)},
-        "artifact": {"name": artifact.name, "sha256": _sha256(manifest) if manifest.is_file() else None},
+        "artifact": {"name": artifact.name, "sha256": {path.name: _sha256(path) for path in read if path.is_file()}},
         "sampling": asdict(sampling),
         "options": {**asdict(LoadOptions(**part_of(LoadFlags, flags))), **layout},
         "tool_version": __version__,

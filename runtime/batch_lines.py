@@ -1,5 +1,6 @@
 """One line of a batch: what it asks, with which options, or why it cannot be answered."""
 
+import codecs
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from pos2d.errors import InputError, Pos2DError
 from pos2d.layout import Layout, build_layout
 from pos2d.texts import PAIRS, TEXTS
 from runtime.flags import part_of
-from runtime.generation import Asked, GenerationFlags, LayoutFlags, chosen_spec, group_size, lay_out
+from runtime.generation import Asked, GenerationFlags, LayoutFlags, check_heeded, chosen_spec, group_size, lay_out
 from runtime.sampling import Sampling, SamplingFlags, resolve_sampling
 from runtime.text import EncodedPrompts, encode, encode_prompts, require_chat_template, template_text
 
@@ -45,8 +46,8 @@ def read_line(number: int, raw: bytes, model: "Model", sampling: Sampling, flags
     """``sampling`` and ``flags`` hold where the line says nothing."""
     echoed: dict[str, Any] = {}
     try:
-        block = _block(raw)
-        echoed = {name: block[name] for name in ECHOED if name in block}
+        block = _block(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw)
+        echoed = _echoed(block)
         return Line(number, echoed, asked=_asked(block, model, sampling, flags))
     except Pos2DError as error:
         return Line(number, echoed, error=" ".join(str(error).split()))
@@ -62,6 +63,8 @@ def _block(raw: bytes) -> dict[str, Any]:
         raise InputError(f"the line is empty; {FORMS}")
     try:
         value = json.loads(text)
+    except RecursionError:
+        raise InputError("the JSON is too deep") from None
     except ValueError:
         value = text if SEPARATOR in text and not text.startswith(("{", "[")) else None
     if isinstance(value, str):
@@ -71,10 +74,23 @@ def _block(raw: bytes) -> dict[str, Any]:
     return value
 
 
+def _echoed(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises:
+    InputError: what cannot stand in a file of JSON again.
+    """
+    echoed = {name: block[name] for name in ECHOED if name in block}
+    try:
+        json.dumps(echoed, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        raise InputError(f"{' or '.join(echoed)} cannot be written again: NaN, Infinity, or half a character") from None
+    return echoed
+
+
 def _asked(block: Mapping[str, Any], model: "Model", sampling: Sampling, flags: GenerationFlags) -> Asked:
     said = _options(block)
     # An artifact's settings are in `sampling` already; the line's own win over all of them.
     own = resolve_sampling(model.path, part_of(SamplingFlags, said), below=asdict(sampling))
+    check_heeded(chosen_spec(model.manifest.rope_2d, flags), part_of(LayoutFlags, said))
     place = {**flags, **part_of(LayoutFlags, said)}
     spec = chosen_spec(model.manifest.rope_2d, cast(LayoutFlags, place))
     asking = [name for name in ASKING if name in block]
@@ -102,11 +118,6 @@ def _options(block: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise InputError(f'{", ".join(unknown)} is no option; what is your own may stand under "id" and "meta"')
     said = {name: block[name] for name in known if name in block}
-    for name in ("stop", "end_token"):
-        if isinstance(said.get(name), str):
-            said[name] = (said[name],)
-        elif isinstance(said.get(name), list):
-            said[name] = tuple(said[name])
     for name in ("branch_stride", "max_branches"):
         if said.get(name) is not None and not (isinstance(said[name], int) and not isinstance(said[name], bool)):
             raise InputError(f"{name} {said[name]!r} must be a whole number")

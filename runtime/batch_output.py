@@ -18,8 +18,8 @@ except ImportError:  # Windows has none: there two runs are not kept from one fi
 
 @dataclass(frozen=True, slots=True)
 class BatchOutput:
-    """``path`` appears when it is whole; until then records go to ``PATH.partial``. ``recipe`` says which run makes it,
-    and stands in ``PATH.run.json``."""
+    """``path`` appears when it is whole; until then records go to ``PATH.partial``. ``recipe`` says which run makes it:
+    it stands beside the records, and beside the output in ``PATH.run.json``, with its size."""
 
     path: Path
     recipe: Mapping[str, Any]
@@ -29,8 +29,16 @@ class BatchOutput:
         return self.path.with_name(f"{self.path.name}.partial")
 
     @property
+    def partial_note(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.partial.json")
+
+    @property
     def note(self) -> Path:
         return self.path.with_name(f"{self.path.name}.run.json")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.path, self.partial, self.partial_note, self.note
 
     def is_finished(self, force: bool) -> bool:
         """Whether this very run was finished before.
@@ -41,14 +49,16 @@ class BatchOutput:
         """
         if not self.path.parent.is_dir():
             raise StorageError(f"{self.path.parent} is no directory; make it, or write elsewhere")
-        same = self._noted() == self.recipe
+        if self.path.is_dir():
+            raise OutputError(f"{self.path} is a directory; name a file")
         if force:
             return False
         if self.path.exists():
-            if same and not self.partial.exists():
+            finished = {"recipe": self.recipe, "bytes": self.path.stat().st_size}
+            if _read(self.note) == finished and not self.partial.exists():
                 return True
             raise OutputError(f"{self.path} exists; --force replaces it")
-        if self.partial.exists() and not same:
+        if self.partial.exists() and not self._goes_on():
             raise OutputError(
                 f"{self.partial} is the beginning of a run with another input, artifact or options; finish that one, "
                 "or --force begins anew"
@@ -56,22 +66,20 @@ class BatchOutput:
         return False
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[tuple[IO[bytes], int]]:
+    def opened(self, force: bool) -> Iterator[tuple[IO[bytes], int]]:
         """A file to which records are added, and how many of them are there; it takes its place at the end.
 
         Raises:
-            OutputError: another process writes it.
+            OutputError: another process writes it, or has written it since :meth:`is_finished`.
         """
-        same = self._noted() == self.recipe
         with self.partial.open("ab+") as file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise OutputError(f"{self.partial} is being written by another process; let it finish") from None
-            if not same:
+            self._lock(file)
+            if self.path.exists() and not force:
+                self.partial.unlink()
+                raise OutputError(f"{self.path} was written by another process meanwhile; --force replaces it")
+            if not self._goes_on():
                 file.truncate(0)
-                self._write_note()
+                _write(self.partial_note, {"recipe": self.recipe})
             count = _cut_to_lines(file)
             try:
                 yield file, count
@@ -80,18 +88,38 @@ class BatchOutput:
                 raise
             file.flush()
             os.fsync(file.fileno())
+            # In this order a run that ends between two of them is unfinished, and goes on, or finished.
+            _write(self.note, {"recipe": self.recipe, "bytes": file.tell()})
             os.replace(self.partial, self.path)
+            self.partial_note.unlink()
 
-    def _noted(self) -> Any:
-        try:
-            return json.loads(self.note.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+    def _goes_on(self) -> bool:
+        """Whether the records that are there are the beginning of this run."""
+        return bool(_read(self.partial_note) == {"recipe": self.recipe})
 
-    def _write_note(self) -> None:
-        beside = self.note.with_name(f"{self.note.name}.new")
-        beside.write_text(json.dumps(self.recipe, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(beside, self.note)
+    def _lock(self, file: IO[bytes]) -> None:
+        busy = OutputError(f"{self.partial} is being written by another process; let it finish")
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise busy from None
+        # The other process may have put it in its place before the lock was free.
+        if not self.partial.exists() or not os.path.samestat(os.fstat(file.fileno()), self.partial.stat()):
+            raise busy
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: Path, block: Mapping[str, Any]) -> None:
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(json.dumps(block, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
 
 
 def _cut_to_lines(file: IO[bytes]) -> int:

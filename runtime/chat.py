@@ -1,24 +1,24 @@
 """A conversation on a terminal, or line by line from a pipe."""
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Unpack
 
-from pos2d.errors import InputError, Pos2DError, StorageError
+from pos2d.errors import InputError, Pos2DError
 from runtime.answers import Event, completion
 from runtime.conversation import Conversation, Message
 from runtime.display import Display
-from runtime.flags import part_of
+from runtime.flags import check_known, part_of
 from runtime.generation import GenerationFlags
-from runtime.line_input import read_line, with_line_editing
+from runtime.line_input import at_terminal, read_line, with_line_editing
 from runtime.load import load
 from runtime.options import LoadFlags
 from runtime.run import RunFlags
 from runtime.sampling import SamplingFlags, resolve_sampling
+from runtime.saved import load_messages, save_messages
 
 LEAVE = ("quit", "exit")
 HELP = """\
@@ -38,11 +38,12 @@ def chat(artifact: str | Path, *, context: str | None = None, **flags: Unpack[Ru
         InputError: not an artifact, no chat template.
         UsageError: a value that cannot be used.
     """
+    check_known(RunFlags, flags)
     sampling = resolve_sampling(Path(artifact), part_of(SamplingFlags, flags))
     model = load(artifact, **part_of(LoadFlags, flags))
     system: list[Message] = [{"role": "system", "content": context}] if context else []
     session = Session(model.conversation(system, **part_of(GenerationFlags, flags)), system)
-    if sys.stdin.isatty():
+    if at_terminal():
         _note(f"{artifact} ({sampling.summary()}); /help shows the commands")
     with with_line_editing():
         while session.turn():
@@ -72,6 +73,9 @@ class Session:
         except KeyboardInterrupt:
             _note("\nquit, exit or Ctrl-D leave")
             return True
+        except UnicodeDecodeError:
+            _note("error: that line is not text in UTF-8")
+            return True
         if line.strip().lower() in LEAVE:
             return self._leave()
         try:
@@ -81,12 +85,12 @@ class Session:
         return True
 
     def _leave(self) -> bool:
-        if sys.stdin.isatty():
+        if at_terminal():
             print("Bye.")
         return False
 
     def _answer(self, line: str) -> None:
-        name, _, rest = line.partition(" ")
+        name, rest = [*line.split(maxsplit=1), "", ""][:2]
         if name in self._commands:
             self._commands[name](rest.strip())
         elif name.startswith("/") and "/" not in name[1:]:
@@ -95,7 +99,7 @@ class Session:
             self._ask(line)
 
     def _ask(self, question: str) -> None:
-        if sys.stdin.isatty():
+        if at_terminal():
             print("Assistant: ", end="", flush=True)
         with _stoppable(), closing(self._conversation.ask(question)) as events:
             for event in events:
@@ -118,29 +122,12 @@ class Session:
         _note("the conversation begins again")
 
     def _save(self, name: str) -> None:
-        try:
-            text = json.dumps({"messages": self._conversation.messages}, indent=2, ensure_ascii=False)
-            _path(name).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"{name} cannot be written: {error.strerror}") from None
+        save_messages(name, self._conversation.messages)
         _note(f"{len(self._conversation.messages)} turns are in {name}")
 
     def _load(self, name: str) -> None:
-        try:
-            block = json.loads(_path(name).read_text(encoding="utf-8"))
-            messages = block["messages"]
-            self._conversation.reset(messages)
-        except OSError as error:
-            raise StorageError(f"{name} cannot be read: {error.strerror}") from None
-        except (ValueError, TypeError, KeyError):
-            raise InputError(f'{name} is no conversation; it must be JSON of the form {{"messages": [...]}}') from None
-        _note(f"{len(messages)} turns from {name}")
-
-
-def _path(name: str) -> Path:
-    if not name:
-        raise InputError("give the name of a file")
-    return Path(name).expanduser()
+        self._conversation.reset(load_messages(name))
+        _note(f"{len(self._conversation.messages)} turns from {name}")
 
 
 @contextlib.contextmanager

@@ -1,12 +1,14 @@
 """A conversation whose cache stays from turn to turn, and questions that branch off it."""
 
 from collections.abc import Generator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pos2d.errors import InputError
+import numpy as np
+
+from pos2d.errors import InputError, UsageError
 from pos2d.layout import build_layout
 from runtime.answers import Event, answer
-from runtime.flags import part_of
+from runtime.flags import check_known, part_of
 from runtime.generation import GenerationFlags, check_heeded, chosen_spec, group_size, lay_out, stream
 from runtime.prefix import Prefix
 from runtime.sampling import SamplingFlags, resolve_sampling
@@ -26,16 +28,20 @@ class Conversation:
     """
 
     def __init__(self, model: "Model", messages: Sequence[Mapping[str, str]], options: GenerationFlags) -> None:
+        check_known(GenerationFlags, options)
+        if options.get("ignore_chat_template"):
+            raise UsageError("a conversation goes through the chat template; leave ignore_chat_template out")
         require_chat_template(model.tokenizer)
-        self._model = model
         check_heeded(model.manifest.rope_2d, options)
+        self._model = model
         self._spec = chosen_spec(model.manifest.rope_2d, options)
         self._group_size = group_size(options)
         self._sampling = resolve_sampling(model.path, part_of(SamplingFlags, options))
         self._prefix = Prefix(model.backend, self._spec, model.manifest.context_length)
-        # Texts of the conversation up to the end of each answer, the last one first, and the tokens of that.
+        # Texts of the conversation up to the end of each answer's turn, the last one first, and the tokens of that.
         self._known: list[tuple[str, list[int]]] = []
-        self.messages: list[Message] = [_message(message) for message in messages]
+        self._open: Generator[Event] | None = None
+        self.messages: list[Message] = _messages(messages)
 
     @property
     def tokens_read(self) -> int:
@@ -48,12 +54,18 @@ class Conversation:
         Raises:
             InputError: an empty question, messages that the chat template does not take, or no room in the context.
         """
-        asked = _message(question)
+        self._end_open_turn()
+        (asked,) = _messages([{"role": "user", "content": question} if isinstance(question, str) else question])
+        if asked["role"] != "user":
+            raise InputError(f"the next turn is the user's, not one of {asked['role']!r}")
+        if not asked["content"].strip():
+            raise InputError("the question is empty; give it some text")
         text = template_text(self._model.tokenizer, [*self.messages, asked], ask=True)
         ids = self._encode(text)
         limit = self._model.manifest.context_length
         if len(ids) > limit:
             raise InputError(f"the conversation takes {len(ids)} positions, the model has {limit}; begin a new one")
+        self._model.check_ids(np.array(ids))
         layout = build_layout([ids], self._spec)
 
         def answered() -> Generator[Event]:
@@ -69,15 +81,20 @@ class Conversation:
                 if heard:
                     self._remember(asked, text, ids, heard)
 
-        return answered()
+        self._open = answered()
+        return self._open
 
-    def ask_branches(self, questions: Sequence[str]) -> Generator[Event]:
+    def ask_branches(self, questions: str | Sequence[str]) -> Generator[Event]:
         """Answers to several questions side by side, each as the next turn; the conversation stays as it is.
 
         Raises:
             InputError: as :meth:`ask`.
         """
-        asked = [[*self.messages, _message(question)] for question in questions]
+        self._end_open_turn()
+        several = [questions] if isinstance(questions, str) else questions
+        if not all(question.strip() for question in several):
+            raise InputError("a question is empty; give it some text")
+        asked = [[*self.messages, {"role": "user", "content": question}] for question in several]
         texts = [template_text(self._model.tokenizer, messages, ask=True) for messages in asked]
         shared = template_text(self._model.tokenizer, self.messages, ask=False) if self.messages else ""
         if not texts or not all(text.startswith(shared) and len(text) > len(shared) for text in texts):
@@ -87,11 +104,19 @@ class Conversation:
             context=self._encode(shared) if shared else None,
         )
         laid_out = lay_out(self._model, encoded, self._spec, self._sampling, self._group_size)
-        return stream(self._model, laid_out, self._prefix, (self._turn,))
+        self._open = stream(self._model, laid_out, self._prefix, (self._turn,))
+        return self._open
 
     def reset(self, messages: Sequence[Mapping[str, str]] = ()) -> None:
         """Go on from these messages instead; what they share with the old ones is not read again."""
-        self.messages = [_message(message) for message in messages]
+        self._end_open_turn()
+        self.messages = _messages(messages)
+
+    def _end_open_turn(self) -> None:
+        """There is one cache: whoever left a turn open has ended it."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
     @property
     def _turn(self) -> int:
@@ -111,19 +136,24 @@ class Conversation:
         # What the last event gave is not in the cache; an end token gave nothing.
         self._prefix.ids = ids + [event.token for event in heard[:-1] if event.token is not None]
         self.messages += [asked, {"role": "assistant", "content": content}]
-        at_stop_text = heard[-1].finish_reason == "stop" and heard[-1].token is not None
-        if not at_stop_text:  # of which tokens are there, but no text
+        # An answer that was cut, at a stop or within a character, has tokens that are not in its text.
+        if self._model.tokenizer.decode(tokens, skip_special_tokens=True) == content:
+            closed = template_text(self._model.tokenizer, self.messages, ask=False)
             # Templates may trim an answer; its tokens stay what they were.
-            self._known = [(text + said, ids + tokens) for said in (content, content.strip())] + self._known
+            for said in (content, content.strip()):
+                ending = closed.removeprefix(text + said)
+                if ending and ending != closed:
+                    ids = [*ids, *tokens, *encode(self._model.tokenizer, ending)]
+                    self._known.insert(0, (closed, ids))
+                    break
 
 
-def _message(message: str | Mapping[str, str]) -> Message:
+def _messages(messages: Any) -> list[Message]:
     """Raises:
-    InputError: not a turn, or one without text.
+    InputError: something that is not a list of turns with texts.
     """
-    turn = {"role": "user", "content": message} if isinstance(message, str) else dict(message)
-    if not all(isinstance(turn.get(key), str) for key in ("role", "content")):
-        raise InputError(f"{turn!r} is not a turn; each has a role and a content, both texts")
-    if not turn["content"].strip() and turn["role"] == "user":
-        raise InputError("the question is empty; give it some text")
-    return turn
+    turns = list(messages) if isinstance(messages, Sequence) and not isinstance(messages, str) else [messages]
+    for turn in turns:
+        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise InputError(f"{turn!r} is not a turn; each has a role and a content, both texts")
+    return [dict(turn) for turn in turns]

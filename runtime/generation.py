@@ -2,14 +2,14 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from pos2d.errors import UsageError
 from pos2d.layout import Layout, build_layout
 from pos2d.spec import Align, Rope2DSpec, Visibility
 from runtime.answers import Event, answer, end_token_ids
 from runtime.engine import check_length
-from runtime.flags import part_of
+from runtime.flags import check_known, part_of
 from runtime.prefix import Prefix
 from runtime.sampling import Sampling, SamplingFlags, resolve_sampling
 from runtime.text import EncodedPrompts, encode_prompts
@@ -46,13 +46,8 @@ def chosen_spec(spec: Rope2DSpec, flags: LayoutFlags) -> Rope2DSpec:
     Raises:
         InputError: a value out of range.
     """
-    stride = flags.get("branch_stride")
-    return replace(
-        spec,
-        visibility=flags.get("visibility") or spec.visibility,
-        align_to=flags.get("align_to") or spec.align_to,
-        branch_stride=spec.branch_stride if stride is None else stride,
-    )
+    said: dict[str, Any] = {name: flags.get(name) for name in ("visibility", "align_to", "branch_stride")}
+    return replace(spec, **{name: value for name, value in said.items() if value is not None})
 
 
 def check_heeded(spec: Rope2DSpec, flags: LayoutFlags) -> None:
@@ -94,6 +89,7 @@ class Asked:
 
 def prepare(model: "Model", prompts: Sequence[str], context: str | None, flags: GenerationFlags) -> Asked:
     """Everything that can be wrong with :meth:`runtime.Model.stream` is found here."""
+    check_known(GenerationFlags, flags)
     sampling = resolve_sampling(model.path, part_of(SamplingFlags, flags))
     check_heeded(model.manifest.rope_2d, flags)
     spec = chosen_spec(model.manifest.rope_2d, flags)
@@ -116,6 +112,7 @@ def lay_out(model: "Model", encoded: EncodedPrompts, spec: Rope2DSpec, sampling:
     firsts = range(0, len(encoded.branches), size)
     layouts = tuple(build_layout(encoded.branches[first : first + size], spec, encoded.context) for first in firsts)
     for layout in layouts:
+        model.check_ids(layout.ids)
         check_length(layout, model.manifest.context_length)
     return Asked(encoded, layouts, spec, sampling, size)
 

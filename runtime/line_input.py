@@ -9,13 +9,18 @@ from pathlib import Path
 HISTORY_LINES = 1000
 
 
+def at_terminal() -> bool:
+    """Whether a person is at standard input, which may be closed."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def read_line(prompt: str) -> str:
     """Raises:
     EOFError: there are no more.
     """
-    if sys.stdin.isatty():
+    if at_terminal():
         return input(prompt)
-    line = sys.stdin.readline()
+    line = sys.stdin.readline() if sys.stdin is not None else ""
     if not line:
         raise EOFError
     return line
@@ -24,7 +29,7 @@ def read_line(prompt: str) -> str:
 @contextlib.contextmanager
 def with_line_editing() -> Iterator[None]:
     """While this lasts ``input`` edits lines, and remembers those of earlier runs."""
-    if not sys.stdin.isatty():
+    if not at_terminal():
         yield
         return
     try:

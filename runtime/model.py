@@ -15,10 +15,11 @@ from pos2d.layout import Ints, build_layout, columnar_mask
 from pos2d.manifest import Manifest
 from pos2d.spec import Visibility
 from runtime.answers import Completion, Event, collect
-from runtime.asynchronous import call_in, iterate_in
+from runtime.asynchronous import iterate_in
 from runtime.backend import Backend, Floats
 from runtime.conversation import Conversation
 from runtime.engine import Column, decode
+from runtime.flags import check_known
 from runtime.generation import GenerationFlags, prepare, stream
 from runtime.sampler import Sampler
 from runtime.sampling import SamplingFlags, resolve_sampling
@@ -76,8 +77,10 @@ class Model:
             InputError: no chat template, or messages that it does not take.
             UsageError: a value out of range.
         """
+        check_known(SamplingFlags, options)
         *earlier, last = messages or [{}]
-        return collect(self.conversation(earlier, **options).ask(last), [last.get("content", "")])[0]
+        answered = self.conversation(earlier, **options).ask(last)
+        return collect(answered, [last["content"]])[0]
 
     def conversation(
         self, messages: Sequence[Mapping[str, str]] = (), **options: Unpack[GenerationFlags]
@@ -89,7 +92,8 @@ class Model:
         self, prompts: str | Sequence[str], context: str | None = None, **options: Unpack[GenerationFlags]
     ) -> list[Completion]:
         """:meth:`generate`, without keeping the event loop waiting."""
-        return await call_in(self._worker, lambda: self.generate(prompts, context, **options))
+        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        return collect([event async for event in self.astream(asked, context, **options)], asked)
 
     def astream(
         self, prompts: str | Sequence[str], context: str | None = None, **options: Unpack[GenerationFlags]
@@ -99,7 +103,9 @@ class Model:
 
     async def achat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[SamplingFlags]) -> Completion:
         """:meth:`chat`, without keeping the event loop waiting."""
-        return await call_in(self._worker, lambda: self.chat(messages, **options))
+        *earlier, last = messages or [{}]
+        events = iterate_in(self._worker, lambda: self.conversation(earlier, **options).ask(last))
+        return collect([event async for event in events], [last.get("content", "")])[0]
 
     def logits(
         self,
@@ -117,7 +123,7 @@ class Model:
             InputError: shapes that do not fit, token ids outside the vocabulary, or more positions than the model has.
         """
         ids = np.atleast_2d(np.asarray(input_ids, dtype=np.int64))
-        self._check_ids(ids)
+        self.check_ids(ids)
         positions = _for_batch(
             np.arange(ids.shape[1]) if position_ids is None else position_ids, ids.shape, "position_ids"
         )
@@ -179,11 +185,12 @@ class Model:
             InputError: no or an empty prompt, ids outside the vocabulary, prompts longer than the model.
             UsageError: a number out of range, or texts that end answers.
         """
+        check_known(SamplingFlags, sampling)
         options = resolve_sampling(self.path, sampling, below={})
         if options.stop or options.end_token:
             raise UsageError("stop and end_token are texts; use stream() or generate(), or eos_token_ids")
         layout = build_layout(branches, self.manifest.rope_2d, context_ids, visibility)
-        self._check_ids(layout.ids)
+        self.check_ids(layout.ids)
         ends = self.manifest.eos_token_ids if eos_token_ids is None else eos_token_ids
         end_tokens = {ends} if isinstance(ends, int) else set(ends)
         writers = [
@@ -192,7 +199,10 @@ class Model:
         ]
         return decode(self.backend, layout, writers, context_length=self.manifest.context_length)
 
-    def _check_ids(self, ids: Ints) -> None:
+    def check_ids(self, ids: Ints) -> None:
+        """Raises:
+        InputError: none, or some that the model does not have.
+        """
         if ids.size == 0:
             raise InputError("the input has no tokens")
         if ids.min() < 0 or ids.max() >= self.manifest.vocab_size:

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 from pos2d.spec import Visibility
 from runtime.answers import Completion, Event, collect
-from runtime.flags import part_of
+from runtime.flags import check_known, part_of
 from runtime.generation import GenerationFlags, prepare, stream
 from runtime.load import load
 from runtime.options import LoadFlags
@@ -43,7 +43,7 @@ class RunReport:
 
 def run(
     artifact: str | Path,
-    prompt: Sequence[str],
+    prompt: str | Sequence[str],
     *,
     context: str | None = None,
     on_event: Listener | None = None,
@@ -59,6 +59,8 @@ def run(
         UsageError: a number, device or type that cannot be used.
     """
     started = time.monotonic()
+    check_known(RunFlags, flags)
+    prompt = [prompt] if isinstance(prompt, str) else prompt
     resolve_sampling(Path(artifact), part_of(SamplingFlags, flags))  # what is wrong with it is said before loading
     model = load(artifact, **part_of(LoadFlags, flags))
     asked = prepare(model, prompt, context, part_of(GenerationFlags, flags))

@@ -1,7 +1,7 @@
 """How answers are written: the options, the presets, and where their defaults come from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
@@ -22,6 +22,7 @@ FROM_CONFIG = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "
 # What transformers takes where a configuration that samples does not say it.
 SAMPLED_DEFAULTS = {"temperature": 1.0, "top_k": 50}
 NARROWING = ("top_k", "top_p", "min_p")
+TEXTS = ("stop", "end_token")
 WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "seed")
 REAL = ("temperature", "top_p", "min_p", "repetition_penalty")
 
@@ -37,8 +38,8 @@ class SamplingFlags(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
-    stop: tuple[str, ...]
-    end_token: tuple[str, ...]
+    stop: str | Sequence[str]
+    end_token: str | Sequence[str]
     seed: int | None
     logprobs: bool
 
@@ -81,18 +82,25 @@ class Sampling:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int if name in WHOLE else int | float):
                 raise UsageError(f"{name} {value!r} must be a {'whole number' if name in WHOLE else 'number'}")
-        for name in ("stop", "end_token"):
+        if not isinstance(self.logprobs, bool):
+            raise UsageError(f"logprobs {self.logprobs!r} must be true or false")
+        for name in TEXTS:
             if not isinstance(getattr(self, name), tuple) or not all(isinstance(t, str) for t in getattr(self, name)):
                 raise UsageError(f"{name} {getattr(self, name)!r} must be texts")
         for name, fits, rule in (
             ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
+            ("max_new_tokens", self.max_new_tokens < 2**32, "is more than any model writes"),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "must be 0 to max_new_tokens"),
-            ("temperature", 0.0 <= self.temperature < float("inf"), "must be 0 (greedy) or above"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-3 <= self.temperature <= 100,
+                "must be 0 (greedy) or 0.001 to 100",
+            ),
             ("top_k", self.top_k >= 0, "must be 0 (all tokens) or above"),
             ("top_p", 0.0 < self.top_p <= 1.0, "must be above 0 and at most 1 (all tokens)"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "must be 0 (all tokens) to 1"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "must be above 0; 1 is none"),
-            ("seed", self.seed >= 0, "must not be negative"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "must be 0.01 to 100; 1 is none"),
+            ("seed", 0 <= self.seed < 2**64, "must be 0 or above, in 64 bits"),
             ("stop", all(self.stop), "has an empty text, which would end every answer at once"),
         ):
             if not fits:
@@ -117,12 +125,17 @@ def resolve_sampling(directory: Path, flags: SamplingFlags, below: Mapping[str, 
         UsageError: a value out of range, an unknown preset, or flags that narrow draws where nothing is drawn.
         InputError: generation settings that cannot be read.
     """
-    given = {name: value for name, value in flags.items() if name != "preset" and value is not None and value != ()}
+    given = {name: value for name, value in flags.items() if value not in (None, ()) and name != "preset"}
+    given |= {name: _texts(given[name]) for name in TEXTS if name in given}
     preset = flags.get("preset")
     if preset is not None and preset not in get_args(Preset):
         raise UsageError(f"preset {preset!r} is not one of {', '.join(get_args(Preset))}")
     lower = generation_defaults(directory) if below is None else below
-    sampling = Sampling(**{**lower, **(PRESETS[preset] if preset else {}), **given})
+    options = {**lower, **(PRESETS[preset] if preset else {}), **given}
+    most = flags.get("max_new_tokens")
+    if "min_new_tokens" not in given and isinstance(most, int):  # a shorter answer is wanted than the artifact's least
+        options["min_new_tokens"] = min(options.get("min_new_tokens", 0), max(0, most))
+    sampling = Sampling(**options)
     unheeded = [name for name in NARROWING if name in given and sampling.temperature == 0.0]
     if unheeded:
         raise UsageError(
@@ -149,8 +162,17 @@ def generation_defaults(directory: Path) -> dict[str, Any]:
             said = {name: value for name, value in said.items() if name not in ("temperature", *NARROWING)}
         Sampling(**said)
     except (ValueError, TypeError, AttributeError, UsageError) as error:
-        raise InputError(f"{path} cannot be used: {error}; correct it or delete it") from None
+        raise InputError(
+            f"{path} cannot be used: {error}; correct it in the base, and make the artifact again"
+        ) from None
     return said
+
+
+def _texts(value: Any) -> Any:
+    """One text or a list of them, where several may stand, as a tuple."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def preset_lines() -> list[str]:

@@ -11,7 +11,7 @@ from pos2d.layout import Layout, build_layout
 from pos2d.manifest import read_manifest
 from pos2d.picture import Picture, clipped, placed, shown
 from pos2d.spec import Align, Rope2DSpec, Visibility
-from runtime.generation import LayoutFlags, check_heeded, chosen_spec
+from runtime.generation import MAX_BRANCHES, LayoutFlags, check_heeded, chosen_spec
 from runtime.text import EncodedPrompts, encode_prompts, load_tokenizer
 
 SUFFIX = ".svg"
@@ -30,7 +30,7 @@ class LayoutReport(Picture):
 def show_layout(
     artifact: str | Path | None = None,
     *,
-    prompt: Sequence[str],
+    prompt: str | Sequence[str],
     context: str | None = None,
     token: str | int | None = None,
     visibility: Visibility | None = None,
@@ -51,6 +51,9 @@ def show_layout(
         OutputError: a file that exists, or that is not to be an SVG.
     """
     file = _checked_output(output, force)
+    prompt = [prompt] if isinstance(prompt, str) else prompt
+    if len(prompt) > MAX_BRANCHES:
+        raise UsageError(f"{len(prompt)} prompts do not stand in one sequence; give at most {MAX_BRANCHES}")
     if ignore_chat_template and artifact is None:
         raise UsageError("--ignore-chat-template is about an artifact's template; name one, or leave the flag out")
     spec = PLAIN_SPEC if artifact is None else read_manifest(Path(artifact)).rope_2d

@@ -58,7 +58,15 @@ def encode_prompts(
 
 
 def encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
-    """Token ids; ``special`` adds those that the tokenizer puts around a text. What is too long is said by us."""
+    """Token ids; ``special`` adds those that the tokenizer puts around a text. What is too long is said by us.
+
+    Raises:
+        InputError: half characters, which no text has: something that was not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{text[:40]!a} is not text in UTF-8") from None
     ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
     return ids
 

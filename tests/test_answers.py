@@ -1,7 +1,6 @@
 """From columns to texts: stops, end tokens, log probabilities, and many prompts over one context."""
 
 import asyncio
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -172,6 +171,37 @@ def test_everything_is_checked_before_the_first_event(talker: runtime.Model) -> 
             talker.stream(**wrong)
 
 
+def test_prompts_of_a_larger_tokenizer_are_refused(talker: runtime.Model) -> None:
+    small = replace(talker, manifest=replace(talker.manifest, vocab_size=100))
+    for ask in (lambda: small.generate("zzz"), lambda: small.chat([{"role": "user", "content": "zzz"}])):
+        with pytest.raises(InputError, match="outside the vocabulary of 100"):
+            ask()
+
+
+def test_options_that_do_not_exist_are_refused(talker: runtime.Model) -> None:
+    for ask in (talker.generate, talker.stream, lambda p, **o: runtime.run(talker.path, p, **o)):
+        with pytest.raises(UsageError, match="max_tokens, temprature is no option; there are"):
+            ask("one", max_tokens=3, temprature=0.9)
+    with pytest.raises(UsageError, match="temprature is no option"):
+        talker.generate_ids([[1]], temprature=0.9)  # type: ignore[call-arg]
+
+
+def test_one_text_may_stand_where_several_may(talker: runtime.Model) -> None:
+    (answer,) = runtime.run(talker.path, "one", max_new_tokens=9, stop="e").completions
+    assert answer == talker.generate(["one"], max_new_tokens=9, stop=["e"])[0]
+
+
+def test_an_asynchronous_call_that_is_cancelled_ends(talker: runtime.Model, tokens_fed: list[int]) -> None:
+    async def leave() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(talker.agenerate("one", max_new_tokens=480), 0.05)
+        fed = len(tokens_fed)
+        await talker.agenerate("two", max_new_tokens=2)
+        assert len(tokens_fed) < fed + 10
+
+    asyncio.run(leave())
+
+
 def test_ids_have_no_texts(qwen2: Golden, model_of: Any) -> None:
     with pytest.raises(UsageError, match="stop and end_token are texts"):
         model_of(qwen2, "onnx").generate_ids([[1, 2]], stop=("x",))
@@ -219,4 +249,3 @@ def test_asynchronous_errors_arrive(talker: runtime.Model) -> None:
 
     with pytest.raises(InputError, match="shorten"):
         asyncio.run(ask())
-    assert threading.active_count() < 20

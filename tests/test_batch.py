@@ -27,7 +27,7 @@ OPTIONS: Any = {"max_new_tokens": 8}
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]  # whatever ends a line
 
 
 def texts(record: dict[str, Any]) -> list[str]:
@@ -121,6 +121,15 @@ def test_ordinary_lines_share_a_sequence(talker: runtime.Model, tmp_path: Path, 
         (b'{"prompt": "a", "end_token": "<nowhere>"}', "end token <nowhere>"),
         (b'{"prompt": "' + b"x" * 600 + b'"}', "the model has 512"),
         (b"a||", "prompt 2 is empty"),
+        (b'{"prompt": "a \\ud800"}', "is not text in UTF-8"),
+        (b'{"prompt": "a", "id": "\\ud800"}', "id cannot be written again"),
+        (b'{"prompt": "a", "meta": NaN}', "meta cannot be written again"),
+        (b'{"prompt": "a", "meta": ' + b"[" * 200_000, "the JSON is too deep"),
+        (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "0.001 to 100"),
+        (b'{"prompt": "a", "branch_stride": 1' + b"0" * 23 + b"}", "128 is usual"),
+        (b'{"prompt": "a", "visibility": "isolated", "align_to": "right"}', "--align-to moves nothing"),
+        (b'{"prompt": "a", "visibility": ""}', "visibility ''"),
+        (b'{"prompt": "a", "logprobs": "false"}', "must be true or false"),
     ],
 )
 def test_what_cannot_be_answered_is_a_record(talking: Path, tmp_path: Path, line: bytes, words: str) -> None:
@@ -209,6 +218,7 @@ def test_what_is_finished_is_left_and_what_is_anothers_is_kept(talking: Path, tm
     ask(max_new_tokens=3, force=True)
     assert records(output)[0]["completions"][0]["new_tokens"] == 3
     output.rename(tmp_path / "out.jsonl.partial")
+    os.rename(tmp_path / "out.jsonl.run.json", tmp_path / "out.jsonl.partial.json")
     with pytest.raises(OutputError, match="the beginning of a run with another input, artifact or options"):
         ask()
     ask(force=True)
@@ -219,12 +229,64 @@ def test_two_processes_do_not_write_one_file(talking: Path, tmp_path: Path) -> N
     import fcntl
 
     source = write(tmp_path / "in.jsonl", {"prompt": "one"})
+    output = tmp_path / "out.jsonl"
     with (tmp_path / "out.jsonl.partial").open("ab") as held:
-        runtime.batch(talking / "onnx", source, tmp_path / "first.jsonl", **OPTIONS)
-        os.rename(tmp_path / "first.jsonl.run.json", tmp_path / "out.jsonl.run.json")
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another process"):
-            runtime.batch(talking / "onnx", source, tmp_path / "out.jsonl", **OPTIONS)
+            runtime.batch(talking / "onnx", source, output, force=True, **OPTIONS)
+
+
+def test_what_another_process_finished_meanwhile_is_kept(
+    talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one ends while this one loads its model."""
+    source, output = write(tmp_path / "in.jsonl", {"prompt": "one"}), tmp_path / "out.jsonl"
+    load = batch_module.load
+
+    def late(*given: Any, **flags: Any) -> Any:
+        with monkeypatch.context() as other:
+            other.setattr(batch_module, "load", load)
+            runtime.batch(talking / "onnx", source, output, max_new_tokens=3)
+        return load(*given, **flags)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batch_module, "load", late)
+        with pytest.raises(OutputError, match="written by another process meanwhile"):
+            runtime.batch(talking / "onnx", source, output, **OPTIONS)
+    assert records(output)[0]["completions"][0]["new_tokens"] == 3
+    assert runtime.batch(talking / "onnx", source, output, max_new_tokens=3).resumed == 1
+
+
+def test_a_forced_run_that_was_given_up_does_not_vouch_for_the_old_output(
+    talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = write(tmp_path / "in.jsonl", {"prompt": "one"}), tmp_path / "out.jsonl"
+    runtime.batch(talking / "onnx", source, output, max_new_tokens=3)
+
+    def cut(file: Any, records: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batch_module, "_write", cut)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.batch(talking / "onnx", source, output, force=True, **OPTIONS)
+    (tmp_path / "out.jsonl.partial").unlink()
+    with pytest.raises(OutputError, match="--force replaces it"):
+        runtime.batch(talking / "onnx", source, output, **OPTIONS)
+    assert runtime.batch(talking / "onnx", source, output, max_new_tokens=3).resumed == 1
+
+
+def test_inputs_that_would_be_lost(talking: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", {"prompt": "one"})
+    before = source.read_bytes()
+    with pytest.raises(UsageError, match="would be written over"):
+        runtime.batch(talking / "onnx", source, source, force=True)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is no file, which can be read twice"):
+        runtime.batch(talking / "onnx", tmp_path / "pipe", tmp_path / "out.jsonl")
+    with pytest.raises(OutputError, match="is a directory"):
+        runtime.batch(talking / "onnx", source, tmp_path, force=True)
+    assert source.read_bytes() == before
 
 
 def test_what_a_batch_refuses(call: Call, talking: Path, tmp_path: Path) -> None:
@@ -241,6 +303,16 @@ def test_what_a_batch_refuses(call: Call, talking: Path, tmp_path: Path) -> None
         assert (result.exit_code, words in result.stderr) == (code, True), result.stderr
         assert not (tmp_path / "o").exists()
     assert call("batch", tmp_path, "-i", source, "-o", tmp_path / "o").exit_code == 3
+
+
+def test_a_file_of_another_editor(talking: Path, tmp_path: Path) -> None:
+    """A byte order mark, lines that end as on Windows, and line separators within a text."""
+    source = tmp_path / "in.jsonl"
+    source.write_bytes('\ufeff{"prompt": "is a || b true?", "id": "x\u2028y\x85z"}\r\n{"prompt": "b"}\r\n'.encode())
+    runtime.batch(talking / "onnx", source, tmp_path / "out.jsonl", max_new_tokens=3)
+    first, second = records(tmp_path / "out.jsonl")
+    assert first["id"] == "x\u2028y\x85z"
+    assert len(first["completions"]) == len(second["completions"]) == 1
 
 
 def test_turns_need_the_template(talking: Path, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_faults_are_said_and_do_not_end_it(talking: Path, tmp_path: Path) -> Non
             "there is no /nothing",
             "needs questions",
             "name of a file",
-            "cannot be written",
+            "is a directory",
             "cannot be read",
             "is not a turn",
             "is no conversation",

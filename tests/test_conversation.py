@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import runtime
-from pos2d.errors import InputError
+from pos2d.errors import InputError, UsageError
 from runtime.answers import collect
 
 QUESTIONS = ["one", "and two", "a third"]
@@ -22,6 +22,13 @@ FORGETTING = (
 def tokens(model: runtime.Model, text: str) -> list[int]:
     ids: list[int] = model.tokenizer(text).input_ids
     return ids
+
+
+def heard_ids(model: runtime.Model, heard: list[runtime.Event]) -> list[int]:
+    """The tokens of an answer as they were written, or where a character was cut, those of the text that was shown."""
+    written = [event.token for event in heard if event.token is not None]
+    shown = "".join(event.text for event in heard)
+    return written if model.tokenizer.decode(written, skip_special_tokens=True) == shown else tokens(model, shown)
 
 
 def say(conversation: runtime.Conversation, question: str) -> runtime.Completion:
@@ -72,7 +79,7 @@ def test_an_answer_that_is_left_is_kept_as_far_as_it_came(talker: runtime.Model,
     heard = [next(events) for _ in range(at)]
     events.close()
     assert conversation.messages[-1]["content"] == "".join(event.text for event in heard)
-    ids = tokens(talker, "<user>one\n<assistant>") + [event.token for event in heard if event.token is not None]
+    ids = tokens(talker, "<user>one\n<assistant>") + heard_ids(talker, heard)
     after = say(conversation, "and two")
     assert [list(after.token_ids)] == talker.generate_ids(
         [ids + tokens(talker, "\n<user>and two\n<assistant>")], max_new_tokens=12
@@ -104,8 +111,7 @@ def test_an_interruption_within_a_step_leaves_a_whole_cache(
     assert len(heard) == call - 1
     ids = tokens(talker, "<user>zero\n<assistant>") + list(first.token_ids)
     if heard:
-        written = [event.token for event in heard if event.token is not None]
-        ids += tokens(talker, "\n<user>one\n<assistant>") + written
+        ids += tokens(talker, "\n<user>one\n<assistant>") + heard_ids(talker, heard)
     assert len(conversation.messages) == (4 if heard else 2)
     after = say(conversation, "and two")
     assert [list(after.token_ids)] == talker.generate_ids(
@@ -178,7 +184,48 @@ def test_an_answer_that_was_cut_at_a_stop_is_read_as_it_stands(talker: runtime.M
     assert answer.text == free[: free.index(free[6:8])]
     ids = tokens(talker, f"<user>one\n<assistant>{answer.text}\n<user>and two\n<assistant>")
     (expected,) = talker.generate_ids([ids], max_new_tokens=30)
-    assert list(say(conversation, "and two").token_ids) == expected[: len(conversation.messages[-1]["content"]) + 40]
+    after = list(say(conversation, "and two").token_ids)
+    assert after
+    assert after == expected[: len(after)]
+
+
+def test_a_turn_that_was_left_open_is_ended_by_the_next(talker: runtime.Model) -> None:
+    """There is one cache, so two answers cannot be written at once."""
+    conversation = talker.conversation(max_new_tokens=12)
+    left = conversation.ask("one")
+    heard = [next(left) for _ in range(4)]
+    after = say(conversation, "and two")
+    assert list(left) == []
+    assert [message["content"] for message in conversation.messages[::2]] == ["one", "and two"]
+    ids = tokens(talker, "<user>one\n<assistant>") + heard_ids(talker, heard)
+    expected = talker.generate_ids([ids + tokens(talker, "\n<user>and two\n<assistant>")], max_new_tokens=12)
+    assert [list(after.token_ids)] == expected
+    branches = conversation.ask_branches(["a", "b"])
+    next(branches)
+    conversation.reset()
+    assert list(branches) == []
+    assert say(conversation, "one") == talker.generate("one", max_new_tokens=12)[0]
+
+
+@pytest.mark.parametrize("said", ["", " ", "\n", "Tea\n\n"])
+def test_only_whole_turns_are_known_again(talker: runtime.Model, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows a prompt may begin as an earlier answer did, and still be another text."""
+    conversation = talker.conversation(max_new_tokens=8)
+    say(conversation, "one")
+    conversation._known.clear()
+    # As if the model had said it, in tokens that nobody else would use.
+    conversation.reset()
+    list(conversation.ask("one"))
+    heard = [runtime.Event(0, token, "") for token in tokens(talker, said)]
+    text = "<user>one\n<assistant>"
+    conversation.messages.clear()
+    conversation._known.clear()
+    conversation._remember(
+        {"role": "user", "content": "one"}, text, tokens(talker, text), heard or [runtime.Event(0, None, "")]
+    )
+    conversation.reset([{"role": "user", "content": "one"}, {"role": "assistant", "content": f"{said} is fine."}])
+    expected = tokens(talker, f"{text}{said} is fine.\n<user>and two\n<assistant>")
+    assert conversation._encode(f"{text}{said} is fine.\n<user>and two\n<assistant>") == expected
 
 
 def test_every_turn_draws_anew(talker: runtime.Model) -> None:
@@ -213,6 +260,14 @@ def test_what_a_conversation_needs(talker: runtime.Model, monkeypatch: pytest.Mo
         talker.conversation([{"role": "user", "content": 3}])  # type: ignore[dict-item]
     with pytest.raises(InputError, match="is not a turn"):
         talker.chat([])
+    with pytest.raises(InputError, match="is not a turn"):
+        talker.chat("hi")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="the next turn is the user's"):
+        talker.chat([{"role": "assistant", "content": "hi"}])
+    with pytest.raises(UsageError, match="temprature is no option"):
+        talker.conversation(temprature=1)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match="leave ignore_chat_template out"):
+        talker.conversation(ignore_chat_template=True)
     monkeypatch.setattr(talker.tokenizer, "chat_template", "{{ raise_exception('only poems') }}")
     with pytest.raises(InputError, match="does not take these turns: only poems"):
         talker.conversation().ask("one")

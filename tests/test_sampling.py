@@ -144,6 +144,11 @@ def test_log_probabilities_are_the_models_own() -> None:
     [
         ({"temperature": -1.0}, "temperature -1.0 must be 0"),
         ({"temperature": float("nan")}, "temperature nan"),
+        ({"temperature": 1e-40}, "0.001 to 100"),
+        ({"temperature": 10**400}, "0.001 to 100"),
+        ({"repetition_penalty": 1e-9}, "0.01 to 100"),
+        ({"seed": 2**64}, "in 64 bits"),
+        ({"logprobs": "false"}, "must be true or false"),
         ({"temperature": "hot"}, "temperature 'hot' must be a number"),
         ({"top_k": -1}, "top_k -1"),
         ({"top_k": 2.5}, "top_k 2.5 must be a whole number"),
@@ -198,5 +203,5 @@ def test_flags_that_nobody_heeds_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("settings", ["[]", "{", '{"temperature": "x", "do_sample": true}', '{"max_new_tokens": -1}'])
 def test_broken_settings_are_named(tmp_path: Path, settings: str) -> None:
     (tmp_path / "generation_config.json").write_text(settings, encoding="utf-8")
-    with pytest.raises(InputError, match=r"generation_config.json cannot be used: .*correct it"):
+    with pytest.raises(InputError, match=r"generation_config.json cannot be used: .*make the artifact again"):
         resolve_sampling(tmp_path, {})
