@@ -1,7 +1,8 @@
 """Command line of the project: parse, call one function, print.
 
 Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 bad or mismatching input, 4 unsafe input, 5 disk or I/O,
-6 the output exists or is busy, 7 verification failed, 130 interrupted, 143 terminated.
+6 the output exists or is busy, 7 verification failed, 130 interrupted, 141 the output was closed,
+143 terminated.
 """
 
 import atexit

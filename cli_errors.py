@@ -1,6 +1,7 @@
 """How the command line ends: every error is one sentence on standard error and a documented exit code."""
 
 import os
+import sys
 from typing import Any, NoReturn
 
 import click
@@ -9,9 +10,9 @@ from pos2d.errors import Pos2DError
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 bad or mismatching input, 4 unsafe input, 5 disk or I/O, "
-    "6 output exists or is busy, 7 verification failed, 130 interrupted, 143 terminated."
+    "6 output exists or is busy, 7 verification failed, 130 interrupted, 141 the output was closed, 143 terminated."
 )
-TERMINATED = 143
+TERMINATED, CLOSED_PIPE = 143, 141
 
 
 class Commands(click.Group):
@@ -20,8 +21,12 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except BrokenPipeError:
+            # Nobody reads any more, and nobody needs to hear of it; nor may the end of the program try again.
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            raise click.exceptions.Exit(CLOSED_PIPE) from None
         except Pos2DError as error:
             fail(str(error), error.exit_code)
         except KeyboardInterrupt as interrupt:

@@ -124,9 +124,11 @@ def generate(prompt: tuple[str, ...], as_json: bool, jsonl: bool, flags: dict[st
     with Display(prompt) as display:
         report = runtime.run(prompt=prompt, on_event=display.hear, **flags)
     display.finish(report.completions)
+    cut = sum(completion.finish_reason == "length" for completion in report.completions)
+    ending = f"; {cut} of {len(report.completions)} answers ended at their greatest length" if cut else ""
     click.echo(
         f"{report.new_tokens} tokens, {report.tokens_per_second:.1f} tokens/s, first after "
-        f"{report.first_seconds:.2f} s (loaded in {report.load_seconds:.1f} s, {report.visibility}, {report.settings})",
+        f"{report.first_seconds:.2f} s (loaded in {report.load_seconds:.1f} s, {report.visibility}, {report.settings}){ending}",
         err=True,
     )
 

@@ -202,7 +202,8 @@ def _manifest(source: Source, staging: Path, **facts: Any) -> Manifest:
 
 
 def _warnings(source: Source) -> Iterator[str]:
-    """What was lost before the weights came here."""
+    """What was taken unsaid, and what was lost before the weights came here."""
+    yield from source.warnings
     retention = source.retention
     if retention is not None and abs(retention - 1) > 1 - RETENTION_THRESHOLD:
         yield (

@@ -179,7 +179,7 @@ def _report(task: Task, output: Path, needs: Needs, manifest: Manifest | None, s
         needs=needs,
         bytes=task.plan.nbytes if manifest is None else manifest.total_bytes,
         seconds=seconds,
-        warnings=tuple(warnings(ledger or {}, task.plan.dtype)),
+        warnings=(*task.source.warnings, *warnings(ledger or {}, task.plan.dtype)),
         totals=total(ledger.values()) if ledger is not None else None,
         ledger=ledger,
     )

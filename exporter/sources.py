@@ -39,6 +39,16 @@ class TrainedPositions:
                 "--rope-2d-ratio, --pair-indices and --no-patch-rope exclude one another; give one of them"
             )
 
+    @property
+    def warnings(self) -> list[str]:
+        """What was taken because nobody said it."""
+        if (self.rope_2d_ratio, self.pair_indices, self.no_patch_rope) != (None, None, False):
+            return []
+        return [
+            f"no positions were named, so --rope-2d-ratio {DEFAULT_RATIO} was taken, the trainer's default; with another "
+            "than the training's several branches are nonsense (inspect --guess-ratio finds it)"
+        ]
+
     def resolve(self, frequencies: int) -> Rope2DSpec:
         """The contract for a base with so many ``frequencies``; a ratio of 0.5 when nothing is said."""
         if self.no_patch_rope:
@@ -56,7 +66,7 @@ class Source:
     """Weights, what is added to them, and how they are positioned; ``origin`` is what a manifest says of all that.
 
     ``options``: how weights that were merged before were summed and rounded; ``retention``: how much of their adapters
-    that rounding kept, where it was noted.
+    that rounding kept, where it was noted; ``warnings``: what was taken because nobody said it.
     """
 
     base: Checkpoint
@@ -66,6 +76,7 @@ class Source:
     origin: dict[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     retention: float | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def from_adapters(
@@ -94,7 +105,7 @@ def from_adapters(
         "adapters": tuple(adapter.to_dict() for adapter in adapters),
         "tool_version": __version__,
     }
-    return Source(base, adapters, spec, end_tokens(base), origin)
+    return Source(base, adapters, spec, end_tokens(base), origin, warnings=tuple(positions.warnings))
 
 
 def from_merged(merged: Path) -> Source:

@@ -98,9 +98,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not directory.exists():
         raise InputError(f"{directory} does not exist; give the directory of an artifact")
     if not path.is_file():
-        raise InputError(
-            f"{directory} is not an artifact of this tool (it has no {FILE_NAME}); make one with merge or export"
-        )
+        raise InputError(f"{directory} is not an artifact of this tool (it has no {FILE_NAME}); {_cure(directory)}")
     try:
         manifest = Manifest.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:
@@ -115,3 +113,14 @@ def read_manifest(directory: Path) -> Manifest:
             found = "is missing" if size is None else f"has {size} bytes"
             raise InputError(f"{directory / name} {found}, the manifest says {facts['bytes']}; make the artifact again")
     return manifest
+
+
+def _cure(path: Path) -> str:
+    """What to do with something that somebody took for an artifact."""
+    if path.suffix == ".pth" or (path / "adapter_config.json").is_file():
+        return "it is an adapter: merge it with its base, and give what that writes"
+    if path.is_file():
+        return "it is a file: give the directory of an artifact"
+    if (path / "config.json").is_file():
+        return "it is a model: merge an adapter into it with merge --base-model, and give what that writes"
+    return "make one with merge or export"

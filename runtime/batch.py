@@ -30,6 +30,8 @@ from runtime.sampling import Sampling, SamplingFlags, resolve_sampling
 WINDOW = 64
 # Prompt tokens of lines that share a sequence: beyond that, what they cost each other is more than they save.
 SHARED_TOKENS = 2048
+# In files of other names a line may be a prompt as it stands; in these it is a mistake.
+JSON_SUFFIXES = (".jsonl", ".json")
 OTHER_LINE_ENDS = "\x85\u2028\u2029"
 # Files of an artifact, beside its manifest, that say what a prompt becomes.
 READING = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -91,13 +93,14 @@ def batch(
     group_size(generation)
     check_heeded(model.manifest.rope_2d, generation)
     _ = model.tokenizer
+    plain = source.suffix not in JSON_SUFFIXES
     started = time.monotonic()
     work = _Work()
     with result.opened(force) as (file, done), Progress("answering", lines) as progress:
         work.resumed = done
         progress.advance(done)
         for window in _windows(source, done):
-            read = [read_line(number, raw, model, sampling, generation) for number, raw in window]
+            read = [read_line(number, raw, model, sampling, generation, plain) for number, raw in window]
             for records in _in_order(model, read, done, generation, work):
                 _write(file, records)
                 rate = work.new_tokens / (time.monotonic() - started)

@@ -42,18 +42,20 @@ class Line:
         return self.asked is not None and len(self.asked.encoded.branches) == 1 and not self.asked.encoded.context
 
 
-def read_line(number: int, raw: bytes, model: "Model", sampling: Sampling, flags: GenerationFlags) -> Line:
-    """``sampling`` and ``flags`` hold where the line says nothing."""
+def read_line(
+    number: int, raw: bytes, model: "Model", sampling: Sampling, flags: GenerationFlags, plain: bool = False
+) -> Line:
+    """``sampling`` and ``flags`` hold where the line says nothing; ``plain`` takes what is not JSON as a prompt."""
     echoed: dict[str, Any] = {}
     try:
-        block = _block(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw)
+        block = _block(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, plain)
         echoed = _echoed(block)
         return Line(number, echoed, asked=_asked(block, model, sampling, flags))
     except Pos2DError as error:
         return Line(number, echoed, error=" ".join(str(error).split()))
 
 
-def _block(raw: bytes) -> dict[str, Any]:
+def _block(raw: bytes, plain: bool) -> dict[str, Any]:
     """The line as an object; ``a||b``, in quotes or bare, is a list of branches."""
     try:
         text = raw.decode("utf-8").strip()
@@ -66,7 +68,7 @@ def _block(raw: bytes) -> dict[str, Any]:
     except RecursionError:
         raise InputError("the JSON is too deep") from None
     except ValueError:
-        value = text if SEPARATOR in text and not text.startswith(("{", "[")) else None
+        value = text if (plain or SEPARATOR in text) and not text.startswith(("{", "[")) else None
     if isinstance(value, str):
         value = {"branches": [part.strip() for part in value.split(SEPARATOR)]}
     if not isinstance(value, dict):

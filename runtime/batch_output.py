@@ -57,11 +57,11 @@ class BatchOutput:
             finished = {"recipe": self.recipe, "bytes": self.path.stat().st_size}
             if _read(self.note) == finished and not self.partial.exists():
                 return True
-            raise OutputError(f"{self.path} exists; --force replaces it")
+            raise OutputError(f"{self.path} exists{self._other(self.note)}; --force replaces it")
         if self.partial.exists() and not self._goes_on():
             raise OutputError(
-                f"{self.partial} is the beginning of a run with another input, artifact or options; finish that one, "
-                "or --force begins anew"
+                f"{self.partial} is the beginning of another run{self._other(self.partial_note)}; finish that one, or "
+                "--force begins anew"
             )
         return False
 
@@ -93,6 +93,14 @@ class BatchOutput:
             os.replace(self.partial, self.path)
             self.partial_note.unlink()
 
+    def _other(self, note: Path) -> str:
+        """What is not the same in the run that ``note`` tells of."""
+        block = _read(note)
+        theirs = block.get("recipe", {}) if isinstance(block, dict) else {}
+        parts = [key for key in self.recipe if theirs and theirs.get(key) != self.recipe[key]]
+        named = [name for part in parts for name in _differing(part, theirs.get(part), self.recipe[part])]
+        return f", of another {', '.join(named)}" if named else ""
+
     def _goes_on(self) -> bool:
         """Whether the records that are there are the beginning of this run."""
         return bool(_read(self.partial_note) == {"recipe": self.recipe})
@@ -107,6 +115,13 @@ class BatchOutput:
         # The other process may have put it in its place before the lock was free.
         if not self.partial.exists() or not os.path.samestat(os.fstat(file.fileno()), self.partial.stat()):
             raise busy
+
+
+def _differing(part: str, theirs: Any, ours: Any) -> list[str]:
+    """Names of the options that differ; other parts are their own names."""
+    if part not in ("sampling", "options") or not isinstance(theirs, dict):
+        return [part.replace("_", " ")]
+    return [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
 
 
 def _read(path: Path) -> Any:

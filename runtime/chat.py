@@ -13,7 +13,7 @@ from runtime.conversation import Conversation, Message
 from runtime.display import Display
 from runtime.flags import check_known, part_of
 from runtime.generation import GenerationFlags
-from runtime.line_input import at_terminal, read_line, with_line_editing
+from runtime.line_input import at_terminal, read_message, with_line_editing
 from runtime.load import load
 from runtime.options import LoadFlags
 from runtime.run import RunFlags
@@ -25,6 +25,7 @@ HELP = """\
 /branches QUESTION | QUESTION | …   several at once, in the context of the conversation, which stays as it is
 /reset                              begin again
 /save FILE, /load FILE              the conversation as JSON
+\\ at the end of a line              the message goes on in the next
 /help                               this text
 quit, exit, Ctrl-D                  leave; Ctrl-C stops an answer"""
 
@@ -67,7 +68,7 @@ class Session:
     def turn(self) -> bool:
         """Whether the conversation goes on."""
         try:
-            line = read_line("User: ")
+            line = read_message("User: ")
         except EOFError:
             return self._leave()
         except KeyboardInterrupt:
@@ -86,7 +87,7 @@ class Session:
 
     def _leave(self) -> bool:
         if at_terminal():
-            print("Bye.")
+            _note("Bye.")
         return False
 
     def _answer(self, line: str) -> None:
@@ -99,7 +100,7 @@ class Session:
             self._ask(line)
 
     def _ask(self, question: str) -> None:
-        if at_terminal():
+        if at_terminal() and sys.stdout.isatty():
             print("Assistant: ", end="", flush=True)
         with _stoppable(), closing(self._conversation.ask(question)) as events:
             for event in events:
@@ -123,11 +124,11 @@ class Session:
 
     def _save(self, name: str) -> None:
         save_messages(name, self._conversation.messages)
-        _note(f"{len(self._conversation.messages)} turns are in {name}")
+        _note(f"{len(self._conversation.messages)} messages are in {name}")
 
     def _load(self, name: str) -> None:
         self._conversation.reset(load_messages(name))
-        _note(f"{len(self._conversation.messages)} turns from {name}")
+        _note(f"{len(self._conversation.messages)} messages from {name}")
 
 
 @contextlib.contextmanager

@@ -9,10 +9,13 @@ from runtime.answers import Completion, Event
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
     from pos2d.picture import Picture
 
 MIN_PANEL_WIDTH = 32
+# What a panel takes beside its text.
+FRAME_LINES, FRAME_COLUMNS = 2, 4
 
 
 class Display:
@@ -22,6 +25,7 @@ class Display:
         self._prompts = prompts
         self._texts = [""] * len(prompts)
         self._ended = [False] * len(prompts)
+        self._whole = False
         self._live = None
         if len(prompts) > 1 and sys.stdout.isatty():
             from rich.console import Console
@@ -47,7 +51,8 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            # While answers grow, what does not fit the window is cut; the last picture stays, so it is shown whole.
+            # The last picture stays, so it is shown whole.
+            self._whole = True
             self._live.vertical_overflow = "visible"
             self._live.stop()
         elif len(self._prompts) == 1 and self._texts[0]:
@@ -66,16 +71,30 @@ class Display:
         from rich.text import Text
 
         across = max(1, min(len(self._prompts), self._console.width // MIN_PANEL_WIDTH))
+        down = -(-len(self._prompts) // across)
+        # What does not fit is the oldest: a person reads what is being written.
+        lines = None if self._whole else max(1, self._console.height // down - FRAME_LINES)
         grid = Table.grid(expand=True)
         for _ in range(across):
             grid.add_column(ratio=1)
         panels = [
-            Panel(Text(text), title=Text(prompt.replace("\n", " ")), border_style="dim" if ended else "none")
+            Panel(
+                self._tail(Text(text), self._console.width // across - FRAME_COLUMNS, lines),
+                title=Text(prompt.replace("\n", " "), overflow="ellipsis", no_wrap=True),
+                border_style="dim" if ended else "none",
+            )
             for prompt, text, ended in zip(self._prompts, self._texts, self._ended, strict=True)
         ]
         for first in range(0, len(panels), across):
             grid.add_row(*panels[first : first + across])
         return grid
+
+    def _tail(self, text: "Text", width: int, lines: int | None) -> "Text":
+        """The last ``lines`` of a text in a panel."""
+        if lines is None:
+            return text
+        wrapped = text.wrap(self._console, max(1, width))
+        return text if len(wrapped) <= lines else type(text)("\n").join(wrapped[-lines:])
 
 
 def print_layout(picture: "Picture") -> None:

@@ -14,12 +14,24 @@ def at_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def read_line(prompt: str) -> str:
-    """Raises:
-    EOFError: there are no more.
+def read_message(prompt: str) -> str:
+    """A line, and further ones while they end with a backslash.
+
+    Raises:
+        EOFError: there are no more.
     """
-    if at_terminal():
+    lines = [_read_line(prompt).rstrip("\n")]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(_read_line("... ").rstrip("\n"))
+    return "\n".join(lines)
+
+
+def _read_line(prompt: str) -> str:
+    if at_terminal() and sys.stdout.isatty():
         return input(prompt)
+    if at_terminal():  # answers go to a file, and the person is asked all the same
+        print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline() if sys.stdin is not None else ""
     if not line:
         raise EOFError

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -31,8 +31,8 @@ class Model:
     """What :func:`runtime.load` returns: texts through ``generate``, ``stream`` and ``chat``, ids through the rest."""
 
     path: Path
-    manifest: Manifest
-    backend: Backend
+    manifest: Manifest = field(repr=False)
+    backend: Backend = field(repr=False)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -111,7 +111,7 @@ class Sampling:
         drawn = f"temperature {self.temperature:g}, seed {self.seed}"
         named = ["greedy" if self.temperature == 0.0 else drawn]
         default = Sampling()
-        for name in (*NARROWING, "repetition_penalty"):
+        for name in (*(NARROWING if self.temperature else ()), "repetition_penalty"):
             if getattr(self, name) != getattr(default, name):
                 named.append(f"{name} {getattr(self, name):g}")
         return ", ".join(named)

@@ -54,11 +54,14 @@ def _messages(path: Path) -> list[Mapping[str, str]] | None:
 
 
 def _path(name: str) -> Path:
+    if not name:
+        raise InputError("give the name of a file")
+    if "\0" in name:
+        raise InputError(f"{name!r} is no name of a file")
     try:
         path = Path(name).expanduser()
-        path.exists()
-    except (ValueError, RuntimeError) as error:
+    except RuntimeError as error:
         raise InputError(f"{name!r} is no name of a file: {error}") from None
-    if not name or path.is_dir():
-        raise InputError("give the name of a file" if not name else f"{name} is a directory; give the name of a file")
+    if path.is_dir():
+        raise InputError(f"{name} is a directory; give the name of a file")
     return path

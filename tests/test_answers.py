@@ -179,7 +179,8 @@ def test_prompts_of_a_larger_tokenizer_are_refused(talker: runtime.Model) -> Non
 
 
 def test_options_that_do_not_exist_are_refused(talker: runtime.Model) -> None:
-    for ask in (talker.generate, talker.stream, lambda p, **o: runtime.run(talker.path, p, **o)):
+    asking: list[Any] = [talker.generate, talker.stream, lambda p, **o: runtime.run(talker.path, p, **o)]
+    for ask in asking:
         with pytest.raises(UsageError, match="max_tokens, temprature is no option; there are"):
             ask("one", max_tokens=3, temprature=0.9)
     with pytest.raises(UsageError, match="temprature is no option"):

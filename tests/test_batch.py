@@ -213,13 +213,13 @@ def test_what_is_finished_is_left_and_what_is_anothers_is_kept(talking: Path, tm
     made = output.stat().st_mtime_ns
     assert ask().resumed == 1
     assert output.stat().st_mtime_ns == made
-    with pytest.raises(OutputError, match="--force replaces it"):
+    with pytest.raises(OutputError, match="of another max_new_tokens; --force replaces it"):
         ask(max_new_tokens=3)
     ask(max_new_tokens=3, force=True)
     assert records(output)[0]["completions"][0]["new_tokens"] == 3
     output.rename(tmp_path / "out.jsonl.partial")
     os.rename(tmp_path / "out.jsonl.run.json", tmp_path / "out.jsonl.partial.json")
-    with pytest.raises(OutputError, match="the beginning of a run with another input, artifact or options"):
+    with pytest.raises(OutputError, match="the beginning of another run, of another max_new_tokens; finish"):
         ask()
     ask(force=True)
     assert records(output)[0]["completions"][0]["new_tokens"] == 8
@@ -313,6 +313,14 @@ def test_a_file_of_another_editor(talking: Path, tmp_path: Path) -> None:
     first, second = records(tmp_path / "out.jsonl")
     assert first["id"] == "x\u2028y\x85z"
     assert len(first["completions"]) == len(second["completions"]) == 1
+
+
+def test_a_file_of_plain_questions(talking: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text('What is it?\n{"prompt": "b"}\na||b\n{broken\n', encoding="utf-8")
+    runtime.batch(talking / "onnx", tmp_path / "in.txt", tmp_path / "out.jsonl", max_new_tokens=3)
+    found = records(tmp_path / "out.jsonl")
+    assert [len(record.get("completions", ())) for record in found] == [1, 1, 2, 0]
+    assert texts(found[0]) == [runtime.load(talking / "onnx").generate("What is it?", max_new_tokens=3)[0].text]
 
 
 def test_turns_need_the_template(talking: Path, tmp_path: Path) -> None:

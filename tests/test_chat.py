@@ -70,6 +70,63 @@ def test_lines_from_a_pipe_are_turns(talking: Path) -> None:
     assert done.stderr == ""
 
 
+def test_a_message_of_several_lines(talking: Path, tmp_path: Path) -> None:
+    piped(talking / "onnx", "one \\", "and more", f"/save {tmp_path / 'talk.json'}")
+    turns = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["messages"]
+    assert turns[0]["content"] == "one \nand more"
+
+
+def test_what_no_line_may_do(talking: Path, tmp_path: Path) -> None:
+    """Bytes that are no text, names that are no files, a file that is another's: said, and the chat goes on."""
+    kept = tmp_path / "kept.txt"
+    kept.write_text("mine", encoding="utf-8")
+    lines = [
+        b"a \xff",
+        b"/save ~nobody-here/x",
+        b"/save a\0b",
+        f"/save {kept}".encode(),
+        f"/load {kept}".encode(),
+        b"one",
+    ]
+    command = [*CLI, "run", str(talking / "onnx"), "--mode", "chat", "-n", "6"]
+    done = subprocess.run(command, input=b"\n".join(lines), capture_output=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.strip()
+    assert kept.read_text(encoding="utf-8") == "mine"
+    said = done.stderr.decode().splitlines()
+    for line, words in zip(
+        said,
+        (
+            "not text in UTF-8",
+            "no name of a file",
+            "no name of a file",
+            "exists and is no conversation",
+            "is no conversation",
+        ),
+        strict=True,
+    ):
+        assert words in line
+
+
+def test_standard_input_may_be_closed(talking: Path) -> None:
+    for flags, code in ((("-p", "-"), 3), (("--mode", "chat"), 0)):
+        words = [*CLI, "run", str(talking / "onnx"), *flags]
+        done = subprocess.run(["bash", "-c", '"$@" <&-', "bash", *words], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert "defect" not in done.stderr
+
+
+def test_output_that_nobody_reads(talking: Path) -> None:
+    words = [*CLI, "run", str(talking / "onnx"), "-p", "one", "-n", "300", "--jsonl"]
+    done = subprocess.run(
+        ["bash", "-c", '"$@" | head -n 1; exit "${PIPESTATUS[0]}"', "bash", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_the_end_of_a_pipe_is_the_end(talking: Path) -> None:
     assert piped(talking / "merged", "one").returncode == 0
     assert piped(talking / "merged").stdout == ""
@@ -97,7 +154,7 @@ def test_commands(talking: Path, tmp_path: Path) -> None:
     assert "[1] a\n" in done.stdout
     assert "[2] b\n" in done.stdout
     assert "/branches QUESTION" in done.stdout
-    assert "2 turns are in" in done.stderr
+    assert "2 messages are in" in done.stderr
     assert "the conversation begins again" in done.stderr
 
 

@@ -106,7 +106,8 @@ def test_a_swallowed_adapter_is_named_with_its_cure(
 ) -> None:
     base = half_base(tmp_path / "base")
     lora = scaled_adapter(base, tmp_path / "lora.pth", 0.003)
-    done = call("merge", "--base-model", base, "--lora", lora, "-o", tmp_path / "merged", *cure)
+    named = ("--base-model", base, "--lora", lora, "--rope-2d-ratio", "0.5")
+    done = call("merge", *named, "-o", tmp_path / "merged", *cure)
     assert done.exit_code == 0
     if cure:
         assert done.stderr == ""

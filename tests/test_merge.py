@@ -216,3 +216,14 @@ def test_end_tokens_are_those_of_the_generation_settings(
 def test_contradicting_flags_are_a_usage_error(qwen2: Golden, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exclude one another"):
         exporter.merge(output=tmp_path / "merged", no_patch_rope=True, **qwen2.flags)
+
+
+def test_positions_that_nobody_named_are_said(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", CONFIGS["llama"])
+    lora = write_adapter(tmp_path / "lora.pth", random_adapter(square(linear_modules(base))))
+    (said,) = exporter.merge(base, lora, tmp_path / "taken").warnings
+    assert "--rope-2d-ratio 0.5 was taken" in said
+    assert exporter.merge(base, lora, tmp_path / "named", rope_2d_ratio=0.5).warnings == ()
+    assert exporter.merge(base, lora, tmp_path / "none", no_patch_rope=True).warnings == ()
+    report = exporter.export(None, tmp_path / "int8", format="bnb", quant="8bit", base_model=base, lora=lora)
+    assert report.warnings == (said,)
