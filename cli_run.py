@@ -128,7 +128,8 @@ def generate(prompt: tuple[str, ...], as_json: bool, jsonl: bool, flags: dict[st
     ending = f"; {cut} of {len(report.completions)} answers ended at their greatest length" if cut else ""
     click.echo(
         f"{report.new_tokens} tokens, {report.tokens_per_second:.1f} tokens/s, first after "
-        f"{report.first_seconds:.2f} s (loaded in {report.load_seconds:.1f} s, {report.visibility}, {report.settings}){ending}",
+        f"{report.first_seconds:.2f} s (loaded in {report.load_seconds:.1f} s, {report.visibility}, "
+        f"{report.settings}){ending}",
         err=True,
     )
 

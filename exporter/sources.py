@@ -45,8 +45,8 @@ class TrainedPositions:
         if (self.rope_2d_ratio, self.pair_indices, self.no_patch_rope) != (None, None, False):
             return []
         return [
-            f"no positions were named, so --rope-2d-ratio {DEFAULT_RATIO} was taken, the trainer's default; with another "
-            "than the training's several branches are nonsense (inspect --guess-ratio finds it)"
+            f"no positions were named, so --rope-2d-ratio {DEFAULT_RATIO} was taken, the trainer's default; with "
+            "another than the training's several branches are nonsense (inspect --guess-ratio finds it)"
         ]
 
     def resolve(self, frequencies: int) -> Rope2DSpec:
