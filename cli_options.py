@@ -94,7 +94,7 @@ sampling_options = with_options(
     click.option("--logprobs", is_flag=True, help="With JSON: the log probability of every token."),
 )
 
-layout_options = with_options(
+place_options = with_options(
     click.option(
         "--visibility",
         type=click.Choice(["columnar", "isolated"]),
@@ -107,6 +107,9 @@ layout_options = with_options(
         help="Where prompts of different length line up.  [default: the artifact's]",
     ),
     click.option("--branch-stride", type=int, help="Branch value between neighbours.  [default: the artifact's]"),
+)
+layout_options = with_options(
+    place_options,
     click.option(
         "--max-branches",
         type=int,

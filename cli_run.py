@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cli_options import force_option, json_option, layout_options, loading_options, sampling_options
+from cli_options import force_option, json_option, layout_options, loading_options, place_options, sampling_options
 from cli_report import show, warn
 
 
@@ -162,11 +162,7 @@ def batch(as_json: bool, **flags: Any) -> None:
 @click.option("-p", "--prompt", multiple=True, required=True, metavar="TEXT", help="Repeat it for several branches.")
 @click.option("--context", metavar="TEXT|@FILE", callback=text_or_file, help="Stands before all prompts.")
 @click.option("--token", metavar="SLOT_OR_TEXT", help="Show what this one sees.  [default: the last]")
-@click.option(
-    "--visibility", type=click.Choice(["columnar", "isolated"]), help="[default: the artifact's, or columnar]"
-)
-@click.option("--align-to", type=click.Choice(["left", "right"]), help="[default: the artifact's, or left]")
-@click.option("--branch-stride", type=int, help="[default: the artifact's, or 128]")
+@place_options
 @click.option("--ignore-chat-template", is_flag=True, help="Take the texts as they are.")
 @click.option("-o", "--output", metavar="FILE.svg", help="Write a picture instead of text.")
 @click.option("--force", is_flag=True, help="Replace FILE.svg.")
@@ -174,7 +170,7 @@ def batch(as_json: bool, **flags: Any) -> None:
 def show_layout(as_json: bool, **flags: Any) -> None:
     """Draw prompts by branch and time, and what one token of them sees; no weight is read.
 
-    The tokens are those of an ARTIFACT; without one, words stand for them.
+    The tokens are those of an ARTIFACT; without one, words stand for them, columnar, left, with a stride of 128.
     """
     import runtime
     from runtime.display import print_layout

@@ -58,7 +58,8 @@ class BatchOutput:
             if _read(self.note) == finished and not self.partial.exists():
                 return True
             raise OutputError(f"{self.path} exists{self._other(self.note)}; --force replaces it")
-        if self.partial.exists() and not self._goes_on():
+        # An empty one is nobody's: its run ended before it wrote anything.
+        if self.partial.exists() and self.partial.stat().st_size and not self._goes_on():
             raise OutputError(
                 f"{self.partial} is the beginning of another run{self._other(self.partial_note)}; finish that one, or "
                 "--force begins anew"

@@ -276,6 +276,20 @@ def test_a_forced_run_that_was_given_up_does_not_vouch_for_the_old_output(
     assert runtime.batch(talking / "onnx", source, output, max_new_tokens=3).resumed == 1
 
 
+def test_a_run_that_ended_at_either_edge_goes_on(talking: Path, tmp_path: Path) -> None:
+    """Before it wrote anything, and when only the last name was missing."""
+    source, output = write(tmp_path / "in.jsonl", {"prompt": "one"}), tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.partial").touch()
+    runtime.batch(talking / "onnx", source, output, **OPTIONS)
+    whole = output.read_bytes()
+    block = json.loads((tmp_path / "out.jsonl.run.json").read_text())
+    (tmp_path / "out.jsonl.partial.json").write_text(json.dumps({"recipe": block["recipe"]}))
+    output.rename(tmp_path / "out.jsonl.partial")
+    assert runtime.batch(talking / "onnx", source, output, **OPTIONS).resumed == 1
+    assert output.read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.run.json"]
+
+
 def test_inputs_that_would_be_lost(talking: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", {"prompt": "one"})
     before = source.read_bytes()
