@@ -223,7 +223,8 @@ def test_the_exact_sum_keeps_what_a_half_swallows(tmp_path: Path) -> None:
     assert merged.totals is not None
     assert merged.totals.retention is not None
     assert merged.totals.retention < 0.5
-    direct = exporter.export(None, tmp_path / "direct", format="bnb", quant="8bit", base_model=base, lora=small)
+    named: dict[str, Any] = {"base_model": base, "lora": small, "rope_2d_ratio": 0.5}
+    direct = exporter.export(None, tmp_path / "direct", format="bnb", quant="8bit", **named)
     assert direct.quantised is not None
     assert direct.quantised.retention is not None
     assert abs(direct.quantised.retention - 1) < 0.2  # unbiased, with the noise of few and small changes

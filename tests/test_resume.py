@@ -377,7 +377,7 @@ def test_needs_are_checked_before_the_first_byte(
 
 def test_progress_is_in_bytes_and_for_terminals_only(inputs: Inputs, tmp_path: Path) -> None:
     base, lora = inputs
-    flags = ["merge", "--base-model", base, "--lora", lora, "-o", tmp_path / "out", "--force"]
+    flags = ["merge", "--base-model", base, "--lora", lora, "--rope-2d-ratio", "0.5", "-o", tmp_path / "out", "--force"]
     command = [sys.executable, str(ROOT / "cli.py"), *map(str, flags)]
     assert subprocess.run(command, check=True, capture_output=True).stderr == b""
 
