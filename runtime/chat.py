@@ -100,9 +100,9 @@ class Session:
             self._ask(line)
 
     def _ask(self, question: str) -> None:
-        if at_terminal() and sys.stdout.isatty():
-            print("Assistant: ", end="", flush=True)
         with _stoppable(), closing(self._conversation.ask(question)) as events:
+            if at_terminal() and sys.stdout.isatty():
+                print("Assistant: ", end="", flush=True)
             for event in events:
                 print(event.text, end="", flush=True)
         print()
