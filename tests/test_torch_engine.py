@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,3 +154,25 @@ def test_logits_that_are_not_finite_are_no_answer(golden: Golden, model_of: Mode
         backend._model.model.norm.weight[0] = float("nan")
     with pytest.raises(InputError, match="not finite"):
         model.generate_ids(PROMPTS, max_new_tokens=3)
+
+
+def test_contexts_and_conversations_over_a_cache_of_fixed_size(talking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is rewound, and made anew when it is full."""
+    model = runtime.load(talking / "merged", device="cpu")
+
+    def written() -> list[Any]:
+        answers = model.generate(["one", "and two", "third"], "said before. ", max_branches=2, max_new_tokens=6)
+        talk = model.conversation(max_new_tokens=6)
+        turns = [list(talk.ask("one")), list(talk.ask_branches(["a", "b"])), list(talk.ask("and two " * 9))]
+        return [answers, turns, talk.tokens_read]
+
+    expected = written()
+    made: list[cache.FixedCache] = []
+
+    def fixed(capacity: int) -> cache.FixedCache:
+        made.append(cache.FixedCache(capacity))
+        return made[-1]
+
+    monkeypatch.setattr(model.backend, "new_cache", fixed)
+    assert written() == expected
+    assert all(one.length <= one.capacity for one in made)
