@@ -77,10 +77,7 @@ class Model:
             InputError: no chat template, or messages that it does not take.
             UsageError: a value out of range.
         """
-        check_known(SamplingFlags, options)
-        *earlier, last = messages or [{}]
-        answered = self.conversation(earlier, **options).ask(last)
-        return collect(answered, [last["content"]])[0]
+        return collect(self._turn(messages, options), [messages[-1]["content"]])[0]
 
     def conversation(
         self, messages: Sequence[Mapping[str, str]] = (), **options: Unpack[GenerationFlags]
@@ -103,9 +100,13 @@ class Model:
 
     async def achat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[SamplingFlags]) -> Completion:
         """:meth:`chat`, without keeping the event loop waiting."""
+        events = iterate_in(self._worker, lambda: self._turn(messages, options))
+        return collect([event async for event in events], [messages[-1]["content"]])[0]
+
+    def _turn(self, messages: Sequence[Mapping[str, str]], options: SamplingFlags) -> Iterator[Event]:
+        check_known(SamplingFlags, options)
         *earlier, last = messages or [{}]
-        events = iterate_in(self._worker, lambda: self.conversation(earlier, **options).ask(last))
-        return collect([event async for event in events], [last.get("content", "")])[0]
+        return self.conversation(earlier, **options).ask(last)
 
     def logits(
         self,
