@@ -37,9 +37,9 @@ ENGINES = (PEER, "transformers int8", "bfloat16", "int8 weight-only", "int8 bnb"
 ROOT = Path(__file__).resolve().parent.parent
 LOAD = """
 import json, sys
-import psutil, runtime, runtime.torch_backend
+import psutil, runtime, runtime.backends.torch_backend
 if sys.argv[2] == "bnb":
-    from runtime.linears import bitsandbytes
+    from runtime.backends.linears import bitsandbytes
     bitsandbytes()
 before = psutil.Process().memory_info().rss
 runtime.load(sys.argv[1], device="cpu", int8_kernel=sys.argv[2])

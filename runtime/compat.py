@@ -21,15 +21,15 @@ from pos2d.footprint import least_memory
 from pos2d.layout import build_layout
 from pos2d.spec import Align, Rope2DSpec
 from runtime.answers import TextWriter
-from runtime.attention import NAME as COLUMNS
-from runtime.devices import one_device
+from runtime.backends.attention import NAME as COLUMNS
+from runtime.backends.devices import one_device
+from runtime.backends.memory import check_least
+from runtime.backends.torch_backend import TorchBackend
+from runtime.backends.torch_loading import empty_decoder, fill_decoder
 from runtime.engine import decode
-from runtime.memory import check_least
 from runtime.options import LoadOptions
 from runtime.sampling import GENERATION_CONFIG, Sampling
 from runtime.text import encode_prompts
-from runtime.torch_backend import TorchBackend
-from runtime.torch_loading import empty_decoder, fill_decoder
 from runtime.unpacking import Loaded
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

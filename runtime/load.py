@@ -24,11 +24,11 @@ def load(path: str | Path, **flags: Unpack[LoadFlags]) -> Model:
     manifest = read_manifest(directory)
     backend: Backend
     if manifest.kind == "onnx":
-        from runtime.onnx_backend import OnnxBackend
+        from runtime.backends.onnx_backend import OnnxBackend
 
         backend = OnnxBackend(directory, manifest, options)
     else:
-        from runtime.torch_backend import TorchBackend
+        from runtime.backends.torch_backend import TorchBackend
 
         backend = TorchBackend.load(directory, manifest, options)
     return Model(directory, manifest, backend)

@@ -15,13 +15,14 @@ import torch
 import runtime
 from pos2d.errors import InputError
 from pos2d.layout import build_layout
-from runtime import cache, engine
+from runtime import engine
+from runtime.backends import cache
 from tests.conftest import BACKENDS, Golden
 
 ModelOf = Callable[..., runtime.Model]
 KERNEL_PROGRAM = """
 import torch
-from runtime.triton_int8 import int8_product
+from runtime.backends.triton_int8 import int8_product
 
 torch.manual_seed(0)
 for rows, outputs, inputs in ((1, 96, 64), (3, 100, 200), (16, 33, 576)):

@@ -131,7 +131,7 @@ def _cuda_product() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torc
     """The kernel for a few rows, where there is Triton to compile it."""
     if find_spec("triton") is None:
         return None
-    from runtime.triton_int8 import int8_product
+    from runtime.backends.triton_int8 import int8_product
 
     return int8_product
 

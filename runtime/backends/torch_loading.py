@@ -16,7 +16,7 @@ from pos2d.hf import configuration_pos2d, modeling_pos2d
 from pos2d.manifest import Manifest
 from pos2d.progress import Progress
 from pos2d.recipe import Quant, QuantRecipe
-from runtime.linears import STORED_PARTS, quantised_linear, stored_linear
+from runtime.backends.linears import STORED_PARTS, quantised_linear, stored_linear
 from runtime.options import Int8Kernel
 
 HEAD = "lm_head"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from runtime.cache import FixedCache
+from runtime.backends.cache import FixedCache
 
 Tensors = Mapping[str, torch.Tensor]
 # Logits from the inputs of a step; it reads and writes the cache.

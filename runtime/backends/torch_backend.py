@@ -14,15 +14,15 @@ from pos2d.layout import Bools, Ints
 from pos2d.manifest import Manifest
 from pos2d.quiet import quietly
 from pos2d.recipe import QuantRecipe
-from runtime.attention import NAME as COLUMNS
 from runtime.backend import Floats
-from runtime.cache import FixedCache, GrowingCache
-from runtime.cuda_graphs import GraphedCache, Tensors
-from runtime.devices import Homes, one_device, place_of, spread
-from runtime.linears import bnb_layers
-from runtime.memory import check_memory
+from runtime.backends.attention import NAME as COLUMNS
+from runtime.backends.cache import FixedCache, GrowingCache
+from runtime.backends.cuda_graphs import GraphedCache, Tensors
+from runtime.backends.devices import Homes, one_device, place_of, spread
+from runtime.backends.linears import bnb_layers
+from runtime.backends.memory import check_memory
+from runtime.backends.torch_loading import HEAD, empty_decoder, fill_decoder, sized_decoder, stored_tensors
 from runtime.options import LoadOptions
-from runtime.torch_loading import HEAD, empty_decoder, fill_decoder, sized_decoder, stored_tensors
 
 
 class TorchBackend:

@@ -9,7 +9,7 @@ from pos2d.errors import InputError, UsageError
 from pos2d.layout import Bools, Ints
 from pos2d.manifest import Manifest
 from runtime.backend import Floats
-from runtime.memory import check_memory
+from runtime.backends.memory import check_memory
 from runtime.options import LoadOptions
 
 PAST, PRESENT = "past_key_values.", "present."
