@@ -10,9 +10,18 @@ from pos2d.errors import InputError, Pos2DError
 from pos2d.layout import Layout, build_layout
 from pos2d.texts import PAIRS, TEXTS
 from runtime.flags import part_of
-from runtime.generation import Asked, GenerationFlags, LayoutFlags, check_heeded, chosen_spec, group_size, lay_out
+from runtime.generation import (
+    Asked,
+    GenerationFlags,
+    LayoutFlags,
+    check_heeded,
+    chosen_spec,
+    encode_for,
+    group_size,
+    lay_out,
+)
 from runtime.sampling import Sampling, SamplingFlags, resolve_sampling
-from runtime.text import EncodedPrompts, encode, encode_prompts, require_chat_template, template_text
+from runtime.text import EncodedPrompts, encode, require_chat_template, template_text
 
 if TYPE_CHECKING:
     from runtime.model import Model
@@ -83,7 +92,7 @@ def _echoed(block: Mapping[str, Any]) -> dict[str, Any]:
     echoed = {name: block[name] for name in ECHOED if name in block}
     try:
         json.dumps(echoed, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{' or '.join(echoed)} cannot be written again: NaN, Infinity, or half a character") from None
     return echoed
 
@@ -99,17 +108,16 @@ def _asked(block: Mapping[str, Any], model: "Model", sampling: Sampling, flags: 
     if len(asking) != 1:
         raise InputError(f"a line has one of {', '.join(ASKING)}; {FORMS}")
     context = _context(block)
-    chat = bool(model.tokenizer.chat_template) and not flags.get("ignore_chat_template")
+    ignored = bool(flags.get("ignore_chat_template"))
     if asking == ["messages"]:
         if context is not None:
             raise InputError("messages has its own system turn; put the context there")
-        if flags.get("ignore_chat_template"):
+        if ignored:
             raise InputError("messages are turns of the chat template; use prompt, or leave --ignore-chat-template out")
         encoded = _conversation(block["messages"], model)
     else:
         prompts = _prompts(block[asking[0]], asking[0])
-        ordinary = len(prompts) == 1 or spec.visibility == "isolated"
-        encoded = encode_prompts(model.tokenizer, prompts, context, chat=chat, ordinary=ordinary)
+        encoded = encode_for(model.tokenizer, prompts, context, spec, ignored)
     return lay_out(model, encoded, spec, own, group_size(cast(LayoutFlags, place)))
 
 

@@ -93,14 +93,21 @@ def prepare(model: "Model", prompts: Sequence[str], context: str | None, flags: 
     sampling = resolve_sampling(model.path, part_of(SamplingFlags, flags))
     check_heeded(model.manifest.rope_2d, flags)
     spec = chosen_spec(model.manifest.rope_2d, flags)
-    encoded = encode_prompts(
-        model.tokenizer,
+    encoded = encode_for(model.tokenizer, prompts, context, spec, bool(flags.get("ignore_chat_template")))
+    return lay_out(model, encoded, spec, sampling, group_size(flags))
+
+
+def encode_for(
+    tokenizer: Any, prompts: Sequence[str], context: str | None, spec: Rope2DSpec, ignore_chat_template: bool
+) -> EncodedPrompts:
+    """Token ids of prompts that will stand as ``spec`` says; see :func:`runtime.text.encode_prompts`."""
+    return encode_prompts(
+        tokenizer,
         prompts,
         context,
-        chat=bool(model.tokenizer.chat_template) and not flags.get("ignore_chat_template"),
+        chat=bool(tokenizer.chat_template) and not ignore_chat_template,
         ordinary=len(prompts) == 1 or spec.visibility == "isolated",
     )
-    return lay_out(model, encoded, spec, sampling, group_size(flags))
 
 
 def lay_out(model: "Model", encoded: EncodedPrompts, spec: Rope2DSpec, sampling: Sampling, size: int) -> Asked:

@@ -11,8 +11,8 @@ from pos2d.layout import Layout, build_layout
 from pos2d.manifest import read_manifest
 from pos2d.picture import Picture, clipped, placed, shown
 from pos2d.spec import Align, Rope2DSpec, Visibility
-from runtime.generation import MAX_BRANCHES, LayoutFlags, check_heeded, chosen_spec
-from runtime.text import EncodedPrompts, encode_prompts, load_tokenizer
+from runtime.generation import MAX_BRANCHES, LayoutFlags, check_heeded, chosen_spec, encode_for
+from runtime.text import EncodedPrompts, load_tokenizer
 
 SUFFIX = ".svg"
 # Which frequencies turn with what does not change where tokens stand, as long as there are some.
@@ -116,13 +116,7 @@ def _tokens(
 ) -> tuple[EncodedPrompts, Callable[[int], str]]:
     """The ids that ``run`` would give the model."""
     tokenizer: Any = load_tokenizer(directory)
-    encoded = encode_prompts(
-        tokenizer,
-        prompts,
-        context,
-        chat=bool(tokenizer.chat_template) and not ignore_chat_template,
-        ordinary=len(prompts) == 1 or spec.visibility == "isolated",
-    )
+    encoded = encode_for(tokenizer, prompts, context, spec, ignore_chat_template)
 
     def text_of(number: int) -> str:
         text: str = tokenizer.decode([number], clean_up_tokenization_spaces=False)
