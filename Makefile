@@ -2,6 +2,7 @@
 # make test   install, check, and run the test suite
 # make check  formatting, lint and types
 # make bench  decoding speed of both backends, beside their agreement
+# make peers  what benchmarks/peers.py runs beside ours
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ INSTALLED := .venv/.installed
 OLD_TRANSFORMERS := .venv/transformers-4.57
 ADAPTER := examples/demo_adapter/lora.pth
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check bench peers clean
 
 install: $(INSTALLED)
 
@@ -46,5 +47,14 @@ test: check $(OLD_TRANSFORMERS)
 bench: demo/base
 	$(BIN)/python benchmarks/decode.py
 
+peers: .venv-peers/.installed
+
+# optimum-intel asks for torchvision, whose ordinary build does not go with torch's for the CPU; text models do without.
+.venv-peers/.installed: benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --requirement $<
+	.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv .venv-peers demo build *.egg-info

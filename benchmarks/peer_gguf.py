@@ -1,0 +1,92 @@
+"""A GGUF file of a stock Llama or Qwen2 directory, rounded by llama.cpp itself. For the peers' python.
+
+It has no tokenizer: the benchmark speaks in token ids.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+from safetensors import safe_open
+
+ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+TYPES = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}
+
+
+def write_float32(plain: Path, out: Path) -> None:
+    """All weights in float32, one in memory at a time."""
+    config = json.loads((plain / "config.json").read_text(encoding="utf-8"))
+    arch = ARCHITECTURES[config["model_type"]]
+    if config.get("rope_scaling"):
+        raise SystemExit(f"{plain}: rope_scaling is not carried over to GGUF")
+    writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[arch])
+    add_settings(writer, config)
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    for name, tensor in tensors(plain):
+        renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor_info(renamed, tensor.get_shape(), np.dtype(np.float32), 4 * int(np.prod(tensor.get_shape())))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in tensors(plain):
+        writer.write_tensor_data(permuted(name, tensor[:].float().numpy(), config))
+    writer.close()
+
+
+def add_settings(writer: Any, config: dict[str, Any]) -> None:
+    heads = config["num_attention_heads"]
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+
+
+def tensors(plain: Path) -> Iterator[tuple[str, Any]]:
+    """Names and slices, not read yet, in an order that stays the same."""
+    for file in sorted(plain.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in sorted(opened.keys()):
+                yield name, opened.get_slice(name)
+
+
+def permuted(name: str, array: Any, config: dict[str, Any]) -> Any:
+    """Llama turns neighbouring dimensions together in GGUF, and the two halves of a head in safetensors."""
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    projection = name.split(".")[-2]
+    if config["model_type"] != "llama" or projection not in heads:
+        return array
+    shape = (config[heads[projection]], 2, -1, *array.shape[1:])
+    return np.ascontiguousarray(array.reshape(shape).swapaxes(1, 2).reshape(array.shape))
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("plain", type=Path)
+    arguments.add_argument("out", type=Path)
+    arguments.add_argument("type", choices=TYPES)
+    given = arguments.parse_args()
+    full = given.out.with_suffix(".f32")
+    try:
+        write_float32(given.plain, full)
+        settings = llama_cpp.llama_model_quantize_default_params()
+        settings.ftype = TYPES[given.type]
+        if llama_cpp.llama_model_quantize(bytes(full), bytes(given.out), settings) != 0:
+            raise SystemExit(f"llama.cpp does not quantise {full}")
+    finally:
+        full.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
