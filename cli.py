@@ -21,8 +21,10 @@ from cli_options import (
     json_option,
     loading_options,
     output_option,
+    quantising_options,
     revision_option,
     shard_option,
+    whole_numbers,
 )
 from cli_report import show, warn
 from cli_run import batch, run, show_layout
@@ -88,28 +90,26 @@ def merge(as_json: bool, **flags: Any) -> None:
     type=click.Choice(["onnx", "bnb"]),
     default="onnx",
     show_default=True,
-    help="onnx: a float32 graph with its KV cache; bnb: a bitsandbytes checkpoint.",
+    help="onnx: graphs with their KV cache; bnb: a bitsandbytes checkpoint.",
 )
-@click.option("--quant", type=click.Choice(["8bit", "nf4"]), help="Of bnb: int8 rows, or 4 bits in blocks of 64.")
-@click.option(
-    "--skip-modules",
-    default="lm_head",
-    show_default=True,
-    metavar="NAMES",
-    help="Of bnb: linear layers that are not quantised, by name (model.layers.0), or by its end (down_proj).",
-)
+@quantising_options
 @adapter_options(required=False)
 @click.option(
-    "--dtype", type=dtype_choice, default="auto", show_default=True, help="Of bnb: type of what is not quantised."
+    "--dtype",
+    type=dtype_choice,
+    default="auto",
+    show_default=True,
+    help="Of what is not quantised, and of a graph's activations and cache: float32, or float16 for a card.",
 )
 @shard_option
-@click.option("--no-verify", is_flag=True, help="Of onnx: skip the closing comparison with MERGED.")
+@click.option("--no-verify", is_flag=True, help="Of onnx: skip the closing check, which is what verify does.")
 @force_option
 @json_option
 def export(as_json: bool, **flags: Any) -> None:
-    """Turn a MERGED directory into an ONNX graph that takes pos2d, or quantise it.
+    """Turn a MERGED directory into ONNX graphs that take pos2d, or into a bitsandbytes checkpoint.
 
-    bnb also starts from --base-model and --lora: then the exact sum is quantised, before any rounding.
+    Both also start from --base-model and --lora: then the exact sum is stored or quantised, before any rounding. A
+    float32 graph of a MERGED directory is held against it before it is kept, a quantised one against float activations.
     """
     import exporter
 
@@ -152,18 +152,24 @@ def plan(as_json: bool, **flags: Any) -> None:
 @cli.command()
 @click.argument("artifact")
 @click.option(
-    "--against", required=True, metavar="MERGED_OR_ONNX", help="The reference: another artifact of the same model."
+    "--against",
+    metavar="MERGED_OR_ONNX",
+    help="The reference: another artifact of the same model. A quantised graph needs none.",
 )
 @click.option(
     "--rtol",
     type=float,
     default=1e-3,
     show_default=True,
-    help="Largest difference of a logit that passes, as a share of the largest logit.",
+    help="With --against: largest difference of a logit that passes, as a share of the largest logit.",
 )
 @json_option
 def verify(as_json: bool, **flags: Any) -> None:
-    """Compare an ARTIFACT's logits with a reference, on one branch and on several."""
+    """Compare an ARTIFACT's logits with a reference, on one branch and on several.
+
+    A quantised graph is compared with itself, but with float activations; where it fails, the flags are named with
+    which an export passes.
+    """
     import runtime
 
     report = runtime.verify(**flags)
@@ -197,6 +203,29 @@ def evaluate(as_json: bool, **flags: Any) -> None:
     import runtime
 
     report = runtime.evaluate(**flags)
+    show(report, as_json, "\n".join(report.lines()))
+
+
+@cli.command()
+@click.argument("artifact")
+@click.option("-p", "--prompt-tokens", type=int, default=512, show_default=True, help="Random tokens that are read.")
+@click.option("-g", "--new-tokens", type=int, default=64, show_default=True, help="Of every answer.")
+@click.option(
+    "-n",
+    "--branches",
+    default="1,2,4,8,16",
+    show_default=True,
+    callback=whole_numbers,
+    help="Answers side by side over the one prompt.",
+)
+@click.option("-r", "--rounds", type=int, default=3, show_default=True, help="Medians are taken over them.")
+@loading_options
+@json_option
+def bench(as_json: bool, **flags: Any) -> None:
+    """Time an ARTIFACT on this machine: reading, first token, steps, memory."""
+    import runtime
+
+    report = runtime.bench(**flags)
     show(report, as_json, "\n".join(report.lines()))
 
 

@@ -21,6 +21,14 @@ def with_options(*options: Callable[[Command], Command]) -> Callable[[Command], 
     return decorate
 
 
+def whole_numbers(_context: click.Context, _option: click.Parameter, value: str) -> tuple[int, ...]:
+    """``1,8,16``."""
+    try:
+        return tuple(int(part) for part in value.replace(",", " ").split())
+    except ValueError:
+        raise click.BadParameter(f"{value!r} must be whole numbers, such as 1,8,16") from None
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 output_option = click.option("-o", "--output", required=True, metavar="OUT", help="Directory to write.")
 force_option = click.option("--force", is_flag=True, help="Replace an artifact that stands at OUT.")
@@ -30,6 +38,33 @@ revision_option = click.option("--revision", metavar="COMMIT", help="Of a Hub id
 dtype_choice = click.Choice(["auto", *DTYPES])
 shard_option = click.option("--max-shard-size", metavar="5GB", help="Of every file of weights.")
 
+quantising_options = with_options(
+    click.option(
+        "--quant",
+        type=click.Choice(["none", "int8", "int4", "auto", "8bit", "nf4"]),
+        callback=lambda _context, _option, value: None if value == "none" else value,
+        help="Of onnx: int8, int4, or auto, which fills --target-size; of bnb: 8bit or nf4.",
+    ),
+    click.option(
+        "--block-size", type=int, help="Of onnx: inputs that share a scale: 16, 32, 64, 128 or 256.  [default: 32]"
+    ),
+    click.option(
+        "--skip-modules",
+        metavar="NAMES",
+        help="Linear layers that are not quantised, by name (model.layers.0), or by its end (down_proj).  "
+        "[default: lm_head of bnb, none of onnx]",
+    ),
+    click.option(
+        "--float-activations",
+        default="",
+        metavar="NAMES",
+        help="Of onnx: 4-bit layers whose inputs are not rounded to 8 bits: slower, for models that verify refuses.",
+    ),
+    click.option(
+        "--target-size", metavar="90MB", help="Of auto: what the weights may take; 8 bits go where 4 cost most."
+    ),
+)
+
 loading_options = with_options(
     click.option("--quant", type=click.Choice(["8bit", "nf4"]), help="Quantise a merged artifact while it is loaded."),
     click.option(
@@ -37,14 +72,15 @@ loading_options = with_options(
         default="auto",
         show_default=True,
         metavar="NAME",
-        help="auto, cpu, cuda, cuda:1 or mps; ONNX artifacts run on the CPU.",
+        help="auto, cpu, cuda, cuda:1 or mps; of ONNX artifacts cpu, which is auto, or cuda for float16 ones "
+        "(never tried).",
     ),
     click.option(
         "--dtype",
         type=dtype_choice,
         default="auto",
         show_default=True,
-        help="Type to compute in; auto is the stored one, and bfloat16 for 8 bits on a CPU.",
+        help="Type to compute in; auto is the stored one, which ONNX artifacts keep, and bfloat16 for 8 bits on a CPU.",
     ),
     click.option(
         "--int8-kernel",

@@ -78,19 +78,23 @@ def make_demo(place: Path) -> None:
     exporter.merge(ROOT / "demo" / "base", lora, place / "artifact", rope_2d_ratio=1.0)
 
 
-def make_export(place: Path, **flags: Any) -> None:
-    """The demo model in another format."""
+def make_export(place: Path, make: Callable[[Path], None] = make_demo, **flags: Any) -> None:
+    """A model in another format."""
     import exporter
 
     (place / "merged").mkdir()
-    make_demo(place / "merged")
-    exporter.export(place / "merged" / "artifact", place / "artifact", no_verify=True, **flags)
+    make(place / "merged")
+    exporter.export(place / "merged" / "artifact", place / "artifact", no_verify=flags.get("format") != "bnb", **flags)
 
 
 ARTIFACTS: dict[str, tuple[Format, Callable[[Path], None]]] = {
     "merged bfloat16, 0.5b": (Format("merged", "bfloat16"), make_random),
     "merged float32, demo": (Format("merged", "float32"), make_demo),
-    "onnx float32, demo": (Format("onnx", "float32"), partial(make_export, format="onnx")),
+    "onnx float32, demo": (Format("onnx", "float32"), make_export),
+    "onnx int8, demo": (Format("onnx", "float32", "int8"), partial(make_export, quant="int8")),
+    "onnx int4, demo": (Format("onnx", "float32", "int4"), partial(make_export, quant="int4")),
+    "onnx int8, 0.5b": (Format("onnx", "float32", "int8"), partial(make_export, make=make_random, quant="int8")),
+    "onnx int4, 0.5b": (Format("onnx", "float32", "int4"), partial(make_export, make=make_random, quant="int4")),
     "bnb 8bit, demo": (
         Format("bnb", "bfloat16", "8bit"),
         partial(make_export, format="bnb", quant="8bit", dtype="bfloat16"),

@@ -29,8 +29,8 @@ import exporter
 import runtime
 from pos2d.layout import build_layout
 from pos2d.manifest import read_manifest
+from runtime.comparison import compare
 from runtime.engine import forward
-from runtime.verify import compare
 
 PEER = "transformers bfloat16"
 ENGINES = (PEER, "transformers int8", "bfloat16", "int8 weight-only", "int8 bnb")

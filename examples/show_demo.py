@@ -24,10 +24,11 @@ def show(artifact: Path) -> None:
     manifest = read_manifest(artifact)
     if manifest.parity is not None:
         parity = manifest.parity
+        than = "the merged model" if manifest.graph_quant is None else "float activations"
         click.echo(
             f"\nSize    {manifest.total_bytes / 1e6:.0f} MB in {manifest.dtype}, "
             f"{manifest.adapters[0]['file']} (rank {manifest.adapters[0]['ranks'][0]}) merged in"
-            f"\nParity  largest logit difference to the merged model {parity['max_abs_diff']:.1e} "
+            f"\nParity  largest logit difference to {than} {parity['max_abs_diff']:.1e} "
             f"({parity['max_rel_diff']:.1e} of the largest logit), top token agrees on {parity['top1_agreement']:.1%}"
         )
     for title, prompts in (("One question", (ONE,)), ("Four questions, answered in the same columns", FOUR)):

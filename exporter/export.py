@@ -1,31 +1,24 @@
 """Turn a merged directory, or a base and its adapters, into what runs: an ONNX graph or a bitsandbytes checkpoint."""
 
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from exporter.companions import copy_companions
-from exporter.formats.bnb import QuantPlan, QuantTotals, plan_bnb, write_bnb
-from exporter.formats.onnx import write_onnx
+from exporter.formats.bnb import QuantPlan, plan_bnb, write_bnb
+from exporter.formats.closing_check import closing_check
+from exporter.formats.onnx import OnnxPlan, plan_onnx, write_onnx
+from exporter.formats.totals import QuantTotals
+from exporter.formats.wanted import Wanted
 from exporter.merging.ledger import RETENTION_THRESHOLD
 from exporter.merging.preflight import COMPANION_BYTES, check_disk, disk_free
 from exporter.sources import Source, TrainedPositions, from_adapters, from_merged
 from exporter.staging import check_output, file_facts, staged
-from pos2d.dtypes import check_dtype
-from pos2d.errors import ParityError, Pos2DError, UsageError
+from pos2d.errors import UsageError
 from pos2d.manifest import Manifest
-from pos2d.progress import Progress
-from pos2d.recipe import Quant
 from pos2d.spec import Align
-
-FORMATS = ("onnx", "bnb")
-SKIPPED = "lm_head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +26,8 @@ class ExportReport:
     """What an export wrote; ``bytes`` is the size of the whole directory.
 
     ``parity``: the figures of the closing check of an ONNX graph, or nothing where it was skipped. ``quantised``: what
-    quantising did to the weights, where they were.
+    quantising did to the weights, where they were; ``bits``: how many layers of a graph have 4 and 8 bits;
+    ``weights_bytes``: what its file of weights takes.
     """
 
     output: str
@@ -43,22 +37,30 @@ class ExportReport:
     seconds: float
     parity: Mapping[str, Any] | None
     quantised: QuantTotals | None
+    bits: Mapping[int, int] | None
+    weights_bytes: int | None
     warnings: tuple[str, ...]
 
     def summary(self) -> str:
         """A line for people."""
         what = " ".join(filter(None, (self.format, self.quant)))
-        figures = "not verified"
-        if self.parity is not None:
-            figures = (
-                f"logits within {self.parity['max_abs_diff']:.1e} of the merged model, "
-                f"top token agrees on {self.parity['top1_agreement']:.1%}"
-            )
+        figures = []
+        if self.quant == "auto" and self.bits is not None and self.weights_bytes is not None:
+            size = f"weights of {self.weights_bytes / 1e6:.1f} MB"
+            figures.append(f"8 bits for {self.bits[8]} of {sum(self.bits.values())} layers, {size}")
         if self.quantised is not None:
             totals = self.quantised
             kept = "" if totals.retention is None else f", {totals.retention:.1%} of the adapter kept"
-            figures = f"{totals.quantised} of {totals.tensors} tensors quantised, noise {totals.noise:.2%}{kept}"
-        return f"{self.output}: {what}, {self.bytes / 1e6:.1f} MB in {self.seconds:.1f} s; {figures}"
+            figures.append(f"{totals.quantised} of {totals.tensors} tensors quantised, noise {totals.noise:.2%}{kept}")
+        if self.parity is not None:
+            than = "the merged model" if self.quantised is None else "float activations"
+            figures.append(
+                f"logits within {self.parity['max_abs_diff']:.1e} of {than}, "
+                f"top token agrees on {self.parity['top1_agreement']:.1%}"
+            )
+        elif self.format == "onnx":
+            figures.append("not verified")
+        return f"{self.output}: {what}, {self.bytes / 1e6:.1f} MB in {self.seconds:.1f} s; {'; '.join(figures)}"
 
 
 def export(
@@ -66,8 +68,11 @@ def export(
     output: str | Path,
     *,
     format: str = "onnx",
-    quant: Quant | None = None,
-    skip_modules: str = SKIPPED,
+    quant: str | None = None,
+    block_size: int | None = None,
+    skip_modules: str | None = None,
+    float_activations: str = "",
+    target_size: str | None = None,
     base_model: str | Path | None = None,
     revision: str | None = None,
     lora: str | Path | Sequence[str | Path] = (),
@@ -82,38 +87,36 @@ def export(
     no_verify: bool = False,
     force: bool = False,
 ) -> ExportReport:
-    """Write ``output`` from a merged directory, or (``bnb``) from ``base_model`` and ``lora``.
+    """Write ``output`` from a merged directory, or from ``base_model`` and ``lora``: then the exact sum is quantised.
 
-    ``onnx`` is a float32 decoder with its KV cache. It is held against ``merged`` by the ``verify`` command, in a
-    process of its own and from the written files alone, before it takes its place; ``no_verify`` skips that.
-
-    ``bnb`` is a bitsandbytes checkpoint, ``quant`` ``8bit`` or ``nf4``, written tensor by tensor. Every value is
-    quantised from what the source holds: from ``base_model`` and ``lora`` that is the exact sum, from ``merged`` the
-    sum as it was rounded. ``skip_modules`` names the linear layers that stay as they are, ``dtype`` the type of all
-    that is not quantised (``auto``: each tensor keeps its own).
-
-    The other flags are those of :func:`exporter.merge`.
+    What the formats are, and which flags each has, stands in :class:`exporter.formats.wanted.Wanted`; the others are
+    those of :func:`exporter.merge`. Graphs are checked from the written files alone, by the ``verify`` command in a
+    process of its own, before they take their place; ``no_verify`` skips that.
 
     Raises:
         UsageError: flags that contradict each other, a format or a module that does not exist.
-        InputError: ``merged`` is not a merged directory, or its weights do not fit its configuration; for the other
-            sources, and for UnsafeInputError, see :func:`exporter.merge`.
-        ParityError: the written graph does not agree with ``merged``; nothing is kept.
+        InputError, UnsafeInputError: not a merged directory, or see :func:`exporter.merge`.
+        ParityError: the written graphs do not pass their check; nothing is kept.
         OutputError, StorageError: see :func:`exporter.staging.staged`.
     """
     started = time.monotonic()
     output = Path(output)
     positions = TrainedPositions(rope_2d_ratio, pair_indices, no_patch_rope, branch_stride, align_to)
-    _check_flags(format, quant, dtype, merged, base_model)
-    _check_format_flags(format, skip_modules, max_shard_size, dtype, no_verify)
+    wanted = Wanted(
+        format, quant, block_size, skip_modules, float_activations, target_size, dtype, max_shard_size, no_verify
+    )
+    if (merged is None) == (base_model is None):
+        raise UsageError("give either a MERGED directory or --base-model with --lora")
     check_output(output, force=force)
     source = _source(merged, base_model, lora, positions, revision, lora_rank)
-    plan = None if quant is None else plan_bnb(source, quant, skip_modules, dtype, max_shard_size)
-    if plan is not None:
-        check_disk(output, plan.nbytes + COMPANION_BYTES, disk_free(output))
+    plan = plan_onnx(source, wanted) if format == "onnx" else plan_bnb(source, wanted)
+    check_disk(output, plan.nbytes + COMPANION_BYTES, disk_free(output))
     with staged(output, force=force) as staging:
         copy_companions(source.base.directory, staging)
-        manifest = _export_onnx(source, staging, no_verify) if plan is None else _export_bnb(source, plan, staging)
+        if isinstance(plan, OnnxPlan):
+            manifest = _export_onnx(source, plan, staging, no_verify)
+        else:
+            manifest = _export_bnb(source, plan, staging)
     return _report(output, format, manifest, source, time.monotonic() - started)
 
 
@@ -134,48 +137,38 @@ def _source(
 
 def _report(output: Path, format: str, manifest: Manifest, source: Source, seconds: float) -> ExportReport:
     quantised = QuantTotals(**manifest.ledger["totals"]) if manifest.ledger is not None else None
+    graph = manifest.graph_quant
     return ExportReport(
         output=str(output),
         format=format,
-        quant=manifest.quant.name if manifest.quant is not None else None,
+        quant=next((recipe.name for recipe in (manifest.quant, manifest.graph_quant) if recipe is not None), None),
         bytes=manifest.total_bytes,
         seconds=seconds,
         parity=manifest.parity,
         quantised=quantised,
+        bits=None if graph is None else {bits: list(graph.bits.values()).count(bits) for bits in (4, 8)},
+        weights_bytes=None if manifest.graph is None else manifest.files[manifest.graph["data"]]["bytes"],
         warnings=() if quantised is None else tuple(_warnings(source)),
     )
 
 
-def _check_flags(format: str, quant: str | None, dtype: str, merged: object, base_model: object) -> None:
-    if format not in FORMATS:
-        raise UsageError(f"format {format!r} is not one of {', '.join(FORMATS)}")
-    check_dtype(dtype)
-    if format == "bnb" and quant not in get_args(Quant):
-        raise UsageError(f"--format bnb needs --quant {' or '.join(get_args(Quant))}")
-    if format == "onnx" and quant is not None:
-        raise UsageError("--quant belongs to --format bnb; onnx is float32")
-    if (merged is None) == (base_model is None):
-        raise UsageError("give either a MERGED directory or --base-model with --lora")
-    if format == "onnx" and merged is None:
-        raise UsageError("--format onnx starts from a MERGED directory; make one with merge")
-
-
-def _check_format_flags(
-    format: str, skip_modules: str, max_shard_size: str | None, dtype: str, no_verify: bool
-) -> None:
-    """Refuse what the format would not heed."""
-    if format == "onnx" and (skip_modules != SKIPPED or max_shard_size is not None or dtype != "auto"):
-        raise UsageError("--skip-modules, --max-shard-size and --dtype belong to --format bnb; onnx is float32")
-    if format == "bnb" and no_verify:
-        raise UsageError("--no-verify belongs to --format onnx; eval measures a quantised artifact")
-
-
-def _export_onnx(source: Source, staging: Path, no_verify: bool) -> Manifest:
-    graph = write_onnx(source, staging)
-    manifest = _manifest(source, staging, kind="onnx", dtype="float32", options=source.options, graph=graph)
+def _export_onnx(source: Source, plan: OnnxPlan, staging: Path, no_verify: bool) -> Manifest:
+    graph, totals = write_onnx(source, plan, staging)
+    manifest = _manifest(
+        source,
+        staging,
+        kind="onnx",
+        dtype=plan.dtype,
+        options=source.options,
+        graph=graph,
+        graph_quant=plan.recipe,
+        ledger=None if plan.recipe is None else {"totals": asdict(totals)},
+    )
     manifest.write(staging)
-    if not no_verify:
-        manifest = replace(manifest, parity=_verify(staging, source.base.directory))
+    # What is made straight from adapters has no merged directory to be held against.
+    exact = plan.recipe is None and not source.adapters
+    if not no_verify and (exact or plan.recipe is not None):
+        manifest = replace(manifest, parity=closing_check(staging, source.base.directory if exact else None))
         manifest.write(staging)
     return manifest
 
@@ -210,25 +203,3 @@ def _warnings(source: Source) -> Iterator[str]:
             f"{source.base.directory} holds {retention:.0%} of its adapter, as its type rounded it, and only that was "
             "quantised; --base-model with --lora quantises the exact sum"
         )
-
-
-def _verify(staging: Path, merged: Path) -> dict[str, Any]:
-    """Run ``verify`` on the written files; exporter and runtime meet nowhere else than in the artifact."""
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "cli", "verify", str(staging), "--against", str(merged), "--json"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    with Progress("verifying", 1):
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode == ParityError.exit_code:
-        raise ParityError(
-            f"the exported graph does not agree with {merged}; nothing was kept. {_last_line(done.stderr)}"
-        )
-    if done.returncode != 0:
-        raise Pos2DError(f"verify ended with exit code {done.returncode}: {_last_line(done.stderr)}")
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
-
-
-def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1].removeprefix("error: ") if text.strip() else "it said nothing"

@@ -8,22 +8,26 @@ from exporter.base import read_base
 from exporter.planning.options import Option, Subject, artifact_sizes, options_of_artifact, options_of_base, own_dtype
 from pos2d.errors import UsageError
 from pos2d.footprint import Footprint, Workload
+from pos2d.graph_recipe import GraphQuant
 from pos2d.manifest import FILE_NAME, Kind
 from pos2d.recipe import Quant
 from pos2d.sizes import parse_size, size_text
 
 # Best first. A card is as fast in 16 bits as in fewer, so there the smallest loss that fits is all that counts. On the
-# CPU the graph is faster than torch in any type, and loses nothing; where it does not fit, memory is short.
-ON_CARD: Mapping[tuple[Kind, Quant | None], str] = {
+# CPU graphs are faster than torch, and quantised ones than floats; of those that fit, what loses little comes
+# first, torch's 8 bits where the graph's do not fit among them.
+ON_CARD: Mapping[tuple[Kind, Quant | GraphQuant | None], str] = {
     ("merged", None): "16 bits lose least, and they fit",
     ("bnb", "8bit"): "16 bits do not fit; 8 lose less than 4",
     ("bnb", "nf4"): "nothing larger fits the card",
-    ("onnx", None): "nothing fits the card; this runs on the CPU",
+    ("onnx", "int8"): "nothing fits the card; this runs on the CPU",
+    ("onnx", "int4"): "nothing fits the card; this runs on the CPU, and 4 bits lose much in small models",
 }
-ON_CPU: Mapping[tuple[Kind, Quant | None], str] = {
-    ("onnx", None): "the fastest on the CPU, with nothing lost, and it fits",
-    ("bnb", "8bit"): "the graph does not fit; 8 bits lose less than 4",
-    ("bnb", "nf4"): "nothing larger fits",
+ON_CPU: Mapping[tuple[Kind, Quant | GraphQuant | None], str] = {
+    ("onnx", "int8"): "the fastest on the CPU that loses little, and it fits",
+    ("bnb", "8bit"): "the int8 graph does not fit; this is slower, but 8 bits lose less than 4",
+    ("onnx", "int4"): "8 bits do not fit; 4 lose much in small models",
+    ("bnb", "nf4"): "nothing else fits; 4 bits lose much in small models",
 }
 NOTHING = "nothing fits; free memory, or ask for a shorter context or fewer branches"
 
@@ -103,8 +107,8 @@ def plan(
     available = psutil.virtual_memory().available
     fitting = [option for option in options if option.fits(available, card)]
     chosen, reason = recommend(fitting, on_card=card is not None)
-    if len(options) == 1 and chosen is not None:
-        reason = "it fits"  # an artifact that is all that can be made of it
+    if len(options) == len(fitting) == 1:
+        chosen, reason = options[0].name, "it fits"  # an artifact that is all that can be made of it
     return PlanReport(
         model=str(model),
         what=what,

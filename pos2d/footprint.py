@@ -7,26 +7,25 @@ measurements. Memory is what Linux counts as resident, pages of mapped weight fi
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import cast, get_args
 
+from pos2d import graph_footprint
 from pos2d.errors import StorageError
 from pos2d.families import Dimensions, expected_tensors
+from pos2d.graph_recipe import GraphQuant
 from pos2d.manifest import Kind
 from pos2d.recipe import NF4_BLOCK, Quant
 from pos2d.sizes import size_text
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
-# How the runtime reads: prompts in pieces of this many tokens, and logits for the newest token of every branch, of
-# which the graph knows nothing: it makes those of the whole piece.
+# How the runtime reads: prompts in pieces of this many tokens, and logits for the newest token of every branch.
 PREFILL_ROWS = 512
-GRAPH_KEEPS_ROWS = False
-# ONNX Runtime makes the cache of a step beside that of the step before, while its arena still has the room of the one
-# before that, a little too small to be used again.
-ONNX_CACHES = 3
+GRAPH_ROWS = 128
 
 # A process after its imports and with an empty model, measured on Linux (CPU builds: torch 2.13, transformers 5.23,
 # bitsandbytes 0.50, onnxruntime-gpu 1.31). Of torch's 230 MB are torch itself; 8 bits run on its own kernels.
-PROCESS_BYTES: dict[Kind, int] = {"merged": 370_000_000, "bnb": 370_000_000, "onnx": 70_000_000}
+PROCESS_BYTES: dict[Kind, int] = {"merged": 370_000_000, "bnb": 370_000_000, "onnx": 79_000_000}
 BITSANDBYTES_BYTES = 47_000_000
 # A tokenizer: the library, and what it holds for every entry of the vocabulary.
 TOKENIZER_BYTES, TOKENIZER_ENTRY_BYTES = 30_000_000, 1300
@@ -36,13 +35,9 @@ NF4_PACKING = 7
 CARD_BYTES = 600_000_000
 # glibc keeps up to twice the largest block that it gave back, at most 64 MB; this is the middle.
 ALLOCATOR_BYTES = 32_000_000
-# The kernel maps this much of a file around a page that is missing, so looking a token up costs it.
-FAULT_BYTES = 64 << 10
 
-# On disk: an entry of a safetensors header, a layer of the graph's own file, and the alignment of its weights.
+# On disk: an entry of a safetensors header.
 HEADER_ENTRY_BYTES = 120
-GRAPH_LAYER_BYTES = 4000
-GRAPH_ALIGNMENT, GRAPH_INLINE_BYTES = 4096, 1024
 # bitsandbytes nf4: the table of 16 values, and a JSON of the state.
 NF4_TABLE_BYTES, NF4_STATE_BYTES = 64, 90
 
@@ -53,7 +48,7 @@ class Format:
 
     kind: Kind
     dtype: str
-    quant: Quant | None = None
+    quant: Quant | GraphQuant | None = None
 
     @property
     def name(self) -> str:
@@ -62,6 +57,11 @@ class Format:
     @property
     def width(self) -> int:
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def graph_quant(self) -> GraphQuant | None:
+        """How a graph is quantised; nothing for other kinds."""
+        return None if self.quant in get_args(Quant) else cast(GraphQuant | None, self.quant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +97,20 @@ class Footprint:
 
 def disk_bytes(sizes: Dimensions, form: Format) -> int:
     """Bytes of the weight files, headers among them; a tied head is stored once."""
-    shapes = expected_tensors(sizes)
     if form.kind == "onnx":
-        # Small tensors lie in the graph's own file.
-        outside = [nbytes for nbytes in _stored(shapes.values(), form) if nbytes >= GRAPH_INLINE_BYTES]
-        aligned = sum(-(-nbytes // GRAPH_ALIGNMENT) * GRAPH_ALIGNMENT for nbytes in outside)
-        return aligned + sizes.layers * GRAPH_LAYER_BYTES
-    linear, rest = _split(shapes)
-    parts = {None: 1, "8bit": 3, "nf4": 4}[form.quant]
+        graphs = graph_footprint.files_bytes(sizes, form.graph_quant)
+        return graphs + graph_footprint.data_bytes(sizes, form.width, form.graph_quant)
+    linear, rest = _split(expected_tensors(sizes))
+    parts = {"8bit": 3, "nf4": 4}.get(form.quant or "", 1)
     entries = len(rest) + parts * len(linear)
     return weight_bytes(sizes, form) + entries * HEADER_ENTRY_BYTES
 
 
 def weight_bytes(sizes: Dimensions, form: Format) -> int:
     """Bytes of the weights themselves, as a checkpoint of this format holds them."""
+    if form.kind == "onnx":
+        tensors = graph_footprint.stored(sizes, form.width, form.graph_quant)
+        return sum(tensor.values + tensor.scales for tensor in tensors)
     linear, rest = _split(expected_tensors(sizes))
     return sum(_stored(rest, form)) + sum(_quantised(shape, form) for shape in linear)
 
@@ -124,10 +124,8 @@ def activation_bytes(sizes: Dimensions, form: Format, work: Workload) -> int:
     """What the widest pass holds beside weights and cache: MLP, attention, mask and logits."""
     width, pairs = form.width, work.rows * work.positions
     if form.kind == "onnx":
-        mlp = work.rows * (3 * sizes.intermediate + 2 * sizes.hidden) * width
-        # Scores and their softmax are whole matrices; the mask is there as bools twice and as floats.
-        attention = 2 * sizes.heads * pairs * width + pairs * (2 + width)
-        return mlp + attention + (work.logits_rows if GRAPH_KEEPS_ROWS else work.rows) * sizes.vocab * width
+        rows = max(min(work.rows, GRAPH_ROWS), work.logits_rows)
+        return graph_footprint.activation_bytes(sizes, width, rows, work.positions, work.logits_rows)
     mlp = work.rows * (4 * sizes.intermediate + 4 * sizes.hidden) * width
     # The kernel keeps no scores. The mask is there as bools twice, once in the model's type, and once more for every
     # query head that shares keys.
@@ -140,18 +138,15 @@ def activation_bytes(sizes: Dimensions, form: Format, work: Workload) -> int:
     return mlp + attention + logits + widened
 
 
-def memory(sizes: Dimensions, form: Format, work: Workload, *, text: bool = True) -> Footprint:
-    """The footprint on the CPU; ``text`` counts a tokenizer."""
+def memory(sizes: Dimensions, form: Format, work: Workload, *, text: bool = True, more: int = 0) -> Footprint:
+    """The footprint on the CPU; ``text`` counts a tokenizer. ``more``: bytes of a graph's weights beyond those of its
+    format, because some layers are quantised otherwise."""
     process = PROCESS_BYTES[form.kind] + (tokenizer_bytes(sizes) if text else 0)
     weights, cache = weight_bytes(sizes, form), cache_bytes(sizes, work.positions, form.dtype)
     activations = activation_bytes(sizes, form, work)
     if form.kind == "onnx":
-        # Matrices are packed anew, and the head's own bytes are there until it is. A tied one stays for its look-ups;
-        # otherwise the embedding, which is mapped, comes in with the tokens that are looked up.
-        table = sizes.vocab * sizes.hidden * form.width
-        packed = weights if sizes.tied else weights - table
-        looked_up = table if sizes.tied else min(table, work.positions * FAULT_BYTES)
-        return Footprint.of(process, packed + looked_up, ONNX_CACHES * cache, activations, packed + table)
+        held = graph_footprint.held(sizes, form.width, form.graph_quant, work.positions)
+        return Footprint.of(process, held.weights + more, cache, activations, held.loading + more)
     if form.quant == "nf4":
         linear, _ = _split(expected_tensors(sizes))
         process += BITSANDBYTES_BYTES

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pos2d.errors import InputError
+from pos2d.graph_recipe import GraphRecipe
 from pos2d.recipe import QuantRecipe
 from pos2d.spec import Rope2DSpec
 
 Kind = Literal["merged", "bnb", "onnx"]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FILE_NAME = "manifest.json"
 
 
@@ -22,9 +23,9 @@ class Manifest:
 
     ``files`` maps a name to its bytes and sha256; the weights of a merge have one for each tensor, in the ledger.
     ``base``, ``adapters``: where the weights came from; ``options``: how they were summed and rounded.
-    ``quant``: how the linear layers are quantised, absent where they are not.
+    ``quant``, ``graph_quant``: how the linear layers of a torch or an ONNX artifact are quantised, where they are.
     ``ledger``: totals and tensors of a merge, totals of a quantisation.
-    ``graph``: inputs and outputs of an ONNX artifact.
+    ``graph``: sizes, files, inputs and outputs of an ONNX artifact.
     ``parity``: the figures of the check that ended the export, absent where it was skipped.
     """
 
@@ -41,6 +42,7 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]]
     tool_version: str
     quant: QuantRecipe | None = None
+    graph_quant: GraphRecipe | None = None
     ledger: Mapping[str, Any] | None = None
     graph: Mapping[str, Any] | None = None
     parity: Mapping[str, Any] | None = None
@@ -54,6 +56,7 @@ class Manifest:
         return asdict(self) | {
             "rope_2d": self.rope_2d.to_dict(),
             "quant": self.quant.to_dict() if self.quant is not None else None,
+            "graph_quant": self.graph_quant.to_dict() if self.graph_quant is not None else None,
         }
 
     @classmethod
@@ -78,6 +81,7 @@ class Manifest:
                 **block,
                 "rope_2d": Rope2DSpec.from_dict(block["rope_2d"]),
                 "quant": QuantRecipe.from_dict(block["quant"]) if block["quant"] is not None else None,
+                "graph_quant": GraphRecipe.from_dict(block["graph_quant"]) if block["graph_quant"] else None,
                 "eos_token_ids": tuple(block["eos_token_ids"]),
                 "adapters": tuple(block["adapters"]),
             }

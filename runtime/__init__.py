@@ -2,6 +2,7 @@
 
 from runtime.answers import Completion, Event
 from runtime.batch import BatchReport, batch
+from runtime.bench import BenchReport, bench
 from runtime.chat import chat
 from runtime.conversation import Conversation
 from runtime.doctor import DoctorReport, doctor
@@ -15,6 +16,7 @@ from runtime.verify import ParityReport, verify
 
 __all__ = [
     "BatchReport",
+    "BenchReport",
     "Completion",
     "Conversation",
     "DoctorReport",
@@ -26,6 +28,7 @@ __all__ = [
     "RunReport",
     "Sampling",
     "batch",
+    "bench",
     "chat",
     "doctor",
     "evaluate",

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from pos2d.errors import UsageError
 from pos2d.layout import CONTEXT, Layout
 from runtime.backend import KVCache
-from runtime.engine import Column, FinishReason, decode
+from runtime.decoding import Column, FinishReason
+from runtime.engine import decode
 from runtime.sampler import Sampler
 from runtime.sampling import Sampling
 from runtime.text import GrowingText

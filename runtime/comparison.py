@@ -1,5 +1,6 @@
 """What every verb that holds one artifact against another shares."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +40,33 @@ def kl_divergence(expected: Doubles, found: Doubles) -> Doubles:
     """KL(expected || found) in nats, ``[...]`` of log-probabilities ``[..., V]``."""
     divergence: Doubles = (np.exp(expected) * (expected - found)).sum(-1)
     return divergence
+
+
+@dataclass(frozen=True, slots=True)
+class CaseParity:
+    """One way of running a probe.
+
+    ``max_rel_diff`` is ``max_abs_diff`` as a share of the reference's largest logit; ``mean_kl`` is
+    KL(reference || artifact) in nats a position.
+    """
+
+    name: str
+    positions: int
+    max_abs_diff: float
+    max_rel_diff: float
+    top1_agreement: float
+    mean_kl: float
+
+
+def compare(name: str, expected: Floats, found: Floats) -> CaseParity:
+    """Logits ``[N, V]`` of the reference and of the artifact."""
+    p, q = log_softmax(expected), log_softmax(found)
+    difference = float(np.abs(expected - found).max())
+    return CaseParity(
+        name=name,
+        positions=len(expected),
+        max_abs_diff=difference,
+        max_rel_diff=difference / float(np.abs(expected).max()),
+        top1_agreement=float((expected.argmax(-1) == found.argmax(-1)).mean()),
+        mean_kl=float(kl_divergence(p, q).mean()),
+    )

@@ -14,7 +14,7 @@ from pos2d.progress import Progress
 from pos2d.spec import Visibility
 from runtime.backend import Floats
 from runtime.comparison import Doubles, check_same_model, kl_divergence, log_softmax
-from runtime.engine import PIECE, forward_slots
+from runtime.engine import forward_slots
 from runtime.load import load
 from runtime.model import Model
 from runtime.options import LoadFlags
@@ -152,7 +152,7 @@ def _figures(name: str, readings: Sequence[Reading], models: Sequence[Model], pr
 def _score(reading: Reading, models: Sequence[Model]) -> Doubles:
     """Sums over the predicted tokens of a sequence, read in pieces: see :func:`_sums`."""
     caches = [model.backend.new_cache(len(reading.layout)) for model in models]
-    piece = max(1, min(PIECE, LOGITS // models[0].manifest.vocab_size))
+    piece = max(1, min(models[0].backend.piece, LOGITS // models[0].manifest.vocab_size))
     sums = np.zeros(4)
     for start in range(0, len(reading.layout), piece):
         stop = min(start + piece, len(reading.layout))

@@ -8,7 +8,7 @@ from pos2d.errors import UsageError
 from pos2d.layout import Layout, build_layout
 from pos2d.spec import Align, Rope2DSpec, Visibility
 from runtime.answers import Event, answer, end_token_ids
-from runtime.engine import check_length
+from runtime.decoding import check_length
 from runtime.flags import check_known, part_of
 from runtime.prefix import Prefix
 from runtime.sampling import Sampling, SamplingFlags, resolve_sampling
@@ -130,6 +130,7 @@ def stream(model: "Model", asked: Asked, prefix: Prefix | None = None, turn: Seq
     Random numbers are those of ``turn`` and the branch.
     """
     context = asked.encoded.context or []
+    model.backend.expect_branches(max(len(layout.last) for layout in asked.layouts))
     prefix = prefix or Prefix(model.backend, asked.spec, model.manifest.context_length)
     first = 0
     for layout in asked.layouts:

@@ -18,7 +18,8 @@ from runtime.answers import Completion, Event, collect
 from runtime.asynchronous import iterate_in
 from runtime.backend import Backend, Floats
 from runtime.conversation import Conversation
-from runtime.engine import Column, decode
+from runtime.decoding import Column
+from runtime.engine import decode
 from runtime.flags import check_known
 from runtime.generation import GenerationFlags, prepare, stream
 from runtime.sampler import Sampler

@@ -29,7 +29,8 @@ class LoadOptions:
 
     Args:
         quant: quantise a merged artifact while it is loaded, ``8bit`` or ``nf4``.
-        device: torch's name of one; ``auto`` is a CUDA card, Apple's GPU, or the CPU. ONNX artifacts run on the CPU.
+        device: torch's name of one; ``auto`` is a CUDA card, Apple's GPU, or the CPU. ONNX artifacts: ``cpu``,
+            which is ``auto``, or ``cuda`` for float16 graphs.
         dtype: the type to compute in; ``auto`` is the stored one, and bfloat16 for 8 bits on a CPU.
         int8_kernel: ``weight-only`` multiplies int8 weights with activations as they are; ``bnb``, bitsandbytes' own,
             quantises these too; ``auto`` is the first, but for a CUDA card without Triton.

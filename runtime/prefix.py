@@ -6,7 +6,8 @@ from itertools import takewhile
 from pos2d.layout import build_layout
 from pos2d.spec import Rope2DSpec
 from runtime.backend import Backend
-from runtime.engine import check_length, read_prompts
+from runtime.decoding import check_length
+from runtime.engine import read_prompts
 
 
 class Prefix:

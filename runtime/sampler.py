@@ -10,7 +10,7 @@ from runtime.sampling import Sampling
 
 
 class Sampler:
-    """Chooses the tokens of one branch; a :class:`runtime.engine.Writer`.
+    """Chooses the tokens of one branch; a :class:`runtime.decoding.Writer`.
 
     ``stream`` numbers its random numbers: what it draws depends neither on its neighbours nor on how many there are.
     """

@@ -106,10 +106,10 @@ def test_it_says_what_it_is(tied: tuple[Path, Path], tmp_path: Path, call: Call)
         (["--format", "bnb", "--quant", "8bit", "--rope-2d-ratio", "1.0"], "belong to --base-model"),
         (["--format", "bnb", "--quant", "8bit", "--lora-rank", "3"], "belong to --base-model"),
         (["--lora", "x.pth"], "belong to --base-model"),
-        (["--quant", "8bit"], "belongs to --format bnb"),
-        (["--dtype", "bfloat16"], "belong to --format bnb"),
-        (["--skip-modules", "down_proj"], "belong to --format bnb"),
-        (["--max-shard-size", "1GB"], "belong to --format bnb"),
+        (["--quant", "8bit"], "takes --quant int8, int4, auto"),
+        (["--dtype", "bfloat16"], "takes --dtype float32 or float16"),
+        (["--skip-modules", "down_proj"], "belong to --quant"),
+        (["--max-shard-size", "1GB"], "belongs to --format bnb"),
     ],
 )
 def test_flags_that_contradict(

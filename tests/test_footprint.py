@@ -20,10 +20,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import exporter
 import runtime
+from exporter.checkpoint import EMBEDDING
+from exporter.formats import onnx
+from exporter.graphs import weights as graph_weights
+from exporter.graphs.weights import DATA_FILE
 from exporter.plan import PlanReport
+from pos2d import graph_footprint
 from pos2d.errors import InputError, StorageError, UsageError
 from pos2d.families import Dimensions, expected_tensors
 from pos2d.footprint import (
+    GRAPH_ROWS,
     HEADER_ENTRY_BYTES,
     PREFILL_ROWS,
     Footprint,
@@ -38,8 +44,11 @@ from pos2d.footprint import (
     memory,
     weight_bytes,
 )
+from pos2d.graph_footprint import data_bytes
+from pos2d.manifest import read_manifest
 from pos2d.sizes import parse_size, size_text
-from runtime.engine import PIECE
+from runtime.backends.onnx_backend import OnnxBackend
+from runtime.backends.torch_backend import TorchBackend
 from tests.bases import CONFIGS, HALF_BILLION, linear_modules, random_adapter, square, write_adapter, write_base
 from tests.conftest import GOLDENS, Golden
 
@@ -50,7 +59,7 @@ FORMATS = [
     *(Format("merged", dtype) for dtype in ("float32", "bfloat16", "float16")),
     Format("bnb", "bfloat16", "8bit"),
     Format("bnb", "bfloat16", "nf4"),
-    Format("onnx", "float32"),
+    *(Format("onnx", dtype, quant) for dtype in ("float32", "float16") for quant in (None, "int8", "int4")),
 ]
 # Of a public model's shape, so that weights outweigh what is constant.
 LARGE = Dimensions(
@@ -106,14 +115,37 @@ def test_the_disk_of_a_merge(family: tuple[Path, Path], dtype: str, tmp_path: Pa
     assert disk_bytes(sizes, form) - weight_bytes(sizes, form) == pytest.approx(header, rel=0.25)
 
 
-def test_the_disk_and_the_sizes_of_a_graph(qwen2: Golden, artifact_of: Callable[[Golden, str], Path]) -> None:
-    directory = artifact_of(qwen2, "onnx")
-    sizes = sizes_of(BASE)
-    taken = sum((directory / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
-    assert disk_bytes(sizes, Format("onnx", "float32")) == pytest.approx(taken, rel=0.1)
+@pytest.mark.parametrize(("quant", "dtype"), [(None, "float32"), ("int8", "float32"), ("int4", "float16")])
+def test_the_disk_of_a_graph(family: tuple[Path, Path], quant: Any, dtype: str, tmp_path: Path) -> None:
+    base, lora = family
+    exporter.export(None, tmp_path / "onnx", base_model=base, lora=lora, quant=quant, dtype=dtype, no_verify=True)
+    sizes, form = sizes_of(base), Format("onnx", dtype, quant)
+    taken = {path.name: path.stat().st_size for path in (tmp_path / "onnx").glob("model*.onnx*")}
+    data = taken.pop(DATA_FILE)
+    assert data_bytes(sizes, form.width, quant) == pytest.approx(data, rel=0.02)
+    assert disk_bytes(sizes, form) - data_bytes(sizes, form.width, quant) == pytest.approx(
+        sum(taken.values()), rel=0.25
+    )
+
+
+def test_a_graph_is_laid_out_as_the_export_does_it() -> None:
+    theirs = (onnx.DEFAULT_BLOCK, graph_weights.MIN_BLOCK, graph_weights.PAGE, graph_weights.LINE)
+    assert theirs == (graph_footprint.BLOCK, graph_footprint.MIN_BLOCK, graph_footprint.PAGE, graph_footprint.LINE)
+    # Rows of 56 values are no blocks that can be looked up, so a tied head and its table stay as they are.
+    odd = replace(LARGE, hidden=56, tied=True)
+    blocks = {tensor.name: tensor.blocks for tensor in graph_footprint.stored(odd, 4, "int4")}
+    assert [name for name in blocks if blocks[name] == 0 and "bias" not in name and "norm" not in name] == [EMBEDDING]
+
+
+def test_more_bits_than_the_format_has_take_more() -> None:
+    form, work = Format("onnx", "float32", "int4"), Workload.of(1, 64)
+    assert memory(LARGE, form, work, more=1000).peak == memory(LARGE, form, work).peak + 1000
+
+
+def test_the_sizes_of_a_graph(qwen2: Golden, artifact_of: Callable[[Golden, str], Path]) -> None:
     from exporter.planning.options import artifact_sizes
 
-    assert artifact_sizes(directory)[0] == replace(sizes, norm_eps=0.0)
+    assert artifact_sizes(artifact_of(qwen2, "onnx"))[0] == sizes_of(BASE)
 
 
 @pytest.mark.parametrize(("quant", "settings"), [("8bit", {"load_in_8bit": True}), ("nf4", {"load_in_4bit": True})])
@@ -135,28 +167,29 @@ def test_the_disk_of_a_quantised_model(quant: Any, settings: dict[str, Any], tmp
 def test_the_cache_of_a_model(qwen2: Golden, model_of: Callable[[Golden, str], runtime.Model]) -> None:
     model = model_of(qwen2, "onnx")
     cache: Any = model.backend.new_cache(24)
-    ids = torch.arange(24).reshape(1, 24).numpy()
-    pairs = torch.stack([torch.zeros(1, 24), torch.arange(24)[None]], dim=-1).long().numpy()
-    model.backend.forward(ids, ids, pairs, ids[:, None, :] <= ids[:, :, None], cache)
-    held = sum(value.numpy().nbytes for value in cache.values.values())
-    assert cache_bytes(sizes_of(BASE), 24, "float32") == held
+    held = sum(buffer.numpy().nbytes for buffer in cache._buffers.values())
+    assert cache_bytes(sizes_of(BASE), cache.capacity, "float32") == held
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: f"{form.name} {form.dtype}")
 def test_more_work_takes_more(form: Format) -> None:
     few, more, longer = Workload.of(1, 2048), Workload.of(8, 2048), Workload.of(1, 8192)
     for measure in (memory, card_memory):
-        used = measure(LARGE, form, few)
-        assert used.peak <= measure(LARGE, form, more).peak < measure(LARGE, form, longer).peak
+        used, side_by_side, long = (measure(LARGE, form, work) for work in (few, more, longer))
+        assert used.peak <= side_by_side.peak
+        assert used.peak <= long.peak
+        assert used.cache + used.activations < side_by_side.cache + side_by_side.activations
+        assert used.weights + used.cache < long.weights + long.cache
         assert used.peak >= used.process + used.weights + used.cache + used.activations
         assert used.peak < measure(replace(LARGE, layers=29), form, few).peak
-    assert activation_bytes(LARGE, form, Workload(2048, 1024, 1)) > activation_bytes(LARGE, form, few)
+    wider = Workload(2048, 1024, 1) if form.kind != "onnx" else Workload(2048, GRAPH_ROWS, 2)
+    assert activation_bytes(LARGE, form, wider) > activation_bytes(LARGE, form, few)
 
 
 def test_prompts_are_read_as_the_runtime_reads_them() -> None:
-    assert PREFILL_ROWS == PIECE
+    assert (TorchBackend.piece, OnnxBackend.piece) == (PREFILL_ROWS, GRAPH_ROWS)
     assert Workload.of(4, 100) == Workload(positions=100, rows=100, logits_rows=4)
-    assert Workload.of(4, 10_000) == Workload(positions=10_000, rows=PIECE, logits_rows=4)
+    assert Workload.of(4, 10_000) == Workload(positions=10_000, rows=PREFILL_ROWS, logits_rows=4)
 
 
 def test_smaller_types_take_less() -> None:
@@ -164,6 +197,9 @@ def test_smaller_types_take_less() -> None:
     assert disk[0] > disk[1] == disk[2] > disk[3] > disk[4]
     peaks = [card_memory(LARGE, form, Workload.of(1, 4096)).peak for form in FORMATS[:5]]
     assert peaks == sorted(peaks, reverse=True)
+    graphs = FORMATS[5:8]
+    for sizes in (disk[5:8], [memory(LARGE, form, Workload.of(1, 4096)).peak for form in graphs]):
+        assert sizes == sorted(sizes, reverse=True)
     tied = replace(LARGE, tied=True)
     head = LARGE.vocab * LARGE.hidden * 2
     assert disk_bytes(LARGE, FORMATS[1]) - disk_bytes(tied, FORMATS[1]) == head + HEADER_ENTRY_BYTES
@@ -240,10 +276,10 @@ def test_the_best_that_the_memory_holds(half_billion: Path, room: Callable[[floa
         room(available)
         return exporter.plan(half_billion).recommended
 
-    assert on_cpu(1e12) == on_cpu(peaks["onnx float32"]) == "onnx float32"
-    assert on_cpu(peaks["onnx float32"] - 1) == on_cpu(peaks["bnb 8bit"]) == "bnb 8bit"
-    assert on_cpu(peaks["bnb nf4"]) == "bnb nf4"
-    assert on_cpu(peaks["bnb nf4"] - 1) is None
+    order = ("onnx int8", "bnb 8bit", "onnx int4", "bnb nf4")
+    assert on_cpu(1e12) == "onnx int8"
+    for available in (peaks[name] + more for name in order for more in (0, -1)):
+        assert on_cpu(available) == next((name for name in order if peaks[name] <= available), None)
 
 
 def test_the_best_that_a_card_holds(half_billion: Path, room: Callable[[float], None], call: Call) -> None:
@@ -263,7 +299,7 @@ def test_the_best_that_a_card_holds(half_billion: Path, room: Callable[[float], 
     assert "nothing fits" in nothing.lines()[-1]
     assert call("plan", half_billion, "--gpu-memory", "1000").exit_code == 0
     room(1e12)
-    assert on_card(1000).recommended == "onnx float32", "which runs on the CPU"
+    assert on_card(1000).recommended == "onnx int8", "which runs on the CPU"
 
 
 def test_an_artifact_says_its_own_bytes(qwen2: Golden, artifact_of: Callable[[Golden, str], Path], call: Call) -> None:
@@ -310,9 +346,9 @@ def test_what_is_no_model(
     broken.mkdir()
     for file in artifact_of(qwen2, "onnx").iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
-    graph = broken / "model.onnx"
-    graph.write_bytes(b"\xff" * graph.stat().st_size)
-    with pytest.raises(InputError, match="cannot be read as a graph"):
+    manifest = read_manifest(broken)
+    replace(manifest, graph={**(manifest.graph or {}), "sizes": {"layers": 2}}).write(broken)
+    with pytest.raises(InputError, match="has no sizes that this tool knows"):
         exporter.plan(broken)
 
 

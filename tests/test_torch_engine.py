@@ -47,7 +47,7 @@ def test_a_prompt_read_in_pieces_is_the_same(
         engine.read_prompts(model.backend, layout, model.backend.new_cache(64)), whole, atol=1e-4
     )
     for piece in (1, 5, len(layout) - 1):
-        monkeypatch.setattr(engine, "PIECE", piece)
+        monkeypatch.setattr(type(model.backend), "piece", piece)
         found = engine.read_prompts(model.backend, layout, model.backend.new_cache(64))
         np.testing.assert_allclose(found, whole, atol=1e-4)
 

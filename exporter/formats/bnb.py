@@ -7,37 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.adapters.changes import exact_sum
 from exporter.checkpoint import INDEX, LM_HEAD, TensorPlace
 from exporter.companions import copy_code
 from exporter.config import baked_config
 from exporter.formats.encodings import Encoding, Int8Rows, Nf4Blocks, Rounded
-from exporter.merging.ledger import Tally, tally_of
+from exporter.formats.modules import named_modules
+from exporter.formats.totals import QuantTotals, totals_of
+from exporter.formats.wanted import Wanted
+from exporter.formats.writing import write_tensor
+from exporter.merging.ledger import Tally
 from exporter.merging.plan import PlannedTensor, index_of, lay_out, plan_merge, split
-from exporter.merging.rounding import is_finite
 from exporter.sources import Source
 from exporter.staging import write_json
-from exporter.tensors import TensorFile, opened, row_blocks, write_at
+from exporter.tensors import TensorFile, opened, write_at
 from exporter.workers import single_threaded_torch, worker_count
-from pos2d.errors import InputError, UsageError
+from pos2d.errors import UsageError
 from pos2d.progress import Progress
 from pos2d.recipe import OUTLIER_THRESHOLD, Quant, QuantRecipe
 
 DEFAULT_SHARD_SIZE = "5GB"
-
-
-@dataclass(frozen=True, slots=True)
-class QuantTotals:
-    """``quantised`` of ``tensors`` weights.
-
-    ``noise``: rms(Q - W - D) / rms(W) of the quantised ones, Q being what a loader computes with, W the base and D what
-    adapters add; ``retention``: <Q - W, D> / <D, D>, absent where nothing is added.
-    """
-
-    tensors: int
-    quantised: int
-    noise: float
-    retention: float | None
+SKIPPED = LM_HEAD
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,16 +65,17 @@ class QuantPlan:
         return sum(len(shard.header) for shard in self.shards) + sum(place.nbytes for place in self.places.values())
 
 
-def plan_bnb(source: Source, quant: Quant, skip_modules: str, dtype: str, max_shard_size: str | None) -> QuantPlan:
-    """Lay out the result. ``skip_modules``: linear layers that keep their type, separated by commas: full names, last
-    parts (``down_proj``) or whole blocks (``model.layers.0``). A tied head that is not among them gets its own tensor.
+def plan_bnb(source: Source, wanted: Wanted) -> QuantPlan:
+    """Lay out the result. A tied head that is not among the skipped modules gets its own tensor.
 
     Raises:
         UsageError: a module that is not there, none that is left, or a size that cannot be read.
         InputError: a layer that cannot be quantised so.
     """
-    skipped = _resolve(skip_modules, list(source.base.linear_shapes()))
-    plan = plan_merge(source.base, source.adapters, dtype, untied=LM_HEAD not in skipped)
+    quant: Quant = "8bit" if wanted.quant == "8bit" else "nf4"
+    skip_modules = SKIPPED if wanted.skip_modules is None else wanted.skip_modules
+    skipped = named_modules(skip_modules, list(source.base.linear_shapes()), "--skip-modules")
+    plan = plan_merge(source.base, source.adapters, wanted.dtype, untied=LM_HEAD not in skipped)
     recipe = QuantRecipe(quant, skipped)
     modules = {name: shape for name, shape in source.base.linear_shapes().items() if name not in skipped}
     if not modules:
@@ -97,7 +87,7 @@ def plan_bnb(source: Source, quant: Quant, skip_modules: str, dtype: str, max_sh
         name: sum(TensorPlace("", shape, kind).nbytes for kind, shape in outputs.values())
         for name, outputs in written.items()
     }
-    files = split(sizes, max_shard_size or DEFAULT_SHARD_SIZE)
+    files = split(sizes, wanted.max_shard_size or DEFAULT_SHARD_SIZE)
     tensors = {tensor.name: tensor for tensor in plan.tensors}
     shards = tuple(_shard(file, [tensors[name] for name in names], encodings, written) for file, names in files.items())
     return QuantPlan(shards, recipe, plan.dtype, plan.tied)
@@ -118,27 +108,7 @@ def write_bnb(source: Source, plan: QuantPlan, target: Path) -> QuantTotals:
     config = baked_config(source.base, source.spec, plan.dtype, plan.tied)
     write_json(target / "config.json", config | {"quantization_config": _loading(plan.recipe, plan.dtype)})
     copy_code(target)
-    total = sum(tallies, Tally())
-    return QuantTotals(
-        tensors=sum(len(shard.outputs) for shard in plan.shards),
-        quantised=len(tallies),
-        noise=(total.error_square / total.weight_square) ** 0.5 if total.weight_square else 0.0,
-        retention=total.kept / total.delta_square if total.delta_square else None,
-    )
-
-
-def _resolve(skip_modules: str, modules: list[str]) -> tuple[str, ...]:
-    """Full names of the modules that ``skip_modules`` names, in the model's order."""
-    wanted = [part for part in skip_modules.replace(",", " ").split() if part]
-
-    def named(module: str, part: str) -> bool:
-        return module == part or module.endswith(f".{part}") or module.startswith(f"{part}.")
-
-    unknown = [part for part in wanted if not any(named(module, part) for module in modules)]
-    if unknown:
-        kinds = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
-        raise UsageError(f"--skip-modules: {', '.join(unknown)} names no linear layer of this model; it has {kinds}")
-    return tuple(module for module in modules if any(named(module, part) for part in wanted))
+    return totals_of(tallies, sum(len(shard.outputs) for shard in plan.shards))
 
 
 def _encoding(tensor: PlannedTensor, recipe: QuantRecipe, dtype: str, modules: Collection[str]) -> Encoding:
@@ -171,7 +141,7 @@ def _write_shard(shard: Shard, base: Path, target: Path, progress: Progress) -> 
             # The largest first: the threads then end together.
             order = sorted(shard.outputs, key=lambda output: -output.tensor.source.nbytes)
             done = [
-                workers.submit(_write_tensor, output, files[output.tensor.source.file], descriptor, progress)
+                workers.submit(_write_output, output, files[output.tensor.source.file], descriptor, progress)
                 for output in order
             ]
             try:
@@ -183,30 +153,14 @@ def _write_shard(shard: Shard, base: Path, target: Path, progress: Progress) -> 
         os.close(descriptor)
 
 
-def _write_tensor(output: Output, file: TensorFile, descriptor: int, progress: Progress) -> Tally | None:
-    """Sums over a quantised tensor; nothing of others."""
-    import torch
-
-    tensor, encoding = output.tensor, output.encoding
-    changes = [change.widened() for change in tensor.changes]
-    tally = None if isinstance(encoding, Rounded) else Tally()
-
+def _write_output(output: Output, file: TensorFile, descriptor: int, progress: Progress) -> Tally | None:
     def write(name: str, offset: int, data: memoryview) -> None:
         write_at(descriptor, data, output.places[name].offset + offset)
         progress.advance(len(data))
 
-    for rows, _, weight in row_blocks(file, tensor.origin, tensor.source):
-        exact, delta = exact_sum(weight, changes, rows) if changes else (weight, None)
-        if not is_finite(exact):
-            raise InputError(f"tensor {tensor.name} has NaN or infinite values; check the base and the adapter")
-        stored = encoding.encode(tensor.name, rows.start, exact, write)
-        if not is_finite(stored):
-            raise InputError(
-                f"tensor {tensor.name} does not fit {tensor.target.dtype}; use --dtype float32 or bfloat16"
-            )
-        if tally is not None:
-            tally += tally_of(weight, weight, torch.zeros_like(weight) if delta is None else delta, stored)
-    encoding.finish(tensor.name, tensor.target.shape, write)
+    tensor = output.tensor
+    tally = write_tensor(tensor, file, output.encoding, write)
+    output.encoding.finish(tensor.name, tensor.target.shape, write)
     return tally
 
 

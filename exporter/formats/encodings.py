@@ -1,4 +1,4 @@
-"""How the exact values of one tensor become bytes of a checkpoint: rounded, as int8 rows, or as nf4 blocks.
+"""How the exact values of one tensor become bytes: rounded, as int8 rows, as nf4 blocks, or as blocks for a graph.
 
 An encoding says which tensors it writes before it sees a value, so that a file can be laid out, and then takes float64
 rows in any order. What it returns is what a loader will compute with, in float64.
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from exporter.checkpoint import DTYPES
+from exporter.formats.nbits import dequantise, quantise
 from exporter.merging.rounding import round_nearest
 from pos2d.int8 import STEPS, quantise_rows
 from pos2d.quiet import bitsandbytes
@@ -117,6 +118,35 @@ class Nf4Blocks:
         )
         notes: dict[str, torch.Tensor] = state.as_dict(packed=True)
         return {key: tensor for key, tensor in notes.items() if key != "absmax"}
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBits:
+    """ONNX Runtime's own format: ``bits`` a value, in blocks of ``block`` inputs of a row, each with a scale of type
+    ``scales`` (safetensors' name)."""
+
+    bits: int
+    block: int
+    scales: str
+
+    def outputs(self, name: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
+        blocks = -(-shape[1] // self.block)
+        return {
+            name: ("U8", (shape[0], blocks, self.block * self.bits // 8)),
+            _beside(name, "scales"): (self.scales, (shape[0], blocks)),
+        }
+
+    def encode(self, name: str, first: int, exact: "torch.Tensor", write: Write) -> "torch.Tensor":
+        import torch
+
+        packed, wide = quantise(exact.float(), self.bits, self.block)
+        scales = round_nearest(wide.double(), getattr(torch, DTYPES[self.scales][0]))
+        write(name, first * packed[0].numel(), _bytes(packed))
+        write(_beside(name, "scales"), first * scales[0].numel() * scales.itemsize, _bytes(scales))
+        return dequantise(packed, scales.float(), self.bits, exact.shape[1]).double()
+
+    def finish(self, name: str, shape: Shape, write: Write) -> None:
+        pass
 
 
 def _beside(name: str, what: str) -> str:

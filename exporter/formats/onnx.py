@@ -1,79 +1,117 @@
-"""A float32 ONNX decoder that takes ``pos2d``, with its KV cache; weights beside the graph in one file."""
+"""ONNX decoders that take ``pos2d``, with a KV cache written in place: three graphs over one file of weights."""
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from exporter.checkpoint import Checkpoint
+from exporter.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
+from exporter.config import baked_config
+from exporter.formats.bit_budget import spend
+from exporter.formats.modules import named_modules
+from exporter.formats.totals import QuantTotals
+from exporter.formats.wanted import Wanted
+from exporter.graphs.weights import DATA_FILE, MIN_BLOCK, GraphWeights, embedding_block, lay_out_weights, write_weights
+from exporter.merging.plan import MergePlan, plan_merge
 from exporter.sources import Source
+from pos2d.errors import UsageError
 from pos2d.families import CLASS_NAMES
-from pos2d.progress import Progress
-from pos2d.spec import Rope2DSpec
+from pos2d.graph_recipe import BITS, GraphQuant, GraphRecipe
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-GRAPH_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+GRAPH_FILES = {"causal": "model_causal.onnx", "general": "model.onnx", "batch": "model_batch.onnx"}
+DEFAULT_BLOCK = 32
+# The head decides between tokens: "int4" has 8 bits there (benchmarks/nbits.py has what 4 would cost).
+SENSITIVE = (LM_HEAD,)
 
 
-def write_onnx(source: Source, target: Path) -> dict[str, Any]:
-    """Write graph and weights into ``target``; returns what a manifest says of the graph."""
-    model = _build(source.base, source.spec)
-    _save(model, target)
-    return _describe(model)
+@dataclass(frozen=True, slots=True, eq=False)
+class OnnxPlan:
+    weights: GraphWeights
+    recipe: GraphRecipe | None
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights.nbytes
 
 
-def _build(checkpoint: Checkpoint, spec: Rope2DSpec) -> "ir.Model":
-    from exporter.formats.graph import build_decoder
+def plan_onnx(source: Source, wanted: Wanted) -> OnnxPlan:
+    """Lay out the result.
 
-    inv_freq, scaling = _frequencies(checkpoint)
-    return build_decoder(checkpoint.sizes, spec, inv_freq, scaling, lambda name: _lazy_tensor(checkpoint, name))
+    Raises:
+        UsageError: a module that is not there, none that is left to quantise, or a size that is too small.
+    """
+    merged = plan_merge(source.base, source.adapters, "float32")
+    dtype = "float32" if wanted.dtype == "auto" else wanted.dtype
+    recipe = None if wanted.quant is None else _recipe(source.base, merged, wanted)
+    if recipe is not None and wanted.target_size is not None:
+        recipe = spend(source, merged, recipe, dtype, wanted.target_size)
+    return OnnxPlan(lay_out_weights(merged, source.base.sizes, dtype, recipe), recipe, dtype)
 
 
-def _frequencies(checkpoint: Checkpoint) -> "tuple[np.ndarray, float]":
+def write_onnx(source: Source, plan: OnnxPlan, target: Path) -> tuple[dict[str, Any], QuantTotals]:
+    """Write graphs and weights into ``target``; returns what a manifest says of the graphs.
+
+    Raises:
+        InputError: see :func:`exporter.graphs.weights.write_weights`.
+    """
+    import onnx_ir as ir
+
+    from exporter.graphs.attending import ATTENDING
+    from exporter.graphs.decoder import build_decoder
+
+    totals = write_weights(source, plan.weights, target)
+    sizes = source.base.sizes
+    inv_freq, scaling = _frequencies(source, plan.weights.tied)
+    graphs = {}
+    for name, attending in ATTENDING.items():
+        if sizes.head_dim % attending.head_dims:
+            continue
+        model = build_decoder(sizes, source.spec, inv_freq, scaling, plan.weights, plan.recipe, attending)
+        ir.save(model, target / GRAPH_FILES[name])
+        graphs[name] = {"file": GRAPH_FILES[name], **_describe(model)}
+    return {"data": DATA_FILE, "sizes": asdict(sizes) | {"tied": plan.weights.tied}, "graphs": graphs}, totals
+
+
+def _recipe(base: Checkpoint, plan: MergePlan, wanted: Wanted) -> GraphRecipe:
+    modules = list(base.linear_shapes())
+    skipped = named_modules(wanted.skip_modules or "", modules, "--skip-modules")
+    if plan.tied and embedding_block(base.tensors[EMBEDDING].shape[1]) < MIN_BLOCK:
+        skipped = (*skipped, LM_HEAD)
+    quant = cast(GraphQuant, wanted.quant)
+    bits = {module: BITS[quant] for module in modules if module not in skipped}
+    if not bits:
+        raise UsageError(f"--skip-modules {wanted.skip_modules} leaves nothing to quantise")
+    bits |= {module: 8 for module in SENSITIVE if module in bits}
+    floating = named_modules(wanted.float_activations, modules, "--float-activations")
+    wide = [module for module in floating if bits.get(module) == 8]
+    if wide:
+        raise UsageError(
+            f"--float-activations: {wide[0]} has 8 bits, which are a hundred times slower so; leave it as it is with "
+            "--skip-modules instead"
+        )
+    block = wanted.block_size or DEFAULT_BLOCK
+    return GraphRecipe(quant, block, bits, tuple(module for module in floating if module in bits))
+
+
+def _frequencies(source: Source, tied: bool) -> "tuple[np.ndarray, float]":
     """Inverse frequencies ``[F]`` and attention scaling, as the torch model computes them."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     from pos2d.hf import configuration_pos2d
 
-    config = getattr(configuration_pos2d, f"{CLASS_NAMES[checkpoint.sizes.family]}Config").from_pretrained(
-        checkpoint.directory
-    )
+    kind = getattr(configuration_pos2d, f"{CLASS_NAMES[source.base.sizes.family]}Config")
+    config = kind.from_dict(baked_config(source.base, source.spec, "float32", tied))
     rotary = LlamaRotaryEmbedding(config)  # the other families' class is the same code
     return rotary.inv_freq.numpy(), float(rotary.attention_scaling)
 
 
-def _lazy_tensor(checkpoint: Checkpoint, name: str) -> "ir.LazyTensor":
-    """A tensor that is read when the graph is written, and forgotten after."""
-    import onnx_ir as ir
-    from safetensors import safe_open
-
-    place = checkpoint.tensors[name]
-
-    def read() -> "ir.TensorProtocol":
-        with safe_open(checkpoint.directory / place.file, framework="pt") as reader:
-            return ir.tensor(reader.get_tensor(name).float().numpy(), name=name)
-
-    return ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(place.shape), name=name)
-
-
-def _save(model: "ir.Model", target: Path) -> None:
-    import onnx_ir as ir
-
-    weights = sum(1 for value in model.graph.initializers.values() if isinstance(value.const_value, ir.LazyTensor))
-    with Progress("writing weights", weights) as progress:
-        ir.save(
-            model,
-            target / GRAPH_FILE,
-            external_data=DATA_FILE,
-            size_threshold_bytes=1024,
-            alignment=4096,
-            callback=lambda _tensor, _info: progress.advance(),
-        )
-
-
-def _describe(model: "ir.Model") -> dict[str, Any]:
-    """File names, opsets, number of nodes, every input and output with its type and shape (strings are named ones)."""
+def _describe(model: "ir.Model") -> Mapping[str, Any]:
+    """Opsets, number of nodes, every input and output with its type and shape (strings are named ones)."""
 
     def describe(value: "ir.Value") -> dict[str, Any]:
         dims = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ()]
@@ -81,8 +119,6 @@ def _describe(model: "ir.Model") -> dict[str, Any]:
         return {"name": value.name, "dtype": dtype, "shape": dims}
 
     return {
-        "file": GRAPH_FILE,
-        "data": DATA_FILE,
         "opsets": dict(model.opset_imports),
         "nodes": len(model.graph),
         "inputs": [describe(value) for value in model.graph.inputs],

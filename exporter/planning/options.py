@@ -1,13 +1,14 @@
 """Every format that a base or an artifact can take, with its needs and the commands that lead there."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 from exporter.checkpoint import Checkpoint, read_config, torch_name
 from exporter.companions import COMPANIONS
+from exporter.graphs.weights import DATA_FILE
 from exporter.planning.graph_sizes import graph_sizes
 from pos2d.families import Dimensions, expected_tensors
 from pos2d.footprint import (
@@ -20,11 +21,13 @@ from pos2d.footprint import (
     disk_bytes,
     memory,
 )
-from pos2d.manifest import read_manifest
+from pos2d.graph_footprint import data_bytes
+from pos2d.graph_recipe import BITS
+from pos2d.manifest import FILE_NAME, Manifest, read_manifest
 from pos2d.recipe import Quant, QuantRecipe
 
 DTYPES = ("float32", "bfloat16", "float16")
-ONNX = Format("onnx", "float32")
+GRAPHS = tuple(Format("onnx", "float32", quant) for quant in (None, *BITS))
 ADAPTER, RATIO, PROMPT = "YOUR_ADAPTER", "YOUR_RATIO", "YOUR_PROMPT"
 
 
@@ -58,12 +61,15 @@ class Subject:
     work: Workload
     on_card: bool
 
-    def option(self, form: Format, disk: int, commands: Sequence[Sequence[str]], note: str = "") -> Option:
+    def option(
+        self, form: Format, disk: int, commands: Sequence[Sequence[str]], note: str = "", more: int = 0
+    ) -> Option:
+        """``more``: see :func:`pos2d.footprint.memory`."""
         return Option(
             name=form.name,
             form=form,
             disk=disk,
-            ram=memory(self.sizes, form, self.work),
+            ram=memory(self.sizes, form, self.work, more=more),
             vram=None if form.kind == "onnx" else card_memory(self.sizes, form, self.work),
             note=note or ("runs on the CPU only" if form.kind == "onnx" else ""),
             commands=tuple(shlex.join(command) for command in commands),
@@ -87,11 +93,7 @@ def options_of_base(base: Checkpoint, model: str, subject: Subject) -> list[Opti
         else:
             command = [*merge, "--dtype", dtype, "-o", "merged"]
             options.append(subject.option(form, disk_bytes(base.sizes, form) + beside, [command]))
-    for form in quantised(own, base.sizes):
-        command = ["pos2d", "export", *export_flags(form, own), *inputs, "-o", f"bnb-{form.quant}"]
-        options.append(subject.option(form, disk_bytes(base.sizes, form) + beside, [command]))
-    commands = [[*merge, "-o", "merged"], ["pos2d", "export", "merged", *export_flags(ONNX, own), "-o", "onnx"]]
-    return [*options, subject.option(ONNX, disk_bytes(base.sizes, ONNX) + beside, commands)]
+    return [*options, *exports(inputs, own, beside, subject)]
 
 
 def options_of_artifact(directory: Path, subject: Subject) -> list[Option]:
@@ -99,7 +101,7 @@ def options_of_artifact(directory: Path, subject: Subject) -> list[Option]:
     manifest = read_manifest(directory)
     run = ["pos2d", "run", str(directory), "--prompt", PROMPT]
     if manifest.kind == "onnx":
-        return [subject.option(ONNX, manifest.total_bytes, [run], "this artifact; runs on the CPU only")]
+        return [_own_graph(manifest, run, subject)]
     run += ["--device", "cuda" if subject.on_card else "cpu"]
     if manifest.quant is not None:
         # 8 bits on the CPU are computed in bfloat16, whatever the rest is stored in.
@@ -113,11 +115,25 @@ def options_of_artifact(directory: Path, subject: Subject) -> list[Option]:
             note = f"this artifact, computed in {dtype}"
             options.append(subject.option(form, manifest.total_bytes, [command], note))
     beside = sum(facts["bytes"] for name, facts in manifest.files.items() if name in COMPANIONS)
-    for form in (*quantised(manifest.dtype, subject.sizes), ONNX):
+    return [*options, *exports([str(directory)], manifest.dtype, beside, subject)]
+
+
+def exports(inputs: Sequence[str], own: str, beside: int, subject: Subject) -> Iterator[Option]:
+    """What ``export`` makes of ``inputs``, with weights in ``own``; ``beside``: bytes of tokenizer and settings."""
+    for form in (*quantised(own, subject.sizes), *GRAPHS):
         output = form.kind if form.quant is None else f"{form.kind}-{form.quant}"
-        command = ["pos2d", "export", str(directory), *export_flags(form, manifest.dtype), "-o", output]
-        options.append(subject.option(form, disk_bytes(subject.sizes, form) + beside, [command]))
-    return options
+        command = ["pos2d", "export", *inputs, *export_flags(form, own), "-o", output]
+        yield subject.option(form, disk_bytes(subject.sizes, form) + beside, [command])
+
+
+def _own_graph(manifest: Manifest, run: Sequence[str], subject: Subject) -> Option:
+    """An ONNX artifact, whose layers may be quantised otherwise than its format says."""
+    form = Format("onnx", manifest.dtype, manifest.graph_quant.name if manifest.graph_quant is not None else None)
+    usual = data_bytes(subject.sizes, form.width, form.graph_quant)
+    # Half precision runs on a card, where nobody has measured it.
+    note = "this artifact; runs on the CPU only" if form.width == 4 else "this artifact; not measured on a card"
+    more = manifest.files[DATA_FILE]["bytes"] - usual
+    return subject.option(form, manifest.total_bytes, [run], note, more)
 
 
 def artifact_sizes(directory: Path) -> tuple[Dimensions, str]:
@@ -129,7 +145,7 @@ def artifact_sizes(directory: Path) -> tuple[Dimensions, str]:
     manifest = read_manifest(directory)
     what = f"{manifest.kind} artifact, {manifest.dtype}"
     if manifest.kind == "onnx":
-        return graph_sizes(directory, manifest), what
+        return graph_sizes(manifest, str(directory / FILE_NAME)), what
     return Dimensions.from_config(read_config(directory), str(directory / "config.json")), what
 
 
@@ -140,9 +156,10 @@ def own_dtype(base: Checkpoint) -> str:
 
 def export_flags(form: Format, own: str) -> list[str]:
     """Of an export of weights in ``own``."""
-    if form.quant is None:
-        return ["--format", form.kind]
-    return ["--format", form.kind, "--quant", form.quant, *(["--dtype", form.dtype] if form.dtype != own else [])]
+    quant = [] if form.quant is None else ["--quant", form.quant]
+    if form.kind == "onnx":
+        return quant
+    return ["--format", form.kind, *quant, *(["--dtype", form.dtype] if form.dtype != own else [])]
 
 
 def quantised(own: str, sizes: Dimensions) -> list[Format]:

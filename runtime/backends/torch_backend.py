@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pos2d.errors import UsageError
+from pos2d.footprint import PREFILL_ROWS
 from pos2d.layout import Bools, Ints
 from pos2d.manifest import Manifest
 from pos2d.quiet import quietly
@@ -28,9 +29,12 @@ from runtime.options import LoadOptions
 class TorchBackend:
     """One decoder on one device, or spread over several: ``homes`` says which of its modules are where."""
 
+    piece = PREFILL_ROWS
+
     def __init__(self, model: PreTrainedModel, homes: Homes) -> None:
         self._model = model
         self._device = place_of(homes)("model.embed_tokens")
+        self.device = self._device.type
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
         foreign = bnb_layers(model)
         self._talks = bool(foreign)
@@ -69,6 +73,9 @@ class TorchBackend:
 
             model = dispatch_model(model, device_map=homes)
         return cls(model, homes)
+
+    def expect_branches(self, count: int) -> None:
+        """Nothing: one model does it all."""
 
     def new_cache(self, capacity: int) -> Cache:
         return GraphedCache(capacity) if self._graphed else GrowingCache(capacity)

@@ -1,0 +1,1 @@
+"""The decoder as ONNX graphs over one file of weights."""
