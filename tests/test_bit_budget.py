@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,13 @@ def test_the_ends_are_all_4_and_all_8_bits(source: Source) -> None:
 
 
 def test_less_than_the_least_is_refused_with_the_least(source: Source) -> None:
-    least = budgets(source)[0]
+    (few, nbytes), merged = planned(source, "int4"), plan_merge(source.base, source.adapters, "float32")
+    narrow = replace(few, bits=dict.fromkeys(few.bits, 4))
+    least = lay_out_weights(merged, source.base.sizes, "float32", narrow).nbytes
+    assert least < nbytes
+    # The head gives up its 8 bits before anything is refused.
+    for budget in (least, nbytes - 1):
+        assert planned(source, "auto", budget)[0].bits == narrow.bits
     with pytest.raises(UsageError, match=f"give at least {least} bytes"):
         planned(source, "auto", least - 1)
     with pytest.raises(UsageError, match="cannot be read"):

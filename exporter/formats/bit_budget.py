@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from exporter.checkpoint import SAFETENSORS_NAMES
+from exporter.checkpoint import LM_HEAD, SAFETENSORS_NAMES
 from exporter.formats.encodings import BlockBits
 from exporter.formats.writing import exact_rows
 from exporter.graphs.weights import SIDE_BY_SIDE, lay_out_weights
@@ -44,7 +44,8 @@ class Sensitivity:
 def spend(source: Source, plan: MergePlan, recipe: GraphRecipe, dtype: str, target_size: str) -> GraphRecipe:
     """``recipe`` with 8 bits for as many layers as the file of weights has room for in ``target_size``.
 
-    Layers with float activations keep 4 bits: with 8 they could not have them.
+    Layers with float activations keep 4 bits: with 8 they could not have them. The head is the first to get 8, whatever
+    it costs, and has 4 only where nothing else fits.
 
     Raises:
         UsageError: a size that cannot be read, or in which not even ``recipe`` itself has room.
@@ -53,11 +54,14 @@ def spend(source: Source, plan: MergePlan, recipe: GraphRecipe, dtype: str, targ
     budget = parse_size(target_size, "--target-size")
     units = units_of([m for m, bits in recipe.bits.items() if bits == 4 and m not in recipe.float_activations])
 
-    def size_of(widened: Sequence[Unit]) -> int:
-        return lay_out_weights(plan, source.base.sizes, dtype, widen(recipe, widened)).nbytes
+    def size_of(widened: Sequence[Unit], of: GraphRecipe = recipe) -> int:
+        return lay_out_weights(plan, source.base.sizes, dtype, widen(of, widened)).nbytes
 
-    least = size_of(())
-    if budget < least:
+    if budget < size_of(()):
+        narrow = replace(recipe, bits={**recipe.bits, **({LM_HEAD: 4} if LM_HEAD in recipe.bits else {})})
+        least = size_of((), narrow)
+        if budget >= least:
+            return narrow
         raise UsageError(
             f"--target-size {target_size} is less than the weights take with 4 bits; give at least {least} bytes "
             f"({size_text(least)}), or another --block-size"
