@@ -138,17 +138,18 @@ def _source(
 def _report(output: Path, format: str, manifest: Manifest, source: Source, seconds: float) -> ExportReport:
     quantised = QuantTotals(**manifest.ledger["totals"]) if manifest.ledger is not None else None
     graph = manifest.graph_quant
+    recipe = manifest.quant or graph
     return ExportReport(
         output=str(output),
         format=format,
-        quant=next((recipe.name for recipe in (manifest.quant, manifest.graph_quant) if recipe is not None), None),
+        quant=None if recipe is None else recipe.name,
         bytes=manifest.total_bytes,
         seconds=seconds,
         parity=manifest.parity,
         quantised=quantised,
         bits=None if graph is None else {bits: list(graph.bits.values()).count(bits) for bits in (4, 8)},
         weights_bytes=None if manifest.graph is None else manifest.files[manifest.graph["data"]]["bytes"],
-        warnings=() if quantised is None else tuple(_warnings(source)),
+        warnings=(*source.warnings, *(() if quantised is None else _lost_before(source))),
     )
 
 
@@ -194,9 +195,8 @@ def _manifest(source: Source, staging: Path, **facts: Any) -> Manifest:
     )
 
 
-def _warnings(source: Source) -> Iterator[str]:
-    """What was taken unsaid, and what was lost before the weights came here."""
-    yield from source.warnings
+def _lost_before(source: Source) -> Iterator[str]:
+    """What of an adapter was lost before the weights came here."""
     retention = source.retention
     if retention is not None and abs(retention - 1) > 1 - RETENTION_THRESHOLD:
         yield (

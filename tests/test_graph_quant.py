@@ -178,6 +178,16 @@ def test_float16_halves_what_is_not_quantised(qwen2: Golden, artifact_of: Artifa
     np.testing.assert_allclose(logits, qwen2.tensors["single.logits"], rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("quant", [None, "int8"])
+def test_positions_that_nobody_named_are_said(qwen2: Golden, quant: str | None, tmp_path: Path) -> None:
+    """Graphs of another ratio than the training's look right with one branch and are nonsense with several."""
+    sources: dict[str, Any] = {"base_model": qwen2.path / "base", "lora": qwen2.path / "lora.pth"}
+    report = exporter.export(None, tmp_path / "taken", quant=quant, no_verify=True, **sources)
+    assert "no positions were named" in " ".join(report.warnings)
+    report = exporter.export(None, tmp_path / "named", quant=quant, no_verify=True, rope_2d_ratio=0.5, **sources)
+    assert not report.warnings
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
