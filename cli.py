@@ -109,7 +109,7 @@ def export(as_json: bool, **flags: Any) -> None:
     """Turn a MERGED directory into ONNX graphs that take pos2d, or into a bitsandbytes checkpoint.
 
     Both also start from --base-model and --lora: then the exact sum is stored or quantised, before any rounding. A
-    float32 graph of a MERGED directory is held against it before it is kept, a quantised one against float activations.
+    graph of a MERGED directory is held against it before it is kept, a quantised one against float activations.
     """
     import exporter
 

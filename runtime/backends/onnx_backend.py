@@ -38,14 +38,14 @@ class OnnxBackend:
                 f"{directory} is an ONNX artifact; --quant, --int8-kernel, --attn-implementation, --device-map and "
                 "--max-memory are for merged and bnb ones"
             )
-        self.device = self._device = _device(options.device, manifest.dtype)
-        if self._device == "cuda":
+        self.device = _device(options.device, manifest.dtype)
+        if self.device == "cuda":
             onnx_cuda.check_card()
-        self.fixed_steps = self._device == "cuda"
+        self.fixed_steps = self.device == "cuda"
         self._unrecorded = unrecorded()
         check_memory(directory, manifest, manifest.dtype)
         graph = manifest.graph or {}
-        self.graphs = OnnxGraphs(directory, graph["graphs"], self._device)
+        self.graphs = OnnxGraphs(directory, graph["graphs"], self.device)
         self._context_length = manifest.context_length
         self._vocab = manifest.vocab_size
         self._dtype = manifest.dtype
@@ -69,7 +69,7 @@ class OnnxBackend:
         return self._cache(0, batch)
 
     def _cache(self, capacity: int, batch: int) -> OnnxCache:
-        return OnnxCache(self._cache_shapes, self._dtype, self._device, capacity, batch)
+        return OnnxCache(self._cache_shapes, self._dtype, self.device, capacity, batch)
 
     def forward(
         self,
