@@ -1,6 +1,7 @@
 """The draws of one branch."""
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -26,8 +27,13 @@ class Sampler:
         self.end_tokens = end_tokens
         self.max_new_tokens = sampling.max_new_tokens
         self._count = 0
-        self._random = np.random.default_rng(np.random.SeedSequence(sampling.seed, spawn_key=tuple(stream)))
+        self._stream = tuple(stream)
         self._seen = set(prompt_ids)
+
+    @cached_property
+    def _random(self) -> "np.random.Generator":
+        # Greedy answers never come here: numpy.random is a library of its own, and is only loaded when it is touched.
+        return np.random.default_rng(np.random.SeedSequence(self.sampling.seed, spawn_key=self._stream))
 
     def choose(self, logits: Floats) -> tuple[int, float | None]:
         """A token id from logits ``[V]``, and the logarithm of its probability where the options ask for it."""
