@@ -103,6 +103,7 @@ def merge(as_json: bool, **flags: Any) -> None:
 )
 @shard_option
 @click.option("--no-verify", is_flag=True, help="Of onnx: skip the closing check, which is what verify does.")
+@click.option("--no-calibration", is_flag=True, help="Of onnx: round every value for itself: much faster, and worse.")
 @force_option
 @json_option
 def export(as_json: bool, **flags: Any) -> None:

@@ -46,7 +46,9 @@ quantising_options = with_options(
         help="Of onnx: int8, int4, or auto, which fills --target-size; of bnb: 8bit or nf4.",
     ),
     click.option(
-        "--block-size", type=int, help="Of onnx: inputs that share a scale: 16, 32, 64, 128 or 256.  [default: 32]"
+        "--block-size",
+        type=int,
+        help="Of onnx: inputs that share a scale: 16, 32, 64, 128 or 256.  [default: 128 for calibrated int4, else 32]",
     ),
     click.option(
         "--skip-modules",

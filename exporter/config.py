@@ -1,6 +1,6 @@
 """What a merged directory says about itself to transformers."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exporter.base import rope_settings
 from exporter.checkpoint import Checkpoint
@@ -8,6 +8,9 @@ from exporter.companions import GENERATION_SETTINGS, read_settings
 from pos2d.errors import InputError
 from pos2d.families import CLASS_NAMES, MODEL_TYPE_PREFIX
 from pos2d.spec import Rope2DSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def baked_config(base: Checkpoint, spec: Rope2DSpec, dtype: str, tied: bool) -> dict[str, Any]:
@@ -35,6 +38,15 @@ def baked_config(base: Checkpoint, spec: Rope2DSpec, dtype: str, tied: bool) -> 
         "rope_scaling": rope if rope["rope_type"] != "default" else None,
         "rope_2d": spec.to_dict(),
     }
+
+
+def model_config(base: Checkpoint, spec: Rope2DSpec, tied: bool) -> "PretrainedConfig":
+    """The configuration of the merged model in float32, as transformers has it in memory."""
+    from pos2d.hf import configuration_pos2d
+
+    kind = getattr(configuration_pos2d, f"{CLASS_NAMES[base.sizes.family]}Config")
+    config: PretrainedConfig = kind.from_dict(baked_config(base, spec, "float32", tied))
+    return config
 
 
 def end_tokens(base: Checkpoint) -> tuple[int, ...]:

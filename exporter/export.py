@@ -85,6 +85,7 @@ def export(
     dtype: str = "auto",
     max_shard_size: str | None = None,
     no_verify: bool = False,
+    no_calibration: bool = False,
     force: bool = False,
 ) -> ExportReport:
     """Write ``output`` from a merged directory, or from ``base_model`` and ``lora``: then the exact sum is quantised.
@@ -102,9 +103,8 @@ def export(
     started = time.monotonic()
     output = Path(output)
     positions = TrainedPositions(rope_2d_ratio, pair_indices, no_patch_rope, branch_stride, align_to)
-    wanted = Wanted(
-        format, quant, block_size, skip_modules, float_activations, target_size, dtype, max_shard_size, no_verify
-    )
+    what = (format, quant, block_size, skip_modules, float_activations, target_size, dtype, max_shard_size)
+    wanted = Wanted(*what, no_verify, no_calibration)
     if (merged is None) == (base_model is None):
         raise UsageError("give either a MERGED directory or --base-model with --lora")
     check_output(output, force=force)

@@ -122,13 +122,15 @@ def sha256_of(file: TensorFile, name: str, place: TensorPlace) -> str:
     return digest.hexdigest()
 
 
-def row_blocks(file: TensorFile, name: str, place: TensorPlace) -> "Iterator[tuple[slice, memoryview, torch.Tensor]]":
+def row_blocks(
+    file: TensorFile, name: str, place: TensorPlace, elements: int = BLOCK_ELEMENTS
+) -> "Iterator[tuple[slice, memoryview, torch.Tensor]]":
     """Rows of a tensor, their bytes, and their values in float64; the bytes are good until the next block."""
     import torch
 
     dtype, size = DTYPES[place.dtype]
     columns = place.shape[1] if len(place.shape) > 1 else 1
-    height = max(1, BLOCK_ELEMENTS // columns)
+    height = max(1, elements // columns)
     buffer = memoryview(bytearray(min(height, place.shape[0]) * columns * size))
     for start in range(0, place.shape[0], height):
         rows = slice(start, min(start + height, place.shape[0]))

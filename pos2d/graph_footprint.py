@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from math import exp, prod
 
 from pos2d.families import Dimensions, expected_tensors
-from pos2d.graph_recipe import BITS, GraphQuant
+from pos2d.graph_recipe import BITS, DEFAULT_BLOCKS, GraphQuant
 
-# As the export lays them out: inputs that share a scale, the least of them in a table that is looked up, the beginnings
-# of large and small tensors, and the layers that are one product.
-BLOCK, MIN_BLOCK = 32, 16
+# As the export lays them out: the least inputs that share a scale in a table that is looked up, the beginnings of large
+# and small tensors, and the layers that are one product.
+MIN_BLOCK = 16
 PAGE, LINE = 4096, 64
 SIDE_BY_SIDE = {"q_proj": "q_k_v_proj", "k_proj": "q_k_v_proj", "v_proj": "q_k_v_proj"} | dict.fromkeys(
     ("gate_proj", "up_proj"), "gate_up_proj"
@@ -112,10 +112,10 @@ def _blocks(name: str, sizes: Dimensions, quant: GraphQuant | None) -> tuple[int
     if quant is None or not (name.endswith("_proj.weight") or name in (EMBEDDING, HEAD)):
         return None
     if name == EMBEDDING:
-        block = min(BLOCK, sizes.hidden & -sizes.hidden)
+        block = min(DEFAULT_BLOCKS[quant], sizes.hidden & -sizes.hidden)
         return (8, block) if block >= MIN_BLOCK else None
     # "auto" spends at least 4 bits.
-    return (8 if name == HEAD else BITS.get(quant, 4)), BLOCK
+    return (8 if name == HEAD else BITS.get(quant, 4)), DEFAULT_BLOCKS[quant]
 
 
 def _packed(tensor: Stored, width: int) -> int:

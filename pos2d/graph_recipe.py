@@ -10,6 +10,10 @@ GraphQuant = Literal["int8", "int4", "auto"]
 # Of most layers; with "auto", of those that get no more.
 BITS: Mapping[GraphQuant, int] = {"int8": 8, "int4": 4, "auto": 4}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+# Products of larger blocks are faster, and calibration more than pays for what they cost 4 bits; "auto" is for the best
+# model of a size, which has small ones (benchmarks/nbits.py).
+DEFAULT_BLOCKS: Mapping[GraphQuant, int] = {"int8": 32, "int4": 128, "auto": 32}
+UNCALIBRATED_BLOCK = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +22,7 @@ class GraphRecipe:
 
     ``bits`` names every quantised layer and has 4 or 8 for it; all others keep the type of the graph. The layers of
     ``float_activations`` multiply with float activations, the others round these to 8 bits, block by block, as well
-    (accuracy level 4).
+    (accuracy level 4). ``calibrated``: errors are made up for in the layers' other columns (GPTQ), in all but the head.
 
     Raises:
         InputError: another name, block size or number of bits.
@@ -28,6 +32,7 @@ class GraphRecipe:
     block_size: int
     bits: Mapping[str, int] = field(default_factory=dict)
     float_activations: tuple[str, ...] = ()
+    calibrated: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in get_args(GraphQuant):

@@ -13,7 +13,7 @@ from pos2d.spec import Rope2DSpec
 
 Kind = Literal["merged", "bnb", "onnx"]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 FILE_NAME = "manifest.json"
 
 

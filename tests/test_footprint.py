@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 import exporter
 import runtime
 from exporter.checkpoint import EMBEDDING
-from exporter.formats import onnx
 from exporter.graphs import weights as graph_weights
 from exporter.graphs.weights import DATA_FILE
 from exporter.plan import PlanReport
@@ -129,8 +128,8 @@ def test_the_disk_of_a_graph(family: tuple[Path, Path], quant: Any, dtype: str, 
 
 
 def test_a_graph_is_laid_out_as_the_export_does_it() -> None:
-    theirs = (onnx.DEFAULT_BLOCK, graph_weights.MIN_BLOCK, graph_weights.PAGE, graph_weights.LINE)
-    assert theirs == (graph_footprint.BLOCK, graph_footprint.MIN_BLOCK, graph_footprint.PAGE, graph_footprint.LINE)
+    theirs = (graph_weights.MIN_BLOCK, graph_weights.PAGE, graph_weights.LINE)
+    assert theirs == (graph_footprint.MIN_BLOCK, graph_footprint.PAGE, graph_footprint.LINE)
     # Rows of 56 values are no blocks that can be looked up, so a tied head and its table stay as they are.
     odd = replace(LARGE, hidden=56, tied=True)
     blocks = {tensor.name: tensor.blocks for tensor in graph_footprint.stored(odd, 4, "int4")}

@@ -6,11 +6,13 @@ rows in any order. What it returns is what a loader will compute with, in float6
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from exporter.checkpoint import DTYPES
+from exporter.formats.gptq import Curvature, quantise_compensated
 from exporter.formats.nbits import dequantise, quantise
 from exporter.merging.rounding import round_nearest
+from exporter.tensors import BLOCK_ELEMENTS
 from pos2d.int8 import STEPS, quantise_rows
 from pos2d.quiet import bitsandbytes
 from pos2d.recipe import NF4_BLOCK
@@ -24,6 +26,8 @@ Write = Callable[[str, int, memoryview], None]
 
 
 class Encoding(Protocol):
+    elements: ClassVar[int]  # values that it best gets at once
+
     def outputs(self, name: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
         """Safetensors type and shape of every tensor that is written for tensor ``name``."""
 
@@ -38,6 +42,7 @@ class Encoding(Protocol):
 class Rounded:
     """The nearest values of ``dtype`` (safetensors' name)."""
 
+    elements: ClassVar[int] = BLOCK_ELEMENTS
     dtype: str
 
     def outputs(self, name: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
@@ -58,6 +63,8 @@ class Rounded:
 class Int8Rows:
     """bitsandbytes' own format: int8 ``[out, in]``, the largest magnitude of each row in float32 ``[out]``, and the
     number 0, its name for plain rows."""
+
+    elements: ClassVar[int] = BLOCK_ELEMENTS
 
     def outputs(self, name: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
         return {
@@ -81,6 +88,7 @@ class Nf4Blocks:
     """bitsandbytes' own format: two values a byte, the largest magnitude of each block in float32, the 16 values of the
     code, and a note of type and shape. Rows are whole blocks; ``dtype`` is torch's name of the type to compute in."""
 
+    elements: ClassVar[int] = BLOCK_ELEMENTS
     dtype: str
 
     def outputs(self, name: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
@@ -125,6 +133,7 @@ class BlockBits:
     """ONNX Runtime's own format: ``bits`` a value, in blocks of ``block`` inputs of a row, each with a scale of type
     ``scales`` (safetensors' name)."""
 
+    elements: ClassVar[int] = BLOCK_ELEMENTS
     bits: int
     block: int
     scales: str
@@ -139,7 +148,7 @@ class BlockBits:
     def encode(self, name: str, first: int, exact: "torch.Tensor", write: Write) -> "torch.Tensor":
         import torch
 
-        packed, wide = quantise(exact.float(), self.bits, self.block)
+        packed, wide = self._quantise(exact.float())
         scales = round_nearest(wide.double(), getattr(torch, DTYPES[self.scales][0]))
         write(name, first * packed[0].numel(), _bytes(packed))
         write(_beside(name, "scales"), first * scales[0].numel() * scales.itemsize, _bytes(scales))
@@ -147,6 +156,20 @@ class BlockBits:
 
     def finish(self, name: str, shape: Shape, write: Write) -> None:
         pass
+
+    def _quantise(self, values: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        return quantise(values, self.bits, self.block)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompensatedBlockBits(BlockBits):
+    """The same format, with errors where the layer's inputs hardly see them."""
+
+    elements: ClassVar[int] = 1 << 21  # it goes column by column, so that few rows take as long as many
+    curvature: Curvature
+
+    def _quantise(self, values: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        return quantise_compensated(values, self.bits, self.block, self.curvature)
 
 
 def _beside(name: str, what: str) -> str:

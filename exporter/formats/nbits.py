@@ -20,19 +20,13 @@ STEPS = {4: (8.0,), 8: SEARCHED[8]}
 
 
 def quantise(
-    values: "torch.Tensor",
-    bits: int,
-    block: int,
-    steps: tuple[float, ...] | None = None,
-    importance: "torch.Tensor | None" = None,
+    values: "torch.Tensor", bits: int, block: int, steps: tuple[float, ...] = ()
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     """Uint8 ``[rows, blocks, block * bits / 8]`` and float32 ``[rows, blocks]`` of float32 ``[rows, columns]``.
 
     Of 4 bits, the first of two values is in a byte's low half. The last block of a row ends with zeros.
-    The scale is the one with the least squared error of those that ``steps`` lead to; a single one is taken as it is:
-    ``(2 ** (bits - 1),)`` rounds to nearest without a search. ``importance``, positive float32 ``[columns]``, weighs
-    the errors of each column, as the mean squares of a layer's inputs do. Unless given, ``steps`` are :data:`SEARCHED`
-    with it and :data:`STEPS` without.
+    The scale is the one with the least squared error of those that ``steps`` (unless given, :data:`STEPS`) lead to; a
+    single one is taken as it is: ``(2 ** (bits - 1),)`` rounds to nearest without a search.
     """
     import torch
     from torch.nn.functional import pad
@@ -41,22 +35,20 @@ def quantise(
     blocks = -(-columns // block)
     packed = torch.empty(rows, blocks, block * bits // 8, dtype=torch.uint8)
     scales = torch.empty(rows, blocks)
-    steps = steps or (STEPS if importance is None else SEARCHED)[bits]
     some = max(1, PIECE // max(columns, 1))
-    weights = None
-    if importance is not None:
-        mean = importance.mean()
-        weights = pad(importance / mean, (0, blocks * block - columns), value=1.0).reshape(-1, block).T
     parts = (torch.split(tensor, some) for tensor in (values, packed, scales))
     for piece, bytes_, found in zip(*parts, strict=True):
         # Blocks side by side: what is summed over a block is then added up row by row.
         turned = pad(piece, (0, blocks * block - columns)).reshape(-1, block).T.contiguous()
-        here = None if weights is None else weights.repeat(1, len(piece))
-        q, scale = _quantise_blocks(turned, bits, steps, here)
-        q = q.T.contiguous()
-        bytes_.copy_((q[:, ::2] | q[:, 1::2] << 4 if bits == 4 else q).reshape(bytes_.shape))
+        q, scale = quantise_blocks(turned, bits, steps or STEPS[bits])
+        bytes_.copy_(pack(q.T.contiguous(), bits).reshape(bytes_.shape))
         found.copy_(scale.reshape(found.shape))
     return packed, scales
+
+
+def pack(q: "torch.Tensor", bits: int) -> "torch.Tensor":
+    """Uint8 values as they are stored, along the last axis."""
+    return q[..., ::2] | q[..., 1::2] << 4 if bits == 4 else q
 
 
 def dequantise(packed: "torch.Tensor", scales: "torch.Tensor", bits: int, columns: int) -> "torch.Tensor":
@@ -69,10 +61,10 @@ def dequantise(packed: "torch.Tensor", scales: "torch.Tensor", bits: int, column
     return values.flatten(1)[:, :columns]
 
 
-def _quantise_blocks(
-    values: "torch.Tensor", bits: int, steps: tuple[float, ...], weights: "torch.Tensor | None"
+def quantise_blocks(
+    values: "torch.Tensor", bits: int, steps: tuple[float, ...], weights: "torch.Tensor | None" = None
 ) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Uint8 ``[block, n]`` and float32 ``[n]`` of float32 ``[block, n]``, with weights of their errors."""
+    """Uint8 ``[block, n]`` and float32 ``[n]`` of float32 ``[block, n]``; ``weights`` of errors, ``[block, 1]``."""
     import torch
 
     half = 2 ** (bits - 1)

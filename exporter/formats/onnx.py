@@ -6,24 +6,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from exporter.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
-from exporter.config import baked_config
+from exporter.config import model_config
 from exporter.formats.bit_budget import spend
 from exporter.formats.modules import named_modules
 from exporter.formats.totals import QuantTotals
 from exporter.formats.wanted import Wanted
-from exporter.graphs.weights import DATA_FILE, MIN_BLOCK, GraphWeights, embedding_block, lay_out_weights, write_weights
+from exporter.graphs.weights import DATA_FILE, MIN_BLOCK, GraphWeights, embedding_block, lay_out_weights
+from exporter.graphs.writer import write_weights
 from exporter.merging.plan import MergePlan, plan_merge
 from exporter.sources import Source
 from pos2d.errors import UsageError
-from pos2d.families import CLASS_NAMES
-from pos2d.graph_recipe import BITS, GraphQuant, GraphRecipe
+from pos2d.graph_recipe import BITS, DEFAULT_BLOCKS, UNCALIBRATED_BLOCK, GraphQuant, GraphRecipe
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
 GRAPH_FILES = {"causal": "model_causal.onnx", "general": "model.onnx", "batch": "model_batch.onnx"}
-DEFAULT_BLOCK = 32
 # The head decides between tokens: "int4" has 8 bits there (benchmarks/nbits.py has what 4 would cost).
 SENSITIVE = (LM_HEAD,)
 
@@ -57,14 +56,15 @@ def write_onnx(source: Source, plan: OnnxPlan, target: Path) -> tuple[dict[str, 
     """Write graphs and weights into ``target``; returns what a manifest says of the graphs.
 
     Raises:
-        InputError: see :func:`exporter.graphs.weights.write_weights`.
+        InputError: see :func:`exporter.graphs.writer.write_weights`.
     """
     import onnx_ir as ir
 
     from exporter.graphs.attending import ATTENDING
     from exporter.graphs.decoder import build_decoder
 
-    totals = write_weights(source, plan.weights, target)
+    calibrated = plan.recipe is not None and plan.recipe.calibrated
+    totals = write_weights(source, plan.weights, target, calibrated=calibrated)
     sizes = source.base.sizes
     inv_freq, scaling = _frequencies(source, plan.weights.tied)
     graphs = {}
@@ -94,19 +94,17 @@ def _recipe(base: Checkpoint, plan: MergePlan, wanted: Wanted) -> GraphRecipe:
             f"--float-activations: {wide[0]} has 8 bits, which are a hundred times slower so; leave it as it is with "
             "--skip-modules instead"
         )
-    block = wanted.block_size or DEFAULT_BLOCK
-    return GraphRecipe(quant, block, bits, tuple(module for module in floating if module in bits))
+    block = wanted.block_size or (UNCALIBRATED_BLOCK if wanted.no_calibration else DEFAULT_BLOCKS[quant])
+    kept = tuple(module for module in floating if module in bits)
+    return GraphRecipe(quant, block, bits, kept, calibrated=not wanted.no_calibration)
 
 
 def _frequencies(source: Source, tied: bool) -> "tuple[np.ndarray, float]":
     """Inverse frequencies ``[F]`` and attention scaling, as the torch model computes them."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    from pos2d.hf import configuration_pos2d
-
-    kind = getattr(configuration_pos2d, f"{CLASS_NAMES[source.base.sizes.family]}Config")
-    config = kind.from_dict(baked_config(source.base, source.spec, "float32", tied))
-    rotary = LlamaRotaryEmbedding(config)  # the other families' class is the same code
+    # The other families' class is the same code.
+    rotary = LlamaRotaryEmbedding(model_config(source.base, source.spec, tied))
     return rotary.inv_freq.numpy(), float(rotary.attention_scaling)
 
 

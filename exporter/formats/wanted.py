@@ -18,7 +18,8 @@ class Wanted:
 
     ``onnx``: decoders with their KV cache, in ``dtype`` float32 (``auto``) or float16. ``quant``: ``int8``, ``int4`` or
     ``auto``, which spends ``target_size`` where 4 bits cost most; ``block_size`` inputs share a scale (32).
-    ``float_activations``: 4-bit layers whose inputs are not rounded.
+    ``float_activations``: 4-bit layers whose inputs are not rounded. ``no_calibration``: each value is rounded for
+    itself, which is faster and worse.
 
     ``bnb``: a bitsandbytes checkpoint, ``quant`` ``8bit`` or ``nf4``; ``dtype`` is the type of what is not quantised
     (``auto``: each tensor keeps its own).
@@ -39,6 +40,7 @@ class Wanted:
     dtype: str
     max_shard_size: str | None
     no_verify: bool
+    no_calibration: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -54,6 +56,8 @@ class Wanted:
             raise UsageError(f"--format bnb needs --quant {' or '.join(get_args(Quant))}")
         if self.no_verify:
             raise UsageError("--no-verify belongs to --format onnx; eval measures a quantised artifact")
+        if self.no_calibration:
+            raise UsageError("--no-calibration belongs to --format onnx; bitsandbytes' formats know no calibration")
         if self.block_size is not None or self.float_activations or self.target_size is not None:
             raise UsageError("--block-size, --float-activations and --target-size belong to --format onnx")
 
@@ -64,8 +68,10 @@ class Wanted:
             raise UsageError("--max-shard-size belongs to --format bnb; a graph has one file of weights")
         if self.dtype not in ("auto", *GRAPH_DTYPES):
             raise UsageError(f"--format onnx takes --dtype {' or '.join(GRAPH_DTYPES)}")
-        if self.quant is None and (self.block_size or self.skip_modules or self.float_activations):
-            raise UsageError("--block-size, --skip-modules and --float-activations belong to --quant")
+        if self.quant is None and (
+            self.block_size or self.skip_modules or self.float_activations or self.no_calibration
+        ):
+            raise UsageError("--block-size, --skip-modules, --float-activations and --no-calibration belong to --quant")
         if self.block_size is not None and self.block_size not in BLOCK_SIZES:
             raise UsageError(f"--block-size {self.block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
         if (self.target_size is not None) != (self.quant == "auto"):

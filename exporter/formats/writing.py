@@ -8,7 +8,7 @@ from exporter.formats.encodings import Encoding, Rounded, Write
 from exporter.merging.ledger import Tally, tally_of
 from exporter.merging.plan import PlannedTensor
 from exporter.merging.rounding import is_finite
-from exporter.tensors import TensorFile, row_blocks
+from exporter.tensors import BLOCK_ELEMENTS, TensorFile, row_blocks
 from pos2d.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 
 
 def exact_rows(
-    tensor: PlannedTensor, file: TensorFile
+    tensor: PlannedTensor, file: TensorFile, elements: int = BLOCK_ELEMENTS
 ) -> "Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor | None]]":
     """Rows of a tensor: which, the base's values, their sum with what is added, and what is added, all float64.
+
+    About ``elements`` values at once.
 
     Raises:
         InputError: values that are not finite.
     """
     changes = [change.widened() for change in tensor.changes]
-    for rows, _, weight in row_blocks(file, tensor.origin, tensor.source):
+    for rows, _, weight in row_blocks(file, tensor.origin, tensor.source, elements):
         exact, delta = exact_sum(weight, changes, rows) if changes else (weight, None)
         if not is_finite(exact):
             raise InputError(f"tensor {tensor.name} has NaN or infinite values; check the base and the adapter")
@@ -45,7 +47,7 @@ def write_tensor(
 
     name = name or tensor.name
     tally = None if isinstance(encoding, Rounded) else Tally()
-    for rows, weight, exact, delta in exact_rows(tensor, file):
+    for rows, weight, exact, delta in exact_rows(tensor, file, encoding.elements):
         stored: torch.Tensor = encoding.encode(name, first + rows.start, exact, write)
         if not is_finite(stored):
             raise InputError(

@@ -1,24 +1,14 @@
-"""The one file of weights under all graphs of an artifact: laid out first, then written from the exact sums."""
+"""The one file of weights under all graphs of an artifact: what lies where, before any of it is written."""
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 from exporter.checkpoint import EMBEDDING, HEAD, LM_HEAD, SAFETENSORS_NAMES, TensorPlace
 from exporter.formats.encodings import BlockBits, Encoding, Rounded
-from exporter.formats.totals import QuantTotals, totals_of
-from exporter.formats.writing import write_tensor
-from exporter.merging.ledger import Tally
 from exporter.merging.plan import MergePlan, PlannedTensor
-from exporter.sources import Source
-from exporter.tensors import TensorFile, opened, write_at
-from exporter.workers import single_threaded_torch, worker_count
 from pos2d.families import Dimensions
 from pos2d.graph_recipe import GraphRecipe
-from pos2d.progress import Progress
 
 DATA_FILE = "model.onnx.data"
 # Large tensors begin at a page, so that they can be mapped; small ones where a cache line does.
@@ -67,58 +57,6 @@ def lay_out_weights(plan: MergePlan, sizes: Dimensions, dtype: str, recipe: Grap
             end = places[output].offset + nbytes
         weights[name] = GraphWeight(name, shape, tuple(tensors[p] for p in parts), encodings[parts[0]], places)
     return GraphWeights(weights, dtype, plan.tied, end)
-
-
-def write_weights(source: Source, plan: GraphWeights, target: Path) -> QuantTotals:
-    """Write the file into ``target``.
-
-    Raises:
-        InputError: values that are not finite, or a base that changed while it was read.
-    """
-    jobs = [
-        (weight, tensor, first)
-        for weight in plan.weights.values()
-        for tensor, first in zip(weight.parts, _first_rows(weight.parts), strict=True)
-    ]
-    jobs.sort(key=lambda job: -job[1].source.nbytes)  # the largest first: the threads then end together
-    descriptor = os.open(target / DATA_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        os.truncate(descriptor, plan.nbytes)
-        with (
-            Progress("writing weights", plan.nbytes, unit="bytes") as progress,
-            single_threaded_torch(),
-            opened(source.base.directory, {tensor.source.file for _, tensor, _ in jobs}) as files,
-            ThreadPoolExecutor(worker_count()) as workers,
-        ):
-            done = [
-                workers.submit(_write_part, weight, tensor, first, files[tensor.source.file], descriptor, progress)
-                for weight, tensor, first in jobs
-            ]
-            try:
-                tallies = [tally for tally in (future.result() for future in done) if tally is not None]
-            finally:
-                for future in done:
-                    future.cancel()
-    finally:
-        os.close(descriptor)
-    return totals_of(tallies, len(jobs))
-
-
-def _write_part(
-    weight: GraphWeight, tensor: PlannedTensor, first: int, file: TensorFile, descriptor: int, progress: Progress
-) -> Tally | None:
-    def write(name: str, offset: int, data: memoryview) -> None:
-        write_at(descriptor, data, weight.places[name].offset + offset)
-        progress.advance(len(data))
-
-    return write_tensor(tensor, file, weight.encoding, write, name=weight.name, first=first)
-
-
-def _first_rows(parts: Sequence[PlannedTensor]) -> Iterator[int]:
-    first = 0
-    for part in parts:
-        yield first
-        first += part.target.shape[0]
 
 
 def _encoding(tensor: PlannedTensor, dtype: str, recipe: GraphRecipe | None) -> Encoding:
