@@ -1,6 +1,7 @@
 """``run --mode chat`` from a pipe and at a terminal, and the other ways into ``run``."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,11 @@ def piped(artifact: Path, *lines: str, flags: tuple[str, ...] = ("-n", "6")) -> 
     return subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=False)
 
 
+def _heed_ctrl_c() -> None:
+    # A shell starts its background jobs with Ctrl-C ignored, and whatever they start inherits that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def terminal(talking: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Starts a chat at a terminal of its own."""
@@ -49,6 +55,7 @@ def terminal(talking: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
             timeout=60,
             dimensions=(30, columns),
             codec_errors="replace",
+            preexec_fn=_heed_ctrl_c,
         )
         started.append(child)
         child.expect("/help shows the commands")
