@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from exporter.formats import gptq
-from exporter.formats.gptq import Curvature, curvature_of, panels, quantise_compensated
+from exporter.formats.gptq import Curvature, curvature_of, in_panels, quantise_compensated
 from exporter.formats.nbits import SEARCHED, dequantise, quantise
 
 BITS = (4, 8)
@@ -22,7 +22,8 @@ def inputs(columns: int) -> Tensor:
 
 
 def curvature(read: Tensor) -> Curvature:
-    return curvature_of([read[:, panel].T @ read[:, panel] for panel in panels(read.shape[1])])
+    panels = in_panels(read)
+    return curvature_of(panels.transpose(1, 2) @ panels, read.shape[1])
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -46,7 +47,7 @@ def test_what_the_inputs_see_is_less_than_after_rounding(bits: int, columns: int
 def test_inputs_that_know_nothing_of_each_other_are_rounded(bits: int, columns: int) -> None:
     """There is nothing to make up with: what is left is the search for scales."""
     values = drawn(64, columns)
-    found = quantise_compensated(values, bits, 32, curvature_of([torch.eye(columns)]))
+    found = quantise_compensated(values, bits, 32, curvature_of(torch.eye(columns)[None], columns))
     expected = quantise(values, bits, 32, SEARCHED[bits])
     torch.testing.assert_close(found[1], expected[1])
     # The search decides by sums whose last digits differ, and a value may stand halfway.
@@ -57,7 +58,7 @@ def test_columns_that_are_seen_more_are_kept_better() -> None:
     values = drawn(64, 128)
     power = torch.ones(128)
     power[:8] = 1000.0
-    known = curvature_of([power.diag()])
+    known = curvature_of(power.diag()[None], 128)
     error = (dequantise(*quantise_compensated(values, 4, 128, known), 4, 128) - values).square().mean(0)
     plain = (dequantise(*quantise(values, 4, 128, SEARCHED[4]), 4, 128) - values).square().mean(0)
     assert error[:8].mean() < plain[:8].mean()
@@ -72,15 +73,27 @@ def test_rows_do_not_depend_on_each_other(bits: int) -> None:
 
 
 def test_panels_make_up_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is what it would be alone."""
-    monkeypatch.setattr(gptq, "PANEL", 64)
-    values, read = drawn(32, 160), inputs(160)
+    """Each is what it would be alone, also where columns are no multiple of their length."""
+    monkeypatch.setattr(gptq, "PANEL", 300)
+    values, read = drawn(32, 650), inputs(652)[:, :650]
     known = curvature(read)
-    assert [len(factor) for factor in known.factors] == [64, 64, 32]
-    whole = dequantise(*quantise_compensated(values, 4, 32, known), 4, 160)
-    alone = Curvature(known.power[64:128], known.factors[1:2])
-    expected = dequantise(*quantise_compensated(values[:, 64:128], 4, 32, alone), 4, 64)
-    torch.testing.assert_close(whole[:, 64:128], expected)
+    assert known.factors.shape == (3, 256, 256)
+    whole = dequantise(*quantise_compensated(values, 4, 32, known), 4, 650)
+    for number, here in enumerate((slice(0, 256), slice(256, 512), slice(512, 650))):
+        width = len(range(650)[here])
+        alone = Curvature(known.power[here], known.factors[number, None, :width, :width])
+        expected = dequantise(*quantise_compensated(values[:, here], 4, 32, alone), 4, width)
+        torch.testing.assert_close(whole[:, here], expected)
+
+
+def test_factors_are_of_the_inverse() -> None:
+    """What GPTQ is made with: upper, and its square is the inverse of the damped moments."""
+    read = inputs(96).double()
+    moments = (read.T @ read).float()
+    factor = curvature_of(moments[None], 96).factors[0].double()
+    assert torch.equal(factor, factor.triu())
+    damped = moments.double() / moments.diagonal().double().mean() + gptq.DAMPING * torch.eye(96)
+    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(96).double(), atol=1e-3, rtol=0)
 
 
 def test_inputs_and_weights_of_nothing_but_zeros() -> None:

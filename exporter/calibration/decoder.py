@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from exporter.checkpoint import EMBEDDING, HEAD
 from exporter.config import model_config
-from exporter.formats.gptq import Curvature, curvature_of, panels
+from exporter.formats.gptq import Curvature, curvature_of, in_panels
 from exporter.formats.writing import exact_rows
 from exporter.merging.plan import PlannedTensor
 from exporter.sources import Source
@@ -71,7 +70,7 @@ class ExactDecoder:
         prefix = f"model.layers.{number}."
         layer = self._model.layers[number]
         layer.load_state_dict(self._load(prefix), assign=True)
-        moments: dict[str, list[Tensor]] = {}
+        moments: dict[str, Tensor] = {}
         hooks = [
             layer.get_submodule(name).register_forward_pre_hook(lambda _, read, name=name: _add(moments, name, read[0]))
             for name in watched
@@ -82,12 +81,14 @@ class ExactDecoder:
         for hook in hooks:
             hook.remove()
         layer.to("meta")
-        if not all(values.isfinite().all() for values in (*hidden, *chain.from_iterable(moments.values()))):
+        if not all(values.isfinite().all() for values in (*hidden, *moments.values())):
             raise InputError(
                 f"{self._source.base.directory}: block {number} gives values that are not finite in float32; check the "
                 "base and the adapter, or export with --no-calibration"
             )
-        return {name: curvature_of(found) for name, found in moments.items()}
+        columns = [layer.get_submodule(name).in_features for name in moments]
+        with single_threaded_torch():
+            return dict(zip(moments, self._workers.map(curvature_of, moments.values(), columns), strict=True))
 
     @torch.inference_mode()
     def draw(self, hidden: Sequence[Tensor], generator: torch.Generator) -> Tensor:
@@ -147,10 +148,8 @@ def fast_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _add(moments: dict[str, list[Tensor]], name: str, read: Tensor) -> None:
+def _add(moments: dict[str, Tensor], name: str, read: Tensor) -> None:
     """Add what a layer reads to the second moments of its panels."""
-    flat = read.flatten(0, -2)
-    parts = [flat[:, panel] for panel in panels(flat.shape[1])]
-    found = moments.setdefault(name, [torch.zeros(part.shape[1], part.shape[1]) for part in parts])
-    for total, part in zip(found, parts, strict=True):
-        total.addmm_(part.T, part)
+    panels = in_panels(read.flatten(0, -2))
+    found = moments.setdefault(name, torch.zeros(len(panels), panels.shape[2], panels.shape[2]))
+    found.baddbmm_(panels.transpose(1, 2), panels)

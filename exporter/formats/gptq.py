@@ -4,11 +4,11 @@ The method is GPTQ (Frantar et al., https://arxiv.org/abs/2210.17323), with the 
 comes. What makes up for what is known from the second moments of the layer's inputs.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from exporter.formats.nbits import SEARCHED, pack, quantise_blocks
+from pos2d.graph_recipe import BLOCK_SIZES
 
 if TYPE_CHECKING:
     import torch
@@ -25,32 +25,42 @@ DAMPING = 0.05
 class Curvature:
     """How much errors in each column of a matrix are seen, and in which other columns they are made up for.
 
-    ``power``: mean square of every input, ``[columns]``, in units of their mean; ``factors``: for every panel of at
-    most :data:`PANEL` columns the upper Cholesky factor of the inverse of its damped second moments.
+    ``power``: mean square of every input, ``[columns]``, in units of their mean; ``factors``: for every panel of
+    columns the upper Cholesky factor of the inverse of its damped second moments, ``[panels, length, length]``.
     """
 
     power: "torch.Tensor"
-    factors: "tuple[torch.Tensor, ...]"
+    factors: "torch.Tensor"
 
 
-def panels(columns: int) -> list[slice]:
-    return [slice(start, min(start + PANEL, columns)) for start in range(0, columns, PANEL)]
+def in_panels(values: "torch.Tensor") -> "torch.Tensor":
+    """Panels of ``[rows, columns]``, equally long and at most :data:`PANEL`: ``[panels, rows, length]``, with zeros for
+    the columns that the last one lacks. All begin where a block does."""
+    from torch.nn.functional import pad
+
+    rows, columns = values.shape
+    count = -(-columns // PANEL)
+    step = max(BLOCK_SIZES) if count > 1 else 1
+    length = -(-columns // (count * step)) * step
+    return pad(values, (0, count * length - columns)).reshape(rows, count, length).transpose(0, 1)
 
 
-def curvature_of(moments: "Sequence[torch.Tensor]") -> Curvature:
-    """From the second moments ``X.T @ X`` of the inputs, float32 and panel by panel."""
+def curvature_of(moments: "torch.Tensor", columns: int) -> Curvature:
+    """From the second moments of :func:`in_panels` of the inputs, float32 ``[panels, length, length]``."""
     import torch
 
-    power = torch.cat([panel.diagonal() for panel in moments])
+    power = moments.diagonal(dim1=1, dim2=2).flatten()[:columns]
     mean = power.mean() if power.any() else torch.ones(())
-    factors = []
-    for panel in moments:
-        # One input may be thousands of times as large as the others, which float32 would not stand twice.
+    factors = torch.empty_like(moments)
+    for panel, factor in zip(moments, factors, strict=True):
+        # One input may be thousands of times as large as the others, which float32 would not stand.
         damped = panel.double() / mean
         damped.diagonal().add_(DAMPING)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        factors.append(torch.linalg.cholesky(inverse, upper=True).float())
-    return Curvature(power / mean + DAMPING, tuple(factors))
+        # Turned over, the inverse of a lower factor is the upper factor of the inverse.
+        lower = torch.linalg.cholesky(damped.flip(0, 1))
+        unit = torch.eye(len(panel), dtype=torch.float64)
+        factor.copy_(torch.linalg.solve_triangular(lower, unit, upper=False).flip(0, 1))
+    return Curvature(power / mean + DAMPING, factors)
 
 
 def quantise_compensated(
@@ -58,26 +68,27 @@ def quantise_compensated(
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     """As :func:`exporter.formats.nbits.quantise`, of float32 ``[rows, columns]``; rows do not depend on each other."""
     import torch
+    from torch.nn.functional import pad
 
     rows, columns = values.shape
     blocks = -(-columns // block)
     half = 2 ** (bits - 1)
-    q = torch.full((blocks * block, rows), half, dtype=torch.uint8)
-    scales = torch.empty(blocks, rows)
-    for panel, factor in zip(panels(columns), curvature.factors, strict=True):
-        # Columns lie in a row each: what is done to one of them is done to neighbours in memory.
-        rest = values[:, panel].T.contiguous()
-        weights = curvature.power[panel, None]
-        for first in range(0, len(rest), block):
-            here = slice(first, min(first + block, len(rest)))
-            scale = quantise_blocks(rest[here], bits, SEARCHED[bits], weights[here])[1]
-            scales[(panel.start + first) // block] = scale
-            _quantise_columns(rest, here, factor, scale, half, q[panel])
-    return pack(q.T.reshape(rows, blocks, block), bits), scales.T.contiguous()
+    # Panels go side by side, and columns lie in a row each: what is done to them is done to neighbours in memory.
+    rest = in_panels(values).permute(2, 0, 1).contiguous()
+    length, panels, _ = rest.shape
+    weights = pad(curvature.power, (0, panels * length - columns)).reshape(panels, length).T[..., None]
+    q = torch.full((-(-length // block) * block, panels, rows), half, dtype=torch.uint8)
+    scales = torch.empty(-(-length // block), panels, rows)
+    for scale, first in zip(scales, range(0, length, block), strict=True):
+        here = slice(first, min(first + block, length))
+        scale.copy_(quantise_blocks(rest[here], bits, SEARCHED[bits], weights[here])[1])
+        _quantise_columns(rest, here, curvature.factors, scale, half, q)
+    whole = q.permute(2, 1, 0).reshape(rows, -1)[:, : blocks * block]
+    return pack(whole.reshape(rows, blocks, block), bits), scales.permute(2, 1, 0).reshape(rows, -1)[:, :blocks]
 
 
 def _quantise_columns(
-    rest: "torch.Tensor", block: slice, factor: "torch.Tensor", scale: "torch.Tensor", half: int, q: "torch.Tensor"
+    rest: "torch.Tensor", block: slice, factors: "torch.Tensor", scale: "torch.Tensor", half: int, q: "torch.Tensor"
 ) -> None:
     """Quantise the columns of ``block``, and change those of ``rest`` that come after them."""
     import torch
@@ -85,12 +96,12 @@ def _quantise_columns(
     divisor = scale.masked_fill(scale == 0, 1.0)
     for first in range(block.start, block.stop, TOGETHER):
         last = min(first + TOGETHER, block.stop)
-        steps, errors = torch.empty(2, last - first, rest.shape[1]).unbind()
-        own = factor.diagonal()[first:last].tolist()
-        for column, step, error, seen in zip(range(first, last), steps, errors, own, strict=True):
-            torch.div(rest[column], divisor, out=step).round_().clamp_(-half, half - 1)
-            torch.addcmul(rest[column], step, scale, value=-1, out=error).div_(seen)
-            if column + 1 < last:
-                rest[column + 1 : last].addr_(factor[column, column + 1 : last], error, alpha=-1)
+        steps, errors = torch.empty(2, last - first, *scale.shape).unbind()
+        own = factors[:, first:last, first:last].permute(1, 2, 0)[..., None].contiguous()
+        for number, (column, step, error) in enumerate(zip(rest[first:last], steps, errors, strict=True)):
+            torch.div(column, divisor, out=step).round_().clamp_(-half, half - 1)
+            torch.addcmul(column, step, scale, value=-1, out=error).div_(own[number, number])
+            rest[first + number + 1 : last].addcmul_(own[number, number + 1 :], error, value=-1)
         q[first:last] = steps.add_(half)
-        rest[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+        for panel, factor in enumerate(factors):
+            rest[last:, panel].addmm_(factor[first:last, last:].T, errors[:, panel], alpha=-1)
