@@ -188,7 +188,14 @@ ROWS = (
     *((4, block, "nearest", 8) for block in (64, 128)),
 )
 # What is exported, calibrated.
-EXPORTED: tuple[tuple[GraphQuant, int], ...] = (("int8", 32), ("int8", 128), ("int4", 32), ("int4", 64), ("int4", 128))
+EXPORTED: tuple[tuple[GraphQuant, int], ...] = (
+    ("int8", 16),
+    ("int8", 32),
+    ("int8", 128),
+    ("int4", 32),
+    ("int4", 64),
+    ("int4", 128),
+)
 # Of the bytes between all layers at 4 bits and all at 8.
 SHARES = (0.25, 0.5)
 
