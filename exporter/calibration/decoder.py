@@ -151,5 +151,6 @@ def fast_products() -> Iterator[None]:
 def _add(moments: dict[str, Tensor], name: str, read: Tensor) -> None:
     """Add what a layer reads to the second moments of its panels."""
     panels = in_panels(read.flatten(0, -2))
-    found = moments.setdefault(name, torch.zeros(len(panels), panels.shape[2], panels.shape[2]))
-    found.baddbmm_(panels.transpose(1, 2), panels)
+    if name not in moments:
+        moments[name] = torch.zeros(len(panels), panels.shape[2], panels.shape[2])
+    moments[name].baddbmm_(panels.transpose(1, 2), panels)

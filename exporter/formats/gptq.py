@@ -68,7 +68,6 @@ def quantise_compensated(
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     """As :func:`exporter.formats.nbits.quantise`, of float32 ``[rows, columns]``; rows do not depend on each other."""
     import torch
-    from torch.nn.functional import pad
 
     rows, columns = values.shape
     blocks = -(-columns // block)
@@ -76,9 +75,9 @@ def quantise_compensated(
     # Panels go side by side, and columns lie in a row each: what is done to them is done to neighbours in memory.
     rest = in_panels(values).permute(2, 0, 1).contiguous()
     length, panels, _ = rest.shape
-    weights = pad(curvature.power, (0, panels * length - columns)).reshape(panels, length).T[..., None]
-    q = torch.full((-(-length // block) * block, panels, rows), half, dtype=torch.uint8)
+    weights = in_panels(curvature.power[None]).permute(2, 0, 1)
     scales = torch.empty(-(-length // block), panels, rows)
+    q = torch.full((len(scales) * block, panels, rows), half, dtype=torch.uint8)
     for scale, first in zip(scales, range(0, length, block), strict=True):
         here = slice(first, min(first + block, length))
         scale.copy_(quantise_blocks(rest[here], bits, SEARCHED[bits], weights[here])[1])
