@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Unpack
 
-import runtime
-from runtime.options import LoadFlags
+from pos2d import runtime
+from pos2d.runtime.backends.options import LoadFlags
 
 Ids = list[list[int]]
 # Seconds of decoding so many columns after prompts.

@@ -16,14 +16,13 @@ from pathlib import Path
 import click
 from columns import Ids
 
-import exporter
-import runtime
+from pos2d import exporter, runtime
 from pos2d.layout import build_layout
+from pos2d.runtime.engine.decode import decode
+from pos2d.runtime.engine.prefix_cache import Prefix
+from pos2d.runtime.engine.sampler import Sampler
+from pos2d.runtime.engine.sampling import Sampling
 from pos2d.spec import Visibility
-from runtime.engine import decode
-from runtime.prefix import Prefix
-from runtime.sampler import Sampler
-from runtime.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "examples" / "demo_data"

@@ -16,8 +16,7 @@ import click
 import numpy as np
 from columns import Ids, Timed, our_engine
 
-import exporter
-import runtime
+from pos2d import exporter, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 

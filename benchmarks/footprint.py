@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHILD = """
 import json, resource, sys
 import numpy as np
-import runtime
+from pos2d import runtime
 path, branches, prompt, new = sys.argv[1], *map(int, sys.argv[2:])
 model = runtime.load(path, device="cpu")
 prompts = np.random.default_rng(0).integers(0, model.manifest.vocab_size, (branches, prompt)).tolist()
@@ -65,14 +65,14 @@ class Row:
 def make_random(place: Path) -> None:
     from random_bases import SHAPES, make_inputs
 
-    import exporter
+    from pos2d import exporter
 
     make_inputs(place, SHAPES["0.5b"])
     exporter.merge(place / "base", place / "lora.pth", place / "artifact")
 
 
 def make_demo(place: Path) -> None:
-    import exporter
+    from pos2d import exporter
 
     lora = ROOT / "examples" / "demo_adapter" / "lora.pth"
     exporter.merge(ROOT / "demo" / "base", lora, place / "artifact", rope_2d_ratio=1.0)
@@ -80,7 +80,7 @@ def make_demo(place: Path) -> None:
 
 def make_export(place: Path, make: Callable[[Path], None] = make_demo, **flags: Any) -> None:
     """A model in another format."""
-    import exporter
+    from pos2d import exporter
 
     (place / "merged").mkdir()
     make(place / "merged")
@@ -138,7 +138,7 @@ def bench(artifact: tuple[str, ...], repeats: int, directory: Path | None, as_js
 
 
 def measure(case: Case, path: Path, repeats: int) -> Row:
-    from exporter.planning.options import artifact_sizes
+    from pos2d.exporter.planning.options import artifact_sizes
 
     sizes, _ = artifact_sizes(path)
     estimate = memory(sizes, ARTIFACTS[case.artifact][0], Workload.of(case.branches, case.context), text=False).peak

@@ -25,12 +25,11 @@ import numpy as np
 from columns import Ids, Timed, our_engine
 from random_bases import SHAPES, make_inputs
 
-import exporter
-import runtime
+from pos2d import exporter, runtime
 from pos2d.layout import build_layout
 from pos2d.manifest import read_manifest
-from runtime.comparison import compare
-from runtime.engine import forward
+from pos2d.runtime.engine.decode import forward
+from pos2d.runtime.evaluation.parity import compare
 
 PEER = "transformers bfloat16"
 ENGINES = (PEER, "transformers int8", "bfloat16", "int8 weight-only", "int8 bnb")
@@ -39,7 +38,7 @@ LOAD = """
 import json, sys
 import psutil, runtime, runtime.backends.torch_backend
 if sys.argv[2] == "bnb":
-    from runtime.backends.linears import bitsandbytes
+    from pos2d.runtime.backends.torch.linears import bitsandbytes
     bitsandbytes()
 before = psutil.Process().memory_info().rss
 runtime.load(sys.argv[1], device="cpu", int8_kernel=sys.argv[2])

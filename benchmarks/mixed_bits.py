@@ -18,8 +18,8 @@ from nbits import ADAPTER, HEAD, LENGTH, ROOT, Study, Tensors, nearest, searched
 from safetensors.torch import load_file
 from torch import nn
 
-import exporter
-from exporter.formats.bit_budget import units_of
+from pos2d import exporter
+from pos2d.exporter.quantisation.allocation import units_of
 
 BLOCK = 32
 SCHEMES = {4: nearest, 8: searched}

@@ -24,13 +24,12 @@ import torch
 from onnx import numpy_helper
 from torch.nn.functional import pad
 
-import exporter
-import runtime
-from exporter.formats.nbits import SEARCHED, dequantise, quantise
-from exporter.formats.onnx import plan_onnx
-from exporter.formats.wanted import Wanted
-from exporter.graphs.weights import DATA_FILE, SIDE_BY_SIDE, embedding_block
-from exporter.sources import from_merged
+from pos2d import exporter, runtime
+from pos2d.exporter.formats.onnx.format import plan_onnx
+from pos2d.exporter.formats.onnx.weight_layout import DATA_FILE, SIDE_BY_SIDE, embedding_block
+from pos2d.exporter.formats.wanted import Wanted
+from pos2d.exporter.quantisation.blockwise import SEARCHED, dequantise, quantise
+from pos2d.exporter.sources.source import from_merged
 from pos2d.graph_recipe import BITS, DEFAULT_BLOCKS, GraphQuant
 
 ROOT = Path(__file__).resolve().parent.parent

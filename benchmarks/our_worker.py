@@ -13,7 +13,7 @@ class Ours:
     """Answers stand side by side behind their prompt, which is their context but for its last token."""
 
     def __init__(self, artifact: Path) -> None:
-        import runtime
+        from pos2d import runtime
 
         self._model = runtime.load(artifact)
 

@@ -20,10 +20,9 @@ from typing import Any, get_args
 import click
 from safetensors.torch import load_file, save_file
 
-import exporter
-import runtime
+from pos2d import exporter, runtime
 from pos2d.recipe import Quant
-from runtime.evaluate import CaseFigures
+from pos2d.runtime.evaluate import CaseFigures
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTER = ROOT / "examples" / "demo_adapter" / "lora.pth"

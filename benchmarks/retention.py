@@ -14,7 +14,7 @@ import torch
 from random_bases import SHAPES, write_config
 from safetensors.torch import load_file, save_file
 
-import exporter
+from pos2d import exporter
 from pos2d.families import expected_tensors
 
 RATIOS = (3e-4, 1e-3, 3e-3, 1e-2)

@@ -120,7 +120,7 @@ def base_answers(
 
 def artifact_answers(artifact: Path, prompts: Sequence[list[int]], limit: int) -> Iterator[tuple[int, list[list[int]]]]:
     """The merged adapter through the public interface of this project."""
-    import runtime
+    from pos2d import runtime
 
     model = runtime.load(artifact)
     for size in BRANCHES:

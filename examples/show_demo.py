@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-import runtime
+from pos2d import runtime
 from pos2d.manifest import read_manifest
 
 ONE = "What is a volcano?"

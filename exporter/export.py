@@ -6,17 +6,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from exporter.companions import copy_companions
-from exporter.formats.bnb import QuantPlan, plan_bnb, write_bnb
-from exporter.formats.closing_check import closing_check
-from exporter.formats.onnx import OnnxPlan, plan_onnx, write_onnx
-from exporter.formats.totals import QuantTotals
-from exporter.formats.wanted import Wanted
-from exporter.merging.ledger import RETENTION_THRESHOLD
-from exporter.merging.preflight import COMPANION_BYTES, check_disk, disk_free
-from exporter.sources import Source, TrainedPositions, from_adapters, from_merged
-from exporter.staging import check_output, file_facts, staged
 from pos2d.errors import UsageError
+from pos2d.exporter.artifact.closing_check import closing_check
+from pos2d.exporter.artifact.sidecars import copy_companions
+from pos2d.exporter.artifact.staging import check_output, file_facts, staged
+from pos2d.exporter.formats.bnb import QuantPlan, plan_bnb, write_bnb
+from pos2d.exporter.formats.onnx.format import OnnxPlan, plan_onnx, write_onnx
+from pos2d.exporter.formats.wanted import Wanted
+from pos2d.exporter.merging.ledger import RETENTION_THRESHOLD
+from pos2d.exporter.merging.preflight import COMPANION_BYTES, check_disk, disk_free
+from pos2d.exporter.quantisation.totals import QuantTotals
+from pos2d.exporter.sources.source import Source, TrainedPositions, from_adapters, from_merged
 from pos2d.manifest import Manifest
 from pos2d.spec import Align
 
@@ -90,15 +90,16 @@ def export(
 ) -> ExportReport:
     """Write ``output`` from a merged directory, or from ``base_model`` and ``lora``: then the exact sum is quantised.
 
-    What the formats are, and which flags each has, stands in :class:`exporter.formats.wanted.Wanted`; the others are
-    those of :func:`exporter.merge`. Graphs are checked from the written files alone, by the ``verify`` command in a
+    What the formats are, and which flags each has, stands in :class:`pos2d.exporter.formats.wanted.Wanted`; the others
+    are
+    those of :func:`pos2d.merge`. Graphs are checked from the written files alone, by the ``verify`` command in a
     process of its own, before they take their place; ``no_verify`` skips that.
 
     Raises:
         UsageError: flags that contradict each other, a format or a module that does not exist.
-        InputError, UnsafeInputError: not a merged directory, or see :func:`exporter.merge`.
+        InputError, UnsafeInputError: not a merged directory, or see :func:`pos2d.merge`.
         ParityError: the written graphs do not pass their check; nothing is kept.
-        OutputError, StorageError: see :func:`exporter.staging.staged`.
+        OutputError, StorageError: see :func:`pos2d.exporter.artifact.staging.staged`.
     """
     started = time.monotonic()
     output = Path(output)

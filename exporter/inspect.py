@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.adapters import Adapter, read_adapters
-from exporter.adapters.peft import ADAPTER_CONFIG
-from exporter.base import read_base
-from exporter.checkpoint import Checkpoint
-from exporter.inspection.adapter_facts import AdapterFacts, peft_facts, trainer_facts
-from exporter.inspection.guess import Guess, guess_positions
-from exporter.inspection.model_facts import ArtifactFacts, BaseFacts, artifact_facts, base_facts
-from exporter.inspection.samples import read_samples
 from pos2d.errors import InputError, UsageError
+from pos2d.exporter.adapters import Adapter, read_adapters
+from pos2d.exporter.adapters.peft import ADAPTER_CONFIG
+from pos2d.exporter.inputs.base import read_base
+from pos2d.exporter.inputs.checkpoint import Checkpoint
+from pos2d.exporter.inspection.adapter_facts import AdapterFacts, peft_facts, trainer_facts
+from pos2d.exporter.inspection.guess import Guess, guess_positions
+from pos2d.exporter.inspection.model_facts import ArtifactFacts, BaseFacts, artifact_facts, base_facts
+from pos2d.exporter.inspection.samples import read_samples
 from pos2d.manifest import FILE_NAME
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def inspect(
         path: the trainer's ``.pth`` or a directory with one, a PEFT directory, a base or an artifact.
         base_model: say whether the adapter fits this base; ``revision`` is of a base from the Hub.
         guess_ratio: score ratios and strides on ``text``, a file like the training data, of which
-            :mod:`pos2d.texts` names the forms. This loads the base in float32.
+            :mod:`pos2d.text_samples` names the forms. This loads the base in float32.
 
     Raises:
         UsageError: flags without the flag or the kind of path that they belong to.

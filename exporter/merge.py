@@ -6,20 +6,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint import INDEX, Checkpoint
-from exporter.companions import copy_code, copy_companions
-from exporter.config import baked_config
-from exporter.merging.journal import Journal
-from exporter.merging.ledger import Ledger, Totals, read_ledger, table, total, warnings
-from exporter.merging.plan import MergePlan, plan_merge
-from exporter.merging.preflight import Needs, needs_of
-from exporter.merging.resume import finished_artifact
-from exporter.merging.rounding import ROUNDINGS, Rounding
-from exporter.merging.weights import write_weights
-from exporter.sources import Source, TrainedPositions, from_adapters
-from exporter.staging import JOURNAL, check_output, file_facts, staged, write_json
 from pos2d.dtypes import check_dtype
 from pos2d.errors import UsageError
+from pos2d.exporter.artifact.hf_config import baked_config
+from pos2d.exporter.artifact.sidecars import copy_code, copy_companions
+from pos2d.exporter.artifact.staging import JOURNAL, check_output, file_facts, staged, write_json
+from pos2d.exporter.inputs.checkpoint import INDEX, Checkpoint
+from pos2d.exporter.merging.journal import Journal
+from pos2d.exporter.merging.ledger import Ledger, Totals, read_ledger, table, total, warnings
+from pos2d.exporter.merging.preflight import Needs, needs_of
+from pos2d.exporter.merging.resume import finished_artifact
+from pos2d.exporter.merging.writer import write_weights
+from pos2d.exporter.sources.source import Source, TrainedPositions, from_adapters
+from pos2d.exporter.tensors.plan import MergePlan, plan_merge
+from pos2d.exporter.tensors.rounding import ROUNDINGS, Rounding
 from pos2d.manifest import Manifest
 from pos2d.spec import Align, spans
 
@@ -106,10 +106,12 @@ def merge(
 
     Raises:
         UsageError: flags that contradict each other.
-        InputError: see :func:`exporter.base.read_base` and :func:`exporter.adapters.read_adapters`; values that are
+        InputError: see :func:`pos2d.exporter.inputs.base.read_base` and :func:`pos2d.exporter.adapters.read_adapters`;
+        values that are
             not finite.
         UnsafeInputError: an adapter or base that would run code, an index that leaves its directory.
-        OutputError, StorageError: see :func:`exporter.staging.staged`; a disk or a memory that is too small.
+        OutputError, StorageError: see :func:`pos2d.exporter.artifact.staging.staged`; a disk or a memory that is too
+        small.
     """
     started = time.monotonic()
     output = Path(output)

@@ -4,14 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.base import read_base
-from exporter.planning.options import Option, Subject, artifact_sizes, options_of_artifact, options_of_base, own_dtype
 from pos2d.errors import UsageError
+from pos2d.exporter.inputs.base import read_base
+from pos2d.exporter.planning.options import (
+    Option,
+    Subject,
+    artifact_sizes,
+    options_of_artifact,
+    options_of_base,
+    own_dtype,
+)
 from pos2d.footprint import Footprint, Workload
 from pos2d.graph_recipe import GraphQuant
 from pos2d.manifest import FILE_NAME, Kind
 from pos2d.recipe import Quant
-from pos2d.sizes import parse_size, size_text
+from pos2d.units import parse_size, size_text
 
 # Best first. A card is as fast in 16 bits as in fewer, so there the smallest loss that fits is all that counts. On the
 # CPU graphs are faster than torch, and quantised ones than floats; of those that fit, what loses little comes
@@ -90,7 +97,7 @@ def plan(
 
     Raises:
         UsageError: a size that cannot be read, or a number below 1.
-        InputError: see :func:`exporter.base.read_base` and :func:`pos2d.manifest.read_manifest`.
+        InputError: see :func:`pos2d.exporter.inputs.base.read_base` and :func:`pos2d.manifest.read_manifest`.
         UnsafeInputError: weights that would run code.
     """
     import psutil

@@ -15,7 +15,7 @@ from pos2d.families import Dimensions, expected_tensors
 from pos2d.graph_recipe import GraphQuant
 from pos2d.manifest import Kind
 from pos2d.recipe import NF4_BLOCK, Quant
-from pos2d.sizes import size_text
+from pos2d.units import size_text
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 

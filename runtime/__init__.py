@@ -1,18 +1,17 @@
 """Artifact -> text. One verb, one file, one function."""
 
-from runtime.answers import Completion, Event
-from runtime.batch import BatchReport, batch
-from runtime.bench import BenchReport, bench
-from runtime.chat import chat
-from runtime.conversation import Conversation
-from runtime.doctor import DoctorReport, doctor
-from runtime.evaluate import EvalReport, evaluate
-from runtime.load import load
-from runtime.model import Model
-from runtime.run import RunReport, run
-from runtime.sampling import Sampling
-from runtime.show_layout import LayoutReport, show_layout
-from runtime.verify import ParityReport, verify
+from pos2d.runtime.batch import BatchReport, batch
+from pos2d.runtime.bench import BenchReport, bench
+from pos2d.runtime.doctor import DoctorReport, doctor
+from pos2d.runtime.engine.sampling import Sampling
+from pos2d.runtime.evaluate import EvalReport, evaluate
+from pos2d.runtime.load import load
+from pos2d.runtime.model.model import Model
+from pos2d.runtime.run import RunReport, run
+from pos2d.runtime.show_layout import LayoutReport, show_layout
+from pos2d.runtime.text.completions import Completion, Event
+from pos2d.runtime.text.conversation import Conversation
+from pos2d.runtime.verify import ParityReport, verify
 
 __all__ = [
     "BatchReport",
@@ -29,7 +28,6 @@ __all__ = [
     "Sampling",
     "batch",
     "bench",
-    "chat",
     "doctor",
     "evaluate",
     "load",

@@ -14,16 +14,16 @@ from pos2d import __version__
 from pos2d.errors import InputError, UsageError
 from pos2d.manifest import FILE_NAME
 from pos2d.progress import Progress
-from runtime.answers import Completion, answer, collect
-from runtime.batch_lines import Line, read_line, side_by_side
-from runtime.batch_output import BatchOutput
-from runtime.flags import check_known, part_of
-from runtime.generation import GenerationFlags, check_heeded, group_size, stream
-from runtime.load import load
-from runtime.model import Model
-from runtime.options import LoadFlags, LoadOptions
-from runtime.run import RunFlags
-from runtime.sampling import Sampling, SamplingFlags, resolve_sampling
+from pos2d.runtime.backends.options import LoadFlags, LoadOptions
+from pos2d.runtime.batching.lines import Line, read_line, side_by_side
+from pos2d.runtime.batching.output import BatchOutput
+from pos2d.runtime.engine.sampling import Sampling, SamplingFlags, resolve_sampling
+from pos2d.runtime.flags import check_known, part_of
+from pos2d.runtime.load import load
+from pos2d.runtime.model.model import Model
+from pos2d.runtime.run import RunFlags
+from pos2d.runtime.text.completions import Completion, answer, collect
+from pos2d.runtime.text.requests import GenerationFlags, check_heeded, group_size, stream
 
 # Lines that are looked at together. What stands side by side depends on nothing else: a run that was interrupted
 # computes the rest exactly as it would have.
@@ -72,7 +72,7 @@ def batch(
 
     The output appears when it is whole. The same call goes on with what an interrupted one has written, to the same
     bytes, and does nothing where it was finished; ``force`` replaces another output. The other arguments are those of
-    :meth:`runtime.Model.stream` and of :func:`runtime.load`; the options of a line win over them.
+    :meth:`pos2d.runtime.Model.stream` and of :func:`pos2d.load`; the options of a line win over them.
 
     Raises:
         InputError: not an artifact, an input that cannot be read, an artifact without a tokenizer.

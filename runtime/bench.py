@@ -19,10 +19,10 @@ from pos2d.families import Dimensions
 from pos2d.footprint import cache_bytes
 from pos2d.manifest import Manifest, read_manifest
 from pos2d.progress import Progress
-from runtime.backends.memory import WEIGHT_ENDINGS
-from runtime.load import load
-from runtime.model import Model
-from runtime.options import LoadFlags
+from pos2d.runtime.backends.memory import WEIGHT_ENDINGS
+from pos2d.runtime.backends.options import LoadFlags
+from pos2d.runtime.load import load
+from pos2d.runtime.model.model import Model
 
 FIRST_PROMPT = 16
 SEED = 20240601
@@ -90,7 +90,7 @@ def bench(
 ) -> BenchReport:
     """Time ``artifact`` on random tokens, greedy, for every number of ``branches`` that share the prompt.
 
-    ``loading`` are the flags of :func:`runtime.load`.
+    ``loading`` are the flags of :func:`pos2d.load`.
 
     Raises:
         UsageError: a number below 1 (2 for the tokens), or more positions than the model has.

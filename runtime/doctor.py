@@ -17,7 +17,7 @@ from typing import Any
 
 from pos2d import __version__
 from pos2d.errors import InputError
-from pos2d.sizes import size_text
+from pos2d.units import size_text
 
 TOOL = "pos2d"
 BROKEN, WAITS = "does not import", "waits for"

@@ -11,15 +11,15 @@ from pos2d.errors import InputError
 from pos2d.layout import Ints
 from pos2d.manifest import read_manifest
 from pos2d.progress import Progress
+from pos2d.runtime.backends.options import LoadFlags
+from pos2d.runtime.engine.backend import Floats
+from pos2d.runtime.engine.decode import forward_slots
+from pos2d.runtime.evaluation.parity import Doubles, check_same_model, kl_divergence, log_softmax
+from pos2d.runtime.evaluation.sequences import Reading, read_text
+from pos2d.runtime.load import load
+from pos2d.runtime.model.model import Model
+from pos2d.runtime.text.tokenization import load_tokenizer
 from pos2d.spec import Visibility
-from runtime.backend import Floats
-from runtime.comparison import Doubles, check_same_model, kl_divergence, log_softmax
-from runtime.engine import forward_slots
-from runtime.load import load
-from runtime.model import Model
-from runtime.options import LoadFlags
-from runtime.readings import Reading, read_text
-from runtime.text import load_tokenizer
 
 # Logits of one model at once: 32 MB, and twice that for every float64 array that is made of them.
 LOGITS = 2**23
@@ -85,13 +85,15 @@ def evaluate(
     """Perplexity of ``artifact`` on the samples of a file, and its distance from ``against``.
 
     The samples are read one after the other, each as a sequence of its own, and then ``branches`` side by side, in the
-    artifact's visibility (1 leaves that out); :func:`runtime.readings.read_text` says what is cut and left out.
+    artifact's visibility (1 leaves that out); :func:`pos2d.runtime.evaluation.sequences.read_text` says what is cut
+    and left out.
 
-    ``text`` is JSONL or paragraphs, in the forms that :mod:`pos2d.texts` names. Of a conversation the last turn is
+    ``text`` is JSONL or paragraphs, in the forms that :mod:`pos2d.text_samples` names. Of a conversation the last turn
+    is
     predicted, through the chat template; of other texts all but the first token. No more than the first 10,000 tokens
     are read, and 512 of a sample.
 
-    ``loading`` are the flags of :func:`runtime.load` for ``artifact``; ``against`` is on the CPU in float32.
+    ``loading`` are the flags of :func:`pos2d.load` for ``artifact``; ``against`` is on the CPU in float32.
 
     Raises:
         UsageError: ``branches`` out of range, or a flag that the artifact cannot use.

@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Unpack
 
 from pos2d.manifest import read_manifest
-from runtime.backend import Backend
-from runtime.model import Model
-from runtime.options import LoadFlags, LoadOptions
+from pos2d.runtime.backends.options import LoadFlags, LoadOptions
+from pos2d.runtime.engine.backend import Backend
+from pos2d.runtime.model.model import Model
 
 
 def load(path: str | Path, **flags: Unpack[LoadFlags]) -> Model:
     """A merged or bitsandbytes directory on torch, or an ONNX one on ONNX Runtime.
 
-    ``flags`` are the fields of :class:`runtime.options.LoadOptions`.
+    ``flags`` are the fields of :class:`pos2d.runtime.backends.options.LoadOptions`.
 
     Raises:
         InputError: not an artifact, or one whose files are missing or cut.
@@ -24,11 +24,11 @@ def load(path: str | Path, **flags: Unpack[LoadFlags]) -> Model:
     manifest = read_manifest(directory)
     backend: Backend
     if manifest.kind == "onnx":
-        from runtime.backends.onnx_backend import OnnxBackend
+        from pos2d.runtime.backends.onnx.backend import OnnxBackend
 
         backend = OnnxBackend(directory, manifest, options)
     else:
-        from runtime.backends.torch_backend import TorchBackend
+        from pos2d.runtime.backends.torch.backend import TorchBackend
 
         backend = TorchBackend.load(directory, manifest, options)
     return Model(directory, manifest, backend)

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+from pos2d.runtime.backends.options import LoadFlags
+from pos2d.runtime.engine.sampling import SamplingFlags, resolve_sampling
+from pos2d.runtime.flags import check_known, part_of
+from pos2d.runtime.load import load
+from pos2d.runtime.text.completions import Completion, Event, collect
+from pos2d.runtime.text.requests import GenerationFlags, prepare, stream
 from pos2d.spec import Visibility
-from runtime.answers import Completion, Event, collect
-from runtime.flags import check_known, part_of
-from runtime.generation import GenerationFlags, prepare, stream
-from runtime.load import load
-from runtime.options import LoadFlags
-from runtime.sampling import SamplingFlags, resolve_sampling
 
 Listener = Callable[[Event], None]
 
@@ -52,7 +52,7 @@ def run(
     """Answer every prompt; ``on_event`` hears the answers token by token while they are written.
 
     ``context`` is read once and seen by all prompts. Texts go through the artifact's chat template where it has one.
-    The other arguments are those of :meth:`runtime.Model.stream` and of :func:`runtime.load`.
+    The other arguments are those of :meth:`pos2d.runtime.Model.stream` and of :func:`pos2d.load`.
 
     Raises:
         InputError: not an artifact, no tokenizer, an empty prompt, prompts longer than the model.

@@ -9,10 +9,10 @@ from typing import Any
 from pos2d.errors import OutputError, UsageError
 from pos2d.layout import Layout, build_layout
 from pos2d.manifest import read_manifest
-from pos2d.picture import Picture, clipped, placed, shown
+from pos2d.runtime.layout_view.picture import Picture, clipped, placed, shown
+from pos2d.runtime.text.requests import MAX_BRANCHES, LayoutFlags, check_heeded, chosen_spec, encode_for
+from pos2d.runtime.text.tokenization import EncodedPrompts, load_tokenizer
 from pos2d.spec import Align, Rope2DSpec, Visibility
-from runtime.generation import MAX_BRANCHES, LayoutFlags, check_heeded, chosen_spec, encode_for
-from runtime.text import EncodedPrompts, load_tokenizer
 
 SUFFIX = ".svg"
 # Which frequencies turn with what does not change where tokens stand, as long as there are some.
@@ -77,7 +77,7 @@ def show_layout(
         output=str(output) if file else None,
     )
     if file:
-        from pos2d.drawing import draw_svg
+        from pos2d.runtime.layout_view.svg import draw_svg
 
         _write(file, draw_svg(report))
     return report

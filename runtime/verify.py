@@ -10,12 +10,12 @@ from pos2d.errors import ParityError, UsageError
 from pos2d.layout import Layout, build_layout
 from pos2d.manifest import read_manifest
 from pos2d.progress import Progress
-from runtime.backend import BatchBackend, Floats
-from runtime.comparison import CaseParity, check_same_model, compare
-from runtime.engine import forward
-from runtime.load import load
-from runtime.model import Model
-from runtime.together import forward_spans
+from pos2d.runtime.engine.backend import BatchBackend, Floats
+from pos2d.runtime.engine.batch_decode import forward_spans
+from pos2d.runtime.engine.decode import forward
+from pos2d.runtime.evaluation.parity import CaseParity, check_same_model, compare
+from pos2d.runtime.load import load
+from pos2d.runtime.model.model import Model
 
 DEFAULT_RTOL = 1e-3
 MAX_MEAN_KL = 1e-6
@@ -120,7 +120,7 @@ def _load(path: Path) -> Model:
 
 
 def _verify_activations(artifact: Path) -> ParityReport:
-    from runtime.activations import MAX_MEAN_KL, MIN_TOP1, activation_cases
+    from pos2d.runtime.evaluation.activation_probe import MAX_MEAN_KL, MIN_TOP1, activation_cases
 
     if read_manifest(artifact).graph_quant is None:
         raise UsageError(f"{artifact} is compared with another artifact of the same model; name it with --against")

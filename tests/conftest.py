@@ -11,8 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
-import exporter
-import runtime
+from pos2d import exporter, runtime
 from pos2d.recipe import Quant
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 
@@ -78,7 +77,7 @@ def artifact_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Golden, s
 
 @pytest.fixture(scope="session")
 def model_of(artifact_of: Callable[[Golden, str], Path]) -> Callable[..., runtime.Model]:
-    """Loads it, with the flags of :func:`runtime.load`."""
+    """Loads it, with the flags of :func:`pos2d.runtime.load`."""
     return lambda golden, kind, **flags: runtime.load(artifact_of(golden, kind), **flags)
 
 
@@ -108,6 +107,6 @@ def qwen2() -> Golden:
 @pytest.fixture
 def call() -> Callable[..., Result]:
     """Run the command line in this process: ``call("merge", "--lora", path)``."""
-    from cli import cli
+    from pos2d.commands.main import cli
 
     return lambda *arguments: CliRunner().invoke(cli, [str(argument) for argument in arguments])

@@ -18,8 +18,8 @@ from typing import Any
 import psutil  # noqa: F401 - everything is imported before the first fork
 import torch  # noqa: F401
 
-import exporter
-import exporter.staging as staging
+from pos2d import exporter
+from pos2d.exporter.artifact import staging
 
 AUDITED = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
 Tree = dict[str, bytes]

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from exporter.adapters.peft import read_peft
-from exporter.checkpoint import Checkpoint
 from pos2d.errors import InputError
+from pos2d.exporter.adapters.peft import read_peft
+from pos2d.exporter.inputs.checkpoint import Checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q, PREFIX = "model.layers.0.self_attn.q_proj", "base_model.model."

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import runtime
+from pos2d import runtime
 from pos2d.errors import InputError, UsageError
-from runtime.answers import collect
-from runtime.text import GrowingText
+from pos2d.runtime.text.completions import collect
+from pos2d.runtime.text.tokenization import GrowingText
 from tests.conftest import Golden
 
 PROMPTS = ["one", "and two", "third", "4", "the fifth of them"]

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-import runtime
+from pos2d import runtime
 from pos2d.errors import InputError, OutputError, UsageError
 from tests.batch_files import FORMS, write_lines
 
 Call = Callable[..., Result]
 ROOT = Path(__file__).parent.parent
-batch_module: Any = importlib.import_module("runtime.batch")
+batch_module: Any = importlib.import_module("pos2d.runtime.batch")
 OPTIONS: Any = {"max_new_tokens": 8}
 
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import exporter
-from exporter.formats.bit_budget import Sensitivity, Unit, in_order, longest, measure, units_of, widen
-from exporter.formats.nbits import dequantise, quantise
-from exporter.formats.onnx import plan_onnx
-from exporter.formats.wanted import Wanted
-from exporter.graphs.weights import DATA_FILE, lay_out_weights
-from exporter.merging.plan import plan_merge
-from exporter.sources import Source, TrainedPositions, from_adapters, from_merged
+from pos2d import exporter
 from pos2d.errors import InputError, UsageError
+from pos2d.exporter.formats.onnx.format import plan_onnx
+from pos2d.exporter.formats.onnx.weight_layout import DATA_FILE, lay_out_weights
+from pos2d.exporter.formats.wanted import Wanted
+from pos2d.exporter.quantisation.allocation import Sensitivity, Unit, in_order, longest, measure, units_of, widen
+from pos2d.exporter.quantisation.blockwise import dequantise, quantise
+from pos2d.exporter.sources.source import Source, TrainedPositions, from_adapters, from_merged
+from pos2d.exporter.tensors.plan import plan_merge
 from pos2d.graph_recipe import GraphRecipe
 from pos2d.manifest import read_manifest
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base

@@ -12,8 +12,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import save_file
 
-import exporter
-import runtime
+from pos2d import exporter, runtime
 from pos2d.errors import InputError, StorageError, UsageError
 from pos2d.manifest import read_manifest
 from pos2d.recipe import QuantRecipe

@@ -12,14 +12,14 @@ import pytest
 import torch
 from click.testing import Result
 
-import exporter
-import runtime
-from exporter import calibration
-from exporter.calibration import READERS, calibrate, decoder
-from exporter.calibration.decoder import ExactDecoder
-from exporter.checkpoint import EMBEDDING, HEAD
-from exporter.merging.plan import plan_merge
-from exporter.sources import Source, TrainedPositions, from_adapters
+from pos2d import exporter, runtime
+from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD
+from pos2d.exporter.quantisation import calibration
+from pos2d.exporter.quantisation import layerwise_model as decoder
+from pos2d.exporter.quantisation.calibration import READERS, calibrate
+from pos2d.exporter.quantisation.layerwise_model import ExactDecoder
+from pos2d.exporter.sources.source import Source, TrainedPositions, from_adapters
+from pos2d.exporter.tensors.plan import plan_merge
 from pos2d.manifest import read_manifest
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
 

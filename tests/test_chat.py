@@ -12,10 +12,9 @@ import pexpect
 import pytest
 from click.testing import Result
 
-import exporter
-import runtime
-from cli import cli
-from runtime.sampling import PRESETS
+from pos2d import exporter, runtime
+from pos2d.commands.main import command_of
+from pos2d.runtime.engine.sampling import PRESETS
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 
 Call = Callable[..., Result]
@@ -288,7 +287,7 @@ def test_flags_that_do_not_go_together(call: Call, talking: Path, flags: tuple[s
 
 
 def test_presets_are_listed_and_heeded(call: Call, talking: Path) -> None:
-    (choice,) = [option.type for option in cli.commands["run"].params if option.name == "preset"]
+    (choice,) = [option.type for option in command_of("run").params if option.name == "preset"]
     assert list(choice.choices) == list(PRESETS)  # type: ignore[attr-defined]
     listed = call("run", "--list-presets").stdout
     for preset, values in PRESETS.items():

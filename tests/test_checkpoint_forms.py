@@ -11,8 +11,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import exporter
-import runtime
+from pos2d import exporter, runtime
 from pos2d.errors import InputError, UnsafeInputError, UsageError
 from pos2d.manifest import read_manifest
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, weights, write_adapter, write_base

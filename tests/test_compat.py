@@ -13,11 +13,10 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-import exporter
-import runtime
+from pos2d import exporter, runtime
+from pos2d.compat.trainer import generate_text, load_model_with_lora
 from pos2d.errors import InputError, Pos2DError, UsageError
-from runtime.compat import generate_text, load_model_with_lora
-from runtime.unpacking import Loaded
+from pos2d.runtime.unpacking import Loaded
 from tests.bases import (
     CONFIGS,
     linear_modules,
@@ -101,7 +100,7 @@ def generate(request: GenerateRequest):
 OLD_PROGRAM = """
 import json, sys
 import torch, transformers
-from runtime.compat import generate_text, load_model_with_lora
+from pos2d.compat.trainer import generate_text, load_model_with_lora
 
 model, tokenizer = load_model_with_lora(sys.argv[1], sys.argv[2], lora_rank=4)
 text = generate_text(model, tokenizer, "hello", max_new_tokens=8, temperature=0)
@@ -158,7 +157,7 @@ def rank8(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def moved_over(program: str, trained: Trained) -> dict[str, Any]:
     """What ``program`` has when it ends, with our import, the paths that there are, and no card."""
     for old, new in (
-        ("from scripts.inference_hf_lora import", "from runtime.compat import"),
+        ("from scripts.inference_hf_lora import", "from pos2d.compat import"),
         ("Qwen/Qwen2-0.5B-Instruct", str(trained.base)),
         ("out/lora/qwen2_parallel_lora_hf_final.pth", str(trained.lora)),
         ("out/lora/xxx_final.pth", str(trained.lora)),
@@ -418,7 +417,7 @@ def test_what_else_is_refused(rank8: Trained, qwen2: Golden, tmp_path: Path, mon
     for foreign in (AutoModelForCausalLM.from_pretrained(rank8.base), object()):
         with pytest.raises(InputError, match="not a model of this tool"):
             generate_text(foreign, tokenizer, "one")
-    monkeypatch.setattr("runtime.compat.least_memory", lambda *_: 1 << 60)
+    monkeypatch.setattr("pos2d.compat.trainer.least_memory", lambda *_: 1 << 60)
     with pytest.raises(Pos2DError, match="of memory"):
         load_model_with_lora(rank8.base, rank8.lora, device="cpu")
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-import runtime
+from pos2d import runtime
 from pos2d.errors import InputError, UsageError
-from runtime.answers import collect
+from pos2d.runtime.text.completions import collect
 
 QUESTIONS = ["one", "and two", "a third"]
 TRIMMING = (

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from runtime.answers import Event
-from runtime.display import Display
+from pos2d.commands.terminal.panels import Display
+from pos2d.runtime.text.completions import Event
 
 WORDS = [f"word{number}" for number in range(60)]
 

@@ -12,9 +12,9 @@ import pytest
 from click.testing import Result
 from packaging.requirements import Requirement
 
-import runtime
+from pos2d import runtime
 from pos2d.errors import InputError
-from runtime.doctor import PURPOSES, TOOL
+from pos2d.runtime.doctor import PURPOSES, TOOL
 
 Call = Callable[..., Result]
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import exporter
+from pos2d import exporter
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base, write_tokenizer
 
 Event = tuple[str, str]

@@ -276,7 +276,7 @@ def test_a_defect_of_ours_is_called_one(merge: Callable[..., Result], monkeypatc
     def fail(*_: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(sys.modules["exporter.merge"], "write_weights", fail)
+    monkeypatch.setattr(sys.modules["pos2d.exporter.merge"], "write_weights", fail)
     expect(merge(), 1, "a defect of ours", "ZeroDivisionError")
 
 

@@ -16,12 +16,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 
-import exporter
-import runtime
+from pos2d import exporter, runtime
 from pos2d.errors import InputError, UsageError
 from pos2d.manifest import read_manifest
-from runtime.readings import SAMPLE_TOKENS, TEXT_TOKENS, read_text
-from runtime.text import load_tokenizer
+from pos2d.runtime.evaluation.sequences import SAMPLE_TOKENS, TEXT_TOKENS, read_text
+from pos2d.runtime.text.tokenization import load_tokenizer
 from tests.bases import write_tokenizer
 from tests.conftest import Golden, read_golden
 
@@ -123,7 +122,7 @@ def test_the_error_is_that_of_a_mean_of_samples(columnar: Case, tmp_path: Path) 
 def test_pieces_give_what_one_pass_gives(columnar: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     flags: dict[str, Any] = {"against": columnar.merged, "branches": 3}
     whole = runtime.evaluate(columnar.merged, columnar.text, **flags).cases
-    monkeypatch.setattr(sys.modules["runtime.evaluate"], "LOGITS", 4 * 256)
+    monkeypatch.setattr(sys.modules["pos2d.runtime.evaluate"], "LOGITS", 4 * 256)
     for found, expected in zip(runtime.evaluate(columnar.merged, columnar.text, **flags).cases, whole, strict=True):
         assert found.nll == pytest.approx(expected.nll, abs=1e-6)
         assert (found.tokens, found.mean_kl, found.top1_agreement) == (expected.tokens, 0.0, 1.0)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import exporter
-import runtime
+from pos2d import exporter, runtime
 from pos2d.families import CLASS_NAMES
 from pos2d.layout import Layout, build_layout
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base

@@ -18,14 +18,12 @@ import torch
 from click.testing import Result
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-import exporter
-import runtime
-from exporter.checkpoint import EMBEDDING
-from exporter.graphs import weights as graph_weights
-from exporter.graphs.weights import DATA_FILE
-from exporter.plan import PlanReport
-from pos2d import graph_footprint
+from pos2d import exporter, graph_footprint, runtime
 from pos2d.errors import InputError, StorageError, UsageError
+from pos2d.exporter.formats.onnx import weight_layout as graph_weights
+from pos2d.exporter.formats.onnx.weight_layout import DATA_FILE
+from pos2d.exporter.inputs.checkpoint import EMBEDDING
+from pos2d.exporter.plan import PlanReport
 from pos2d.families import Dimensions, expected_tensors
 from pos2d.footprint import (
     GRAPH_ROWS,
@@ -45,9 +43,9 @@ from pos2d.footprint import (
 )
 from pos2d.graph_footprint import data_bytes
 from pos2d.manifest import read_manifest
-from pos2d.sizes import parse_size, size_text
-from runtime.backends.onnx_backend import OnnxBackend
-from runtime.backends.torch_backend import TorchBackend
+from pos2d.runtime.backends.onnx.backend import OnnxBackend
+from pos2d.runtime.backends.torch.backend import TorchBackend
+from pos2d.units import parse_size, size_text
 from tests.bases import CONFIGS, HALF_BILLION, linear_modules, random_adapter, square, write_adapter, write_base
 from tests.conftest import GOLDENS, Golden
 
@@ -142,7 +140,7 @@ def test_more_bits_than_the_format_has_take_more() -> None:
 
 
 def test_the_sizes_of_a_graph(qwen2: Golden, artifact_of: Callable[[Golden, str], Path]) -> None:
-    from exporter.planning.options import artifact_sizes
+    from pos2d.exporter.planning.options import artifact_sizes
 
     assert artifact_sizes(artifact_of(qwen2, "onnx"))[0] == sizes_of(BASE)
 
@@ -235,11 +233,11 @@ def test_sizes_for_people() -> None:
 
 def parse(command: str) -> dict[str, Any]:
     """What click makes of a command's flags; it raises where they are wrong."""
-    from cli import cli
+    from pos2d.commands.main import command_of
 
     program, name, *arguments = shlex.split(command)
     assert program == "pos2d"
-    return cli.commands[name].make_context(name, arguments).params
+    return command_of(name).make_context(name, arguments).params
 
 
 def test_every_command_can_be_given(tmp_path: Path, qwen2: Golden, artifact_of: Callable[[Golden, str], Path]) -> None:

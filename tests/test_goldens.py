@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-import runtime
+from pos2d import runtime
 from tests.conftest import BACKENDS, Golden
 
 ModelOf = Callable[[Golden, str], runtime.Model]

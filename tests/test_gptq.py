@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from exporter.formats import gptq
-from exporter.formats.gptq import Curvature, curvature_of, in_panels, quantise_compensated
-from exporter.formats.nbits import SEARCHED, dequantise, quantise
+from pos2d.exporter.quantisation import gptq
+from pos2d.exporter.quantisation.blockwise import SEARCHED, dequantise, quantise
+from pos2d.exporter.quantisation.gptq import Curvature, curvature_of, in_panels, quantise_compensated
 
 BITS = (4, 8)
 Tensor = torch.Tensor

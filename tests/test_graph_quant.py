@@ -10,16 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import exporter
-import runtime
-from exporter.formats.nbits import dequantise
+from pos2d import exporter, runtime
 from pos2d.errors import ParityError, UsageError
+from pos2d.exporter.quantisation.blockwise import dequantise
 from pos2d.layout import build_layout
 from pos2d.manifest import read_manifest
-from runtime.backends.onnx_backend import OnnxBackend
-from runtime.backends.onnx_levels import KINDS
-from runtime.comparison import log_softmax
-from runtime.engine import forward
+from pos2d.runtime.backends.onnx.backend import OnnxBackend
+from pos2d.runtime.backends.onnx.float_activations import KINDS
+from pos2d.runtime.engine.decode import forward
+from pos2d.runtime.evaluation.parity import log_softmax
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
 from tests.conftest import Golden
 

@@ -11,10 +11,11 @@ import torch
 from click.testing import Result
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-import exporter
-from exporter.adapters import read_adapters
-from exporter.base import read_base
-from exporter.inspection.guess import (
+from pos2d import exporter
+from pos2d.errors import InputError, UsageError
+from pos2d.exporter.adapters import read_adapters
+from pos2d.exporter.inputs.base import read_base
+from pos2d.exporter.inspection.guess import (
     Guess,
     Score,
     branch_losses,
@@ -25,11 +26,10 @@ from exporter.inspection.guess import (
     merge_flags,
     merged_model,
 )
-from exporter.inspection.samples import BRANCH_TOKENS, Sample, read_samples
-from pos2d.errors import InputError, UsageError
+from pos2d.exporter.inspection.samples import BRANCH_TOKENS, Sample, read_samples
 from pos2d.layout import build_layout
 from pos2d.spec import Rope2DSpec, Visibility, pair_indices_for_ratio
-from pos2d.texts import Branch
+from pos2d.text_samples import Branch
 from tests.bases import CONFIGS, SHAPE, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 from tests.test_families import stock_logits
 

@@ -7,8 +7,8 @@ from typing import Any
 import click
 import pytest
 
-from cli import cli
-from runtime.sampling import PRESETS
+from pos2d.commands.main import command_of
+from pos2d.runtime.engine.sampling import PRESETS
 
 DOCS = Path(__file__).parent.parent / "docs"
 MOVING = (DOCS / "moving-over.md").read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def test_every_flag_of_the_script_is_explained_and_accepted(flag: str) -> None:
     accepted = {
         option
         for name in ("merge", "run")
-        for parameter in cli.commands[name].params
+        for parameter in command_of(name).params
         if isinstance(parameter, click.Option)
         for option in parameter.opts
     }
@@ -60,7 +60,7 @@ def test_the_six_questions_have_answers() -> None:
 
 
 def test_every_sampling_flag_is_on_the_page() -> None:
-    from runtime.sampling import SamplingFlags
+    from pos2d.runtime.engine.sampling import SamplingFlags
 
     for name in SamplingFlags.__annotations__:
         assert f"`--{name.replace('_', '-')}`" in SAMPLING or name == "preset"

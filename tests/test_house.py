@@ -13,57 +13,78 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"pos2d": set(), "exporter": {"pos2d"}, "runtime": {"pos2d"}}
-# A merge in memory, which programs for the trainer's script expect of one call, needs both sides at once.
-EXCEPTIONS = {"runtime/compat.py": {"exporter"}}
+# What a package may import of the others; ``pos2d`` itself stands for the contract.
+PACKAGES = {
+    "pos2d": set(),
+    "exporter": {"pos2d"},
+    "runtime": {"pos2d"},
+    "compat": {"pos2d", "exporter", "runtime"},
+    "commands": {"pos2d", "exporter", "runtime"},
+}
+# Where people come in: the contract's package shows what all others offer.
+FACES = {"pos2d/__init__.py", "pos2d/__main__.py"}
 MAX_LINES = 300
 MAX_FUNCTION_LINES = 60
 
 
-def sources(*rooms: str) -> list[Path]:
-    return [*ROOT.glob("cli*.py"), *(path for room in rooms for path in sorted((ROOT / room).rglob("*.py")))]
+def sources(*packages: str) -> list[Path]:
+    """The files of our packages, each once: below ``pos2d`` the others are links."""
+    return [
+        path
+        for package in packages
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if not any(parent.is_symlink() for parent in path.parents)
+    ]
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Top-level names of every import in a file, those inside functions too; not those for type checkers alone."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-    for node in ast.walk(tree):
+    """Names of all modules that a file imports, also inside functions, for type checkers alone, and by name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield str(node.module).split(".")[0]
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            name = node.args[0]
+            yield str(name.value) if isinstance(name, ast.Constant) else ast.unparse(name).strip("f'\"")
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_dependencies_point_one_way(room: str) -> None:
-    ours = {*ROOMS, *(path.stem for path in ROOT.glob("cli*.py")), "examples", "benchmarks", "tests"}
-    for path in sorted((ROOT / room).rglob("*.py")):
-        allowed = ROOMS[room] | {room} | EXCEPTIONS.get(path.relative_to(ROOT).as_posix(), set())
-        assert set(imported(path)) & ours <= allowed, path
+def package_of(module: str) -> str:
+    """``exporter`` of ``pos2d.exporter.merge``, ``pos2d`` of a module of the contract, else the top-level name."""
+    top, *below = module.split(".")
+    return below[0] if top == "pos2d" and below and below[0] in PACKAGES else top
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_dependencies_point_one_way(package: str) -> None:
+    ours = {*PACKAGES, "examples", "benchmarks", "tests", "cli"}
+    for path in sources(package):
+        if path.relative_to(ROOT).as_posix() not in FACES:
+            used = {package_of(module) for module in imported(path)} & ours
+            assert used <= PACKAGES[package] | {package}, path
 
 
 def test_the_runtime_comes_without_the_exporter() -> None:
     """``compat``, which may import it, does so only in a merge."""
-    program = "import sys, runtime.compat; sys.exit('exporter' in sys.modules)"
+    program = "import sys, pos2d.compat; sys.exit('pos2d.exporter' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_files_that_travel_import_nothing_of_ours() -> None:
     for path in (ROOT / "pos2d" / "hf").glob("*_pos2d.py"):
-        assert set(imported(path)) <= {"torch", "transformers"}
+        assert {module.split(".")[0] for module in imported(path)} <= {"torch", "transformers"}
 
 
 def test_the_shared_leaf_is_light() -> None:
     """``pos2d`` needs numpy only; torch and the rest are for those who use them."""
-    for path in (ROOT / "pos2d").glob("*.py"):
-        assert set(imported(path)) <= sys.stdlib_module_names | {"numpy", "pos2d", "rich"}, path
+    for path in sources("pos2d"):
+        if path.parent.name != "hf" and path.relative_to(ROOT).as_posix() not in FACES:
+            used = {module.split(".")[0] for module in imported(path)}
+            assert used <= sys.stdlib_module_names | {"numpy", "pos2d", "rich", "torch", "bitsandbytes"}, path
 
 
 def test_files_and_functions_stay_small() -> None:
-    for path in sources("pos2d", "exporter", "runtime", "examples", "benchmarks"):
+    for path in sources(*PACKAGES, "examples", "benchmarks"):
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= MAX_LINES, path
         for node in ast.walk(ast.parse(text)):
@@ -74,14 +95,14 @@ def test_files_and_functions_stay_small() -> None:
 
 @pytest.mark.parametrize("room", ["exporter", "runtime"])
 def test_a_room_shows_what_it_offers_in_order(room: str) -> None:
-    module = importlib.import_module(room)
+    module = importlib.import_module(f"pos2d.{room}")
     assert list(module.__all__) == sorted(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)
 
 
 def test_every_error_has_the_exit_code_that_help_states() -> None:
-    from cli_errors import EXIT_CODES
     from pos2d import errors
+    from pos2d.commands.shared.errors import EXIT_CODES
 
     tree = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, errors.Pos2DError)]
     stated = {int(code) for code in re.findall(r"\b(\d+) ", EXIT_CODES)}
@@ -94,7 +115,8 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
 
     import exporter
     import runtime
-    from cli import cli
+    from pos2d.commands.main import command_of
+    from pos2d.commands.terminal.chat import chat
 
     def parameters_of(function: Callable[..., Any]) -> set[str]:
         """Those of a typed dictionary in place of the keywords that it describes."""
@@ -116,9 +138,9 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
         ("show-layout", runtime.show_layout),
         ("doctor", runtime.doctor),
     ):
-        flags = {parameter.name for parameter in cli.commands[name].params}
+        flags = {parameter.name for parameter in command_of(name).params}
         assert flags - display_only == parameters_of(function) - code_only, name
-    assert parameters_of(runtime.chat) == parameters_of(runtime.run) - code_only - {"prompt"}
+    assert parameters_of(chat) == parameters_of(runtime.run) - code_only - {"prompt"}
 
 
 def test_help_answers_at_once() -> None:

@@ -12,12 +12,12 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-import exporter
-from exporter.inspection.adapter_facts import AdapterFacts, fitting_bases
-from exporter.inspection.known_bases import KINDS, KNOWN_BASES, KnownBase
-from exporter.inspection.model_facts import ArtifactFacts, BaseFacts
-from exporter.inspection.text import aligned
+from pos2d import exporter
 from pos2d.errors import InputError, UnsafeInputError, UsageError
+from pos2d.exporter.inspection.adapter_facts import AdapterFacts, fitting_bases
+from pos2d.exporter.inspection.known_bases import KINDS, KNOWN_BASES, KnownBase
+from pos2d.exporter.inspection.model_facts import ArtifactFacts, BaseFacts
+from pos2d.exporter.inspection.text import aligned
 from pos2d.families import Dimensions, expected_tensors
 from pos2d.manifest import Manifest
 from pos2d.spec import Rope2DSpec, spans

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import runtime
+from pos2d import runtime
 from pos2d.errors import InputError
 from tests.conftest import BACKENDS, Golden
 

@@ -11,8 +11,8 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-import exporter
-from exporter.merging.ledger import Tally, TensorEntry, table, total
+from pos2d import exporter
+from pos2d.exporter.merging.ledger import Tally, TensorEntry, table, total
 from pos2d.manifest import read_manifest
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
 

@@ -3,7 +3,7 @@
 import torch
 
 from pos2d.int8 import STEPS, quantise_rows
-from runtime.backends.linears import Int8Linear, bnb_int8_linear
+from pos2d.runtime.backends.torch.linears import Int8Linear, bnb_int8_linear
 
 
 def widened(steps: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

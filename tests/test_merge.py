@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import exporter
+from pos2d import exporter
 from pos2d.errors import InputError, UsageError
 from pos2d.manifest import read_manifest
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, weights, write_adapter, write_base

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-import exporter
-import runtime
+from pos2d import exporter, runtime
 from pos2d.hf.modeling_pos2d import Pos2DQwen2ForCausalLM, Pos2DRotaryEmbedding
 from tests.conftest import Golden
 

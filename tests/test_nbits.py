@@ -7,7 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.formats.nbits import PIECE, SEARCHED, dequantise, quantise
+from pos2d.exporter.quantisation.blockwise import PIECE, SEARCHED, dequantise, quantise
 
 BITS = (4, 8)
 Tensor = torch.Tensor

@@ -8,18 +8,17 @@ import onnxruntime as ort
 import pytest
 import torch
 
-import exporter
-import runtime
+from pos2d import exporter, runtime
 from pos2d.errors import InputError, UsageError
 from pos2d.layout import build_layout
-from runtime.backends import onnx_cuda
-from runtime.backends.onnx_backend import OnnxBackend
-from runtime.backends.onnx_cache import STEP
-from runtime.decoding import Decoding
-from runtime.engine import forward, read_prompts
-from runtime.sampler import Sampler
-from runtime.sampling import Sampling
-from runtime.together import decode_together
+from pos2d.runtime.backends.onnx import cuda as onnx_cuda
+from pos2d.runtime.backends.onnx.backend import OnnxBackend
+from pos2d.runtime.backends.onnx.kv_cache import STEP
+from pos2d.runtime.engine.batch_decode import decode_together
+from pos2d.runtime.engine.decode import forward, read_prompts
+from pos2d.runtime.engine.sampler import Sampler
+from pos2d.runtime.engine.sampling import Sampling
+from pos2d.runtime.engine.sequence import Decoding
 from tests.conftest import Golden
 
 ArtifactOf = Callable[[Golden, str], Path]

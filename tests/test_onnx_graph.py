@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-import exporter
+from pos2d import exporter
 from pos2d.layout import Layout, build_layout
 from pos2d.manifest import read_manifest
 from tests.conftest import Golden

@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from exporter.adapters import read_adapters
-from exporter.adapters.adapter import Adapter
-from exporter.adapters.changes import exact_sum
-from exporter.adapters.peft import read_peft
-from exporter.base import read_base
-from exporter.checkpoint import Checkpoint
+from pos2d.exporter.adapters import read_adapters
+from pos2d.exporter.adapters.adapter import Adapter
+from pos2d.exporter.adapters.deltas import exact_sum
+from pos2d.exporter.adapters.peft import read_peft
+from pos2d.exporter.inputs.base import read_base
+from pos2d.exporter.inputs.checkpoint import Checkpoint
 from tests.bases import CONFIGS, write_base
 
 UNTIED, TIED = "qwen3 with biases", "qwen2 with linear rope"

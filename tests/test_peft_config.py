@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftConfig
 
-from exporter.adapters.changes import LowRank
-from exporter.adapters.peft import read_peft
-from exporter.adapters.peft_config import HARMLESS, REFUSED, USED
-from exporter.base import read_base
-from exporter.checkpoint import Checkpoint
 from pos2d.errors import InputError
+from pos2d.exporter.adapters.deltas import LowRank
+from pos2d.exporter.adapters.peft import read_peft
+from pos2d.exporter.adapters.peft_config import HARMLESS, REFUSED, USED
+from pos2d.exporter.inputs.base import read_base
+from pos2d.exporter.inputs.checkpoint import Checkpoint
 from tests.bases import CONFIGS, write_base
 from tests.peft_files import CONFIG, RANK, Q, add, refusal, write_peft
 

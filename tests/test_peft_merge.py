@@ -11,7 +11,7 @@ from click.testing import Result
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import exporter
+from pos2d import exporter
 from pos2d.manifest import read_manifest
 from tests.bases import CONFIGS, write_base
 from tests.test_peft import HEAD, TIED, UNTIED, merged_by_peft, pytestmark, train

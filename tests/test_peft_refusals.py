@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from exporter.adapters.peft import read_peft
-from exporter.base import read_base
-from exporter.checkpoint import Checkpoint
 from pos2d.errors import InputError, UnsafeInputError
+from pos2d.exporter.adapters.peft import read_peft
+from pos2d.exporter.inputs.base import read_base
+from pos2d.exporter.inputs.checkpoint import Checkpoint
 from tests.bases import CONFIGS, write_base
 from tests.peft_files import (
     HIDDEN,

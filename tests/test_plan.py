@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import exporter
-from exporter.adapters import read_adapters
-from exporter.adapters.changes import Change, LowRank, Replaced
-from exporter.base import read_base
-from exporter.checkpoint import EMBEDDING, HEAD, Checkpoint
-from exporter.merging.plan import plan_merge
-from exporter.merging.preflight import needs_of
-from exporter.merging.tied import stays_tied
+from pos2d import exporter
+from pos2d.exporter.adapters import read_adapters
+from pos2d.exporter.adapters.deltas import Change, LowRank, Replaced
+from pos2d.exporter.inputs.base import read_base
+from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD, Checkpoint
+from pos2d.exporter.merging.preflight import needs_of
+from pos2d.exporter.tensors.plan import plan_merge
+from pos2d.exporter.tensors.tying import stays_tied
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
 
 

@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import exporter
-import runtime
+from pos2d import exporter, runtime
 from pos2d.errors import InputError
 from pos2d.int8 import quantise_rows
-from runtime.backends.linears import Int8Linear, quantised_linear
+from pos2d.runtime.backends.torch.linears import Int8Linear, quantised_linear
 from tests.bases import CONFIGS, linear_modules, random_adapter, weights, write_adapter, write_base
 from tests.conftest import Golden
 from tests.test_transformers_loading import VERSIONS, in_transformers

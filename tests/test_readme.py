@@ -96,9 +96,9 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_flags_in_the_docs_exist() -> None:
-    from cli import cli
+    from pos2d.commands.main import MODULES, command_of
 
-    flags = {name for command in cli.commands.values() for p in command.params for name in p.opts} | {
+    flags = {name for verb in MODULES for p in command_of(verb).params for name in p.opts} | {
         "--help",
         "--strict",
     }
@@ -109,7 +109,7 @@ def test_flags_in_the_docs_exist() -> None:
 
 
 def test_exit_codes_are_those_of_the_command_line() -> None:
-    from cli_errors import EXIT_CODES
+    from pos2d.commands.shared.errors import EXIT_CODES
 
     stated = re.findall(r"^\| (\d+) \| (.+) \|$", README, flags=re.MULTILINE)
     assert ", ".join(f"{code} {meaning}" for code, meaning in stated) in EXIT_CODES

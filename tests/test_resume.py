@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-import exporter
-import exporter.merging.weights
-import exporter.staging
+from pos2d import exporter
 from pos2d.errors import InputError, OutputError, StorageError
+from pos2d.exporter.artifact import staging
+from pos2d.exporter.merging import writer
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base, write_tokenizer
 from tests.kill_points import tree
 from tests.terminal import shown_on_terminal
@@ -54,7 +54,7 @@ def interrupted(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """An output whose merge was ended by an error after two of its four shards."""
 
     def make(error: BaseException) -> Path:
-        write_shard, calls = exporter.merging.weights._write_shard, []
+        write_shard, calls = writer._write_shard, []
 
         def failing(*arguments: object) -> object:
             calls.append(arguments)
@@ -63,7 +63,7 @@ def interrupted(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             return write_shard(*arguments)  # type: ignore[arg-type]
 
         with monkeypatch.context() as patch:
-            patch.setattr(exporter.merging.weights, "_write_shard", failing)
+            patch.setattr(writer, "_write_shard", failing)
             with pytest.raises((type(error), StorageError)):
                 exporter.merge(*inputs, tmp_path / "out")
         return tmp_path / "out"
@@ -93,13 +93,13 @@ def test_what_is_finished_is_kept_and_gone_on_from(
     with pytest.raises(OutputError, match=r"interrupted; go on with --resume"):
         exporter.merge(*inputs, output)
     written: list[str] = []
-    write_shard = exporter.merging.weights._write_shard
+    write_shard = writer._write_shard
 
     def counting(shard: object, *arguments: object) -> object:
         written.append(shard.file)  # type: ignore[attr-defined]
         return write_shard(shard, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(exporter.merging.weights, "_write_shard", counting)
+    monkeypatch.setattr(writer, "_write_shard", counting)
     exporter.merge(*inputs, output, resume=True)
     assert written == ["model-00003-of-00004.safetensors", "model-00004-of-00004.safetensors"]
     assert tree(output) == whole
@@ -195,7 +195,7 @@ def test_force_replaces_an_artifact(
     inputs: Inputs, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, exchanges: bool
 ) -> None:
     if not exchanges:
-        monkeypatch.setattr(exporter.staging, "_exchange", lambda *_: False)
+        monkeypatch.setattr(staging, "_exchange", lambda *_: False)
     exporter.merge(*inputs, tmp_path / "out", branch_stride=7)
     assert tree(tmp_path / "out") != whole
     exporter.merge(*inputs, tmp_path / "out", force=True)
@@ -238,7 +238,7 @@ def test_two_runs_do_not_write_one_output(inputs: Inputs, tmp_path: Path, whole:
 def test_what_appears_meanwhile_is_left_alone(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool, appears: str
 ) -> None:
-    output, settle = tmp_path / "out", exporter.staging._settle
+    output, settle = tmp_path / "out", staging._settle
     if appears == "note in the artifact" and force:
         exporter.merge(*inputs, output, branch_stride=7)
 
@@ -250,7 +250,7 @@ def test_what_appears_meanwhile_is_left_alone(
         output.mkdir(exist_ok=True)
         (output / "mine").touch()
 
-    monkeypatch.setattr(exporter.staging, "_settle", appear)
+    monkeypatch.setattr(staging, "_settle", appear)
     with pytest.raises(OutputError, match="exists already and"):
         exporter.merge(*inputs, output, force=force)
     assert output.is_file() if appears == "file" else (output / "mine").exists()
@@ -311,7 +311,7 @@ def test_without_exchange_the_old_artifact_comes_back(
         rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(exporter.staging, "_exchange", lambda *_: False)
+        patch.setattr(staging, "_exchange", lambda *_: False)
         patch.setattr(os, "rename", failing)
         with pytest.raises((StorageError, KeyboardInterrupt)):
             exporter.merge(*inputs, output, force=True)

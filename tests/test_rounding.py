@@ -6,7 +6,7 @@ from math import copysign, isfinite
 import pytest
 import torch
 
-from exporter.merging.rounding import Rounding, is_finite, round_nearest, round_stochastic
+from pos2d.exporter.tensors.rounding import Rounding, is_finite, round_nearest, round_stochastic
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALVES = [torch.float16, torch.bfloat16]

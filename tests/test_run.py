@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from click.testing import Result
 
-import exporter
-import runtime
-from runtime.text import GrowingText, encode_prompts, load_tokenizer
+from pos2d import exporter, runtime
+from pos2d.runtime.text.tokenization import GrowingText, encode_prompts, load_tokenizer
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 from tests.terminal import shown_on_terminal
 

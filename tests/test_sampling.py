@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from pos2d.errors import InputError, UsageError
-from runtime import logits as change
-from runtime.sampler import Sampler
-from runtime.sampling import PRESETS, Sampling, generation_defaults, resolve_sampling
+from pos2d.runtime.engine import logits_processors as change
+from pos2d.runtime.engine.sampler import Sampler
+from pos2d.runtime.engine.sampling import PRESETS, Sampling, generation_defaults, resolve_sampling
 
 LOGITS = np.array([1.0, 2.0, 0.0, -1.0], dtype=np.float32)
 VOCABULARY = 300

@@ -14,13 +14,12 @@ import pytest
 from click.testing import Result
 from rich.cells import cell_len
 
-import exporter
-import runtime
-from pos2d.drawing import draw_svg
-from pos2d.drawing_text import draw_text
+from pos2d import exporter, runtime
 from pos2d.errors import InputError, OutputError, UsageError
 from pos2d.layout import Layout, build_layout
-from pos2d.picture import bands, shown
+from pos2d.runtime.layout_view.picture import bands, shown
+from pos2d.runtime.layout_view.svg import draw_svg
+from pos2d.runtime.layout_view.text import draw_text
 from pos2d.spec import Rope2DSpec
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 from tests.terminal import shown_on_terminal

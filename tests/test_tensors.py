@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import exporter
-from exporter.checkpoint import TensorPlace
-from exporter.tensors import SafetensorsFile, pieces, write_at
+from pos2d import exporter
 from pos2d.errors import InputError, UnsafeInputError
+from pos2d.exporter.files.tensor_io import SafetensorsFile, pieces, write_at
+from pos2d.exporter.inputs.checkpoint import TensorPlace
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
 
 

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-import runtime
+from pos2d import runtime
 from pos2d.errors import InputError
 from pos2d.layout import build_layout
-from runtime import engine
-from runtime.backends import cache
+from pos2d.runtime.backends.torch import kv_cache as cache
+from pos2d.runtime.engine import decode as engine
 from tests.conftest import BACKENDS, Golden
 
 ModelOf = Callable[..., runtime.Model]
 KERNEL_PROGRAM = """
 import torch
-from runtime.backends.triton_int8 import int8_product
+from pos2d.runtime.backends.torch.triton_int8 import int8_product
 
 torch.manual_seed(0)
 for rows, outputs, inputs in ((1, 96, 64), (3, 100, 200), (16, 33, 576)):

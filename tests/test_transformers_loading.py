@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import exporter
-import runtime
+from pos2d import exporter, runtime
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 from tests.conftest import Golden
 

@@ -12,12 +12,11 @@ import pytest
 from click.testing import Result
 from onnx import numpy_helper
 
-import exporter
-import exporter.formats.onnx as onnx_format
-import runtime
+from pos2d import exporter, runtime
 from pos2d.errors import InputError, ParityError, Pos2DError, UsageError
+from pos2d.exporter.formats.onnx import format as onnx_format
 from pos2d.manifest import read_manifest
-from runtime.comparison import compare
+from pos2d.runtime.evaluation.parity import compare
 from tests.conftest import Golden, read_golden
 
 ArtifactOf = Callable[[Golden, str], Path]

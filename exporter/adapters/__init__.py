@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from exporter.adapters.adapter import Adapter
-from exporter.adapters.peft import ADAPTER_CONFIG, read_peft
-from exporter.adapters.trainer import read_trainer_file
-from exporter.checkpoint import Checkpoint
 from pos2d.errors import InputError, UsageError
+from pos2d.exporter.adapters.adapter import Adapter
+from pos2d.exporter.adapters.peft import ADAPTER_CONFIG, read_peft
+from pos2d.exporter.adapters.trainer import read_trainer_file
+from pos2d.exporter.inputs.checkpoint import Checkpoint
 
 __all__ = ["Adapter", "read_adapters"]
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporter.adapters.changes import Change
-from exporter.pth import check_storage
 from pos2d.errors import InputError
+from pos2d.exporter.adapters.deltas import Change
+from pos2d.exporter.files.pth import check_storage
 
 if TYPE_CHECKING:
     import torch

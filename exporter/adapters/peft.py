@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.adapters.adapter import Adapter, check_values, some
-from exporter.adapters.changes import Added, Change, Dora, LowRank, Replaced
-from exporter.adapters.peft_config import LoraSettings, read_settings
-from exporter.adapters.peft_modules import Coverage, Shape, cover, tensor_shapes
-from exporter.checkpoint import EMBED_TOKENS, EMBEDDING, HEAD, LM_HEAD, Checkpoint
-from exporter.pth import read_pth
-from exporter.staging import sha256
 from pos2d.errors import InputError
+from pos2d.exporter.adapters.adapter import Adapter, check_values, some
+from pos2d.exporter.adapters.deltas import Added, Change, Dora, LowRank, Replaced
+from pos2d.exporter.adapters.peft_config import LoraSettings, read_settings
+from pos2d.exporter.adapters.peft_modules import Coverage, Shape, cover, tensor_shapes
+from pos2d.exporter.artifact.staging import sha256
+from pos2d.exporter.files.pth import read_pth
+from pos2d.exporter.inputs.checkpoint import EMBED_TOKENS, EMBEDDING, HEAD, LM_HEAD, Checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from exporter.adapters.patterns import fault_of, fits
-from exporter.json_object import read_json_object
 from pos2d.errors import InputError
+from pos2d.exporter.adapters.patterns import fault_of, fits
+from pos2d.exporter.files.json_object import read_json_object
 
 Value = TypeVar("Value", int, float)
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from exporter.adapters.adapter import kind, some
-from exporter.adapters.patterns import fits, fits_whole
-from exporter.adapters.peft_config import LAYER_NUMBER, SAVED_MODULE, LoraSettings
-from exporter.checkpoint import EMBED_TOKENS, EMBEDDING, HEAD, LM_HEAD, Checkpoint
 from pos2d.errors import InputError
+from pos2d.exporter.adapters.adapter import kind, some
+from pos2d.exporter.adapters.patterns import fits, fits_whole
+from pos2d.exporter.adapters.peft_config import LAYER_NUMBER, SAVED_MODULE, LoraSettings
+from pos2d.exporter.inputs.checkpoint import EMBED_TOKENS, EMBEDDING, HEAD, LM_HEAD, Checkpoint
 
 Shape = tuple[int, ...]
 

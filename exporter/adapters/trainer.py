@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.adapters.adapter import Adapter, check_values, kind, some
-from exporter.adapters.changes import Change, LowRank, Replaced
-from exporter.checkpoint import EMBEDDING, HEAD, Checkpoint
-from exporter.pth import read_pth
-from exporter.staging import sha256
 from pos2d.errors import InputError
+from pos2d.exporter.adapters.adapter import Adapter, check_values, kind, some
+from pos2d.exporter.adapters.deltas import Change, LowRank, Replaced
+from pos2d.exporter.artifact.staging import sha256
+from pos2d.exporter.files.pth import read_pth
+from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD, Checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint import INDEX, LM_HEAD, TensorPlace
-from exporter.companions import copy_code
-from exporter.config import baked_config
-from exporter.formats.encodings import Encoding, Int8Rows, Nf4Blocks, Rounded
-from exporter.formats.modules import named_modules
-from exporter.formats.totals import QuantTotals, totals_of
-from exporter.formats.wanted import Wanted
-from exporter.formats.writing import write_tensor
-from exporter.merging.ledger import Tally
-from exporter.merging.plan import PlannedTensor, index_of, lay_out, plan_merge, split
-from exporter.sources import Source
-from exporter.staging import write_json
-from exporter.tensors import TensorFile, opened, write_at
-from exporter.workers import single_threaded_torch, worker_count
 from pos2d.errors import UsageError
+from pos2d.exporter.artifact.hf_config import baked_config
+from pos2d.exporter.artifact.sidecars import copy_code
+from pos2d.exporter.artifact.staging import write_json
+from pos2d.exporter.files.parallel import single_threaded_torch, worker_count
+from pos2d.exporter.files.tensor_io import TensorFile, opened, write_at
+from pos2d.exporter.formats.wanted import Wanted
+from pos2d.exporter.inputs.checkpoint import INDEX, LM_HEAD, TensorPlace
+from pos2d.exporter.merging.ledger import Tally
+from pos2d.exporter.quantisation.encodings import Encoding, Int8Rows, Nf4Blocks, Rounded
+from pos2d.exporter.quantisation.module_names import named_modules
+from pos2d.exporter.quantisation.totals import QuantTotals, totals_of
+from pos2d.exporter.quantisation.writing import write_tensor
+from pos2d.exporter.sources.source import Source
+from pos2d.exporter.tensors.plan import PlannedTensor, index_of, lay_out, plan_merge, split
 from pos2d.progress import Progress
 from pos2d.recipe import OUTLIER_THRESHOLD, Quant, QuantRecipe
 

@@ -14,7 +14,7 @@ GRAPH_DTYPES = ("float32", "float16")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The flags of :func:`exporter.export` that say what is written.
+    """The flags of :func:`pos2d.export` that say what is written.
 
     ``onnx``: decoders with their KV cache, in ``dtype`` float32 (``auto``) or float16. ``quant``: ``int8``, ``int4`` or
     ``auto``, which spends ``target_size`` where 4 bits cost most; ``block_size`` inputs share a scale (32).
@@ -25,7 +25,7 @@ class Wanted:
     (``auto``: each tensor keeps its own).
 
     ``skip_modules``: linear layers that are not quantised (none of ``onnx``, ``lm_head`` of ``bnb``). Layers are named
-    as :func:`exporter.formats.modules.named_modules` says.
+    as :func:`pos2d.exporter.quantisation.module_names.named_modules` says.
 
     Raises:
         UsageError: something that does not exist, or that the format would not heed.

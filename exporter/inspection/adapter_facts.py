@@ -7,17 +7,17 @@ from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
-from exporter.adapters.adapter import kind, some
-from exporter.adapters.patterns import fits
-from exporter.adapters.peft import ADAPTER_CONFIG
-from exporter.adapters.peft_config import KEY_OF_PATTERN
-from exporter.adapters.trainer import SUFFIXES, pair_factors, without_prefixes
-from exporter.checkpoint import EMBEDDING, torch_name
-from exporter.inspection.known_bases import KINDS, KNOWN_BASES
-from exporter.json_object import read_json_object
-from exporter.pth import read_pth
-from exporter.staging import sha256
 from pos2d.errors import InputError
+from pos2d.exporter.adapters.adapter import kind, some
+from pos2d.exporter.adapters.patterns import fits
+from pos2d.exporter.adapters.peft import ADAPTER_CONFIG
+from pos2d.exporter.adapters.peft_config import KEY_OF_PATTERN
+from pos2d.exporter.adapters.trainer import SUFFIXES, pair_factors, without_prefixes
+from pos2d.exporter.artifact.staging import sha256
+from pos2d.exporter.files.json_object import read_json_object
+from pos2d.exporter.files.pth import read_pth
+from pos2d.exporter.inputs.checkpoint import EMBEDDING, torch_name
+from pos2d.exporter.inspection.known_bases import KINDS, KNOWN_BASES
 
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_PREFIX = "base_model.model."

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from exporter.adapters import Adapter
-from exporter.adapters.changes import exact_sum
-from exporter.checkpoint import DTYPES, EMBEDDING, HEAD, Checkpoint
-from exporter.config import baked_config
-from exporter.inspection.samples import Sample
-from exporter.merging.plan import PlannedTensor, plan_merge
-from exporter.tensors import TensorFile, opened
+from pos2d.exporter.adapters import Adapter
+from pos2d.exporter.adapters.deltas import exact_sum
+from pos2d.exporter.artifact.hf_config import baked_config
+from pos2d.exporter.files.tensor_io import TensorFile, opened
+from pos2d.exporter.inputs.checkpoint import DTYPES, EMBEDDING, HEAD, Checkpoint
+from pos2d.exporter.inspection.samples import Sample
+from pos2d.exporter.tensors.plan import PlannedTensor, plan_merge
 from pos2d.families import CLASS_NAMES
 from pos2d.layout import build_layout
 from pos2d.progress import Progress

@@ -6,11 +6,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from exporter.adapters.adapter import kind
-from exporter.base import rope_settings
-from exporter.checkpoint import Checkpoint, torch_name
-from exporter.config import end_tokens
-from exporter.inspection.known_bases import KINDS
+from pos2d.exporter.adapters.adapter import kind
+from pos2d.exporter.artifact.hf_config import end_tokens
+from pos2d.exporter.inputs.base import rope_settings
+from pos2d.exporter.inputs.checkpoint import Checkpoint, torch_name
+from pos2d.exporter.inspection.known_bases import KINDS
 from pos2d.manifest import read_manifest
 
 

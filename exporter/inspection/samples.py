@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pos2d.errors import InputError
-from pos2d.texts import FORMS, Branch, Row, read_rows
+from pos2d.text_samples import FORMS, Branch, Row, read_rows
 
 # Four branches show the stride; branches this short leave several sequences within the limit.
 BRANCHES, BRANCH_TOKENS, TOKEN_LIMIT = 4, 128, 2000

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from exporter.adapters.adapter import some
-from exporter.inspect import Fit, InspectReport
-from exporter.inspection.adapter_facts import AdapterFacts, ModuleKind
-from exporter.inspection.guess import Guess, Score
-from exporter.inspection.known_bases import KNOWN_BASES
-from exporter.inspection.model_facts import ArtifactFacts, BaseFacts
+from pos2d.exporter.adapters.adapter import some
+from pos2d.exporter.inspect import Fit, InspectReport
+from pos2d.exporter.inspection.adapter_facts import AdapterFacts, ModuleKind
+from pos2d.exporter.inspection.guess import Guess, Score
+from pos2d.exporter.inspection.known_bases import KNOWN_BASES
+from pos2d.exporter.inspection.model_facts import ArtifactFacts, BaseFacts
 from pos2d.spec import spans
 
 Row = tuple[str, str]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.checkpoint import DTYPES, Checkpoint
-from exporter.merging.plan import MergePlan, PlannedTensor
-from exporter.merging.rounding import Rounding
-from exporter.merging.rows import check_copied, rounded_rows
-from exporter.tensors import TensorFile, opened
-from exporter.workers import single_threaded_torch
+from pos2d.exporter.files.parallel import single_threaded_torch
+from pos2d.exporter.files.tensor_io import TensorFile, opened
+from pos2d.exporter.inputs.checkpoint import DTYPES, Checkpoint
+from pos2d.exporter.merging.rounded_rows import check_copied, rounded_rows
+from pos2d.exporter.tensors.plan import MergePlan, PlannedTensor
+from pos2d.exporter.tensors.rounding import Rounding
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedTensors:
-    """What :func:`exporter.merge` would write, bit for bit; ``directory`` is the base's, whose files are ``opened``."""
+    """What :func:`pos2d.merge` would write, bit for bit; ``directory`` is the base's, whose files are ``opened``."""
 
     directory: Path
     planned: Mapping[str, PlannedTensor]

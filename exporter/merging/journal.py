@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.merging.ledger import TensorEntry
-from exporter.staging import sync, write_json
 from pos2d.errors import OutputError
+from pos2d.exporter.artifact.staging import sync, write_json
+from pos2d.exporter.merging.ledger import TensorEntry
 
 Shards = Mapping[str, Mapping[str, TensorEntry]]
 

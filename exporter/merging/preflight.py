@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.adapters import Adapter
-from exporter.merging.plan import MergePlan
-from exporter.merging.weights import COPY_BYTES
-from exporter.staging import workspace_of
-from exporter.tensors import BLOCK_ELEMENTS
-from exporter.workers import worker_count
 from pos2d.errors import StorageError
+from pos2d.exporter.adapters import Adapter
+from pos2d.exporter.artifact.staging import workspace_of
+from pos2d.exporter.files.parallel import worker_count
+from pos2d.exporter.files.tensor_io import BLOCK_ELEMENTS
+from pos2d.exporter.merging.writer import COPY_BYTES
+from pos2d.exporter.tensors.plan import MergePlan
 
 # What the process has before its first tensor: measured with torch 2.13 for CPUs at 0.26 GB; its CUDA builds take more.
 INTERPRETER_BYTES = 300 << 20

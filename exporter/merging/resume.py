@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint import Checkpoint
-from exporter.merging.ledger import TensorEntry, read_ledger
-from exporter.merging.plan import MergePlan, PlannedShard
-from exporter.staging import discard_workspace, sha256
-from exporter.tensors import PIECE_BYTES, opened, pieces, sha256_of
 from pos2d.errors import InputError
+from pos2d.exporter.artifact.staging import discard_workspace, sha256
+from pos2d.exporter.files.tensor_io import PIECE_BYTES, opened, pieces, sha256_of
+from pos2d.exporter.inputs.checkpoint import Checkpoint
+from pos2d.exporter.merging.ledger import TensorEntry, read_ledger
+from pos2d.exporter.tensors.plan import MergePlan, PlannedShard
 from pos2d.manifest import Manifest, read_manifest
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from exporter.checkpoint import Checkpoint, read_config, torch_name
-from exporter.companions import COMPANIONS
-from exporter.graphs.weights import DATA_FILE
-from exporter.planning.graph_sizes import graph_sizes
+from pos2d.exporter.artifact.sidecars import COMPANIONS
+from pos2d.exporter.formats.onnx.weight_layout import DATA_FILE
+from pos2d.exporter.inputs.checkpoint import Checkpoint, read_config, torch_name
+from pos2d.exporter.planning.graph_sizes import graph_sizes
 from pos2d.families import Dimensions, expected_tensors
 from pos2d.footprint import (
     DTYPE_BYTES,

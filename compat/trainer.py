@@ -1,0 +1,196 @@
+"""For programs that were written for the trainer's script: its two functions, merged in memory and run by our engine.
+
+    from pos2d.compat.trainer import load_model_with_lora, generate_text
+
+    model, tokenizer, patch_rope = load_model_with_lora("Qwen/Qwen2-0.5B-Instruct", "lora_final.pth", lora_rank=8)
+    print(generate_text(model, tokenizer, "你好"))
+
+``model`` is a transformers model, so ``model.generate(**tokenizer(text, return_tensors="pt"))`` works as well. It is
+merged anew in every process; for anything that is loaded twice ``pos2d merge`` and :func:`pos2d.load` are faster.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from pos2d.errors import InputError, UsageError
+from pos2d.families import MODEL_TYPE_PREFIX, Dimensions
+from pos2d.footprint import least_memory
+from pos2d.layout import build_layout
+from pos2d.runtime.backends.memory import check_least
+from pos2d.runtime.backends.options import LoadOptions
+from pos2d.runtime.backends.torch.attention import NAME as COLUMNS
+from pos2d.runtime.backends.torch.backend import TorchBackend
+from pos2d.runtime.backends.torch.devices import one_device
+from pos2d.runtime.backends.torch.loading import empty_decoder, fill_decoder
+from pos2d.runtime.engine.decode import decode
+from pos2d.runtime.engine.sampling import GENERATION_CONFIG, Sampling
+from pos2d.runtime.text.completions import TextWriter
+from pos2d.runtime.text.tokenization import encode_prompts
+from pos2d.runtime.unpacking import Loaded
+from pos2d.spec import Align, Rope2DSpec
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def load_model_with_lora(
+    base_model: str | Path,
+    lora_path: str | Path,
+    lora_rank: int | None = 8,
+    rope_2d_ratio: float = 0.5,
+    patch_rope: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    branch_stride: int = 128,
+    align_to: Align = "left",
+) -> Loaded:
+    """``model, tokenizer, patch_rope``, or ``model, tokenizer``: it unpacks into as many names as there are.
+
+    The weights are those that :func:`pos2d.merge` would write and :func:`pos2d.load` would load, bit for bit, but
+    nothing is written. ``device`` ``auto`` is a card where there is one and ``dtype`` ``auto`` the base's stored type;
+    the script had ``cuda`` and ``bfloat16``. A ``lora_rank`` of None takes the file's own. ``rope_2d_ratio`` says
+    nothing without ``patch_rope``.
+
+    Args:
+        base_model: a directory or a Hub id.
+        lora_path: the trainer's file, or a PEFT directory.
+        branch_stride: of the training, as ``align_to``; one branch, which is all that is written here, needs neither.
+
+    Raises:
+        UsageError: a device or type that cannot be used.
+        InputError, UnsafeInputError: as :func:`pos2d.merge`; no tokenizer.
+        StorageError: the memory cannot hold the weights.
+    """
+    # The one place where runtime needs the exporter: a merge in memory is both sides at once.
+    from pos2d.exporter.artifact.hf_config import baked_config
+    from pos2d.exporter.merging.in_memory import merged_tensors
+    from pos2d.exporter.sources.source import TrainedPositions, from_adapters
+    from pos2d.exporter.tensors.plan import plan_merge
+
+    options = LoadOptions(device=device, dtype=dtype)
+    home = one_device(options.device)
+    positions = TrainedPositions(rope_2d_ratio if patch_rope else None, None, not patch_rope, branch_stride, align_to)
+    source = from_adapters(base_model, lora_path, positions, lora_rank=lora_rank)
+    base, plan = source.base, plan_merge(source.base, source.adapters, options.dtype)
+    tokenizer = _tokenizer(base.directory)
+    if home.type == "cpu":
+        check_least(str(base_model), least_memory("merged", plan.nbytes, plan.dtype, plan.dtype))
+    config = baked_config(base, source.spec, plan.dtype, plan.tied)
+    model = empty_decoder(config, base.sizes.family, COLUMNS)
+    with merged_tensors(base, plan) as tensors:
+        fill_decoder(
+            model,
+            tensors,
+            None,
+            stored=False,
+            kernel=options.int8_kernel,
+            dtype=getattr(torch, plan.dtype),
+            place=lambda _: home,
+        )
+    _set_generation(model, base.directory, source.eos_token_ids, tokenizer.pad_token_id)
+    return Loaded(model, tokenizer, patch_rope)
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 512,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    top_k: int = 50,
+    repetition_penalty: float = 1.1,
+    device: str | torch.device | None = None,
+    seed: int | None = None,
+) -> str:
+    """The answer to ``prompt``, without spaces around it. Nothing is printed; the script printed both.
+
+    The prompt goes through the chat template where the tokenizer has one. A ``temperature`` of 0 is greedy. Without a
+    ``seed`` every call draws another answer, from torch's random numbers, so that ``torch.manual_seed`` still makes a
+    program repeatable. The model stays where it is: ``device`` may say so, and nothing else.
+
+    Raises:
+        UsageError: a value out of range, or a ``device`` that the model is not on.
+        InputError: a model that is not of this tool, an empty prompt, or one that is longer than the model.
+    """
+    spec = _spec_of(model)
+    _check_device(model, device)
+    drawn = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=drawn,
+    )
+    chat = bool(tokenizer.chat_template)
+    ids = encode_prompts(tokenizer, [prompt], None, chat=chat, ordinary=True).branches[0]
+    ends = model.generation_config.eos_token_id
+    end_tokens = set(ends) if isinstance(ends, list) else {ends} - {None}
+    writer = TextWriter(tokenizer, sampling, (0,), end_tokens, set(ids))
+    backend = TorchBackend(model, getattr(model, "hf_device_map", None) or {"": model.device})
+    limit = Dimensions.from_config(model.config.to_dict(), "the model's configuration").context_length
+    for _ in decode(backend, build_layout([ids], spec), [writer], context_length=limit):
+        pass
+    return writer.take(last=True).strip()
+
+
+def _tokenizer(directory: Path) -> Any:
+    """The base's own; a text that ends is padded with its end where there is nothing else.
+
+    Raises:
+        InputError: the base has none, or none that transformers can read.
+    """
+    # Without any of these transformers 5 makes a tokenizer that knows no token.
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"{directory} has none of {', '.join(TOKENIZER_FILES)}; copy the model again")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # the libraries raise whatever a damaged file provokes
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"the tokenizer in {directory} cannot be read: {reason}; copy the model again") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _set_generation(model: PreTrainedModel, base: Path, end_tokens: tuple[int, ...], pad_token: int | None) -> None:
+    """What ``model.generate`` does where nobody says it: the base's settings, with the ends and the padding there."""
+    if (base / GENERATION_CONFIG).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(base)
+    if end_tokens:
+        model.generation_config.eos_token_id = list(end_tokens)
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = pad_token
+
+
+def _spec_of(model: Any) -> Rope2DSpec:
+    """Raises:
+    InputError: no model of this tool.
+    """
+    config = getattr(model, "config", None)
+    if not str(getattr(config, "model_type", "")).startswith(MODEL_TYPE_PREFIX):
+        raise InputError(
+            f"{type(model).__name__} is not a model of this tool, so its positions are unknown; "
+            "load it with load_model_with_lora"
+        )
+    return Rope2DSpec.from_dict(model.config.rope_2d)
+
+
+def _check_device(model: PreTrainedModel, device: str | torch.device | None) -> None:
+    """Raises:
+    UsageError: the model is on another one.
+    """
+    if device is None or str(device) == "auto":
+        return
+    try:
+        asked = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device {device!r} is not one that torch knows; leave it out") from None
+    numbers = {asked.index, model.device.index} - {None}  # "cuda" is any card
+    if asked.type != model.device.type or len(numbers) > 1:
+        raise UsageError(f"the model is on {model.device}, not on {device}; leave device out, or load the model there")

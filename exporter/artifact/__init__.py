@@ -1,0 +1,1 @@
+"""The directory that is written: staging, configuration, tokenizer files, and the closing check."""

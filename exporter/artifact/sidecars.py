@@ -1,0 +1,60 @@
+"""Files that travel with the weights: tokenizer, chat template, generation settings, and the model's code."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pos2d import hf
+from pos2d.exporter.artifact.staging import write_json
+from pos2d.exporter.files.json_object import read_json_object
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CODE = ("configuration_pos2d.py", "modeling_pos2d.py")
+TOKENIZER_SETTINGS, GENERATION_SETTINGS = "tokenizer_config.json", "generation_config.json"
+# What transformers 5 calls the class that both generations know by the other name.
+NEW_TOKENIZER_CLASS, TOKENIZER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Raises:
+    InputError: not a JSON object.
+    """
+    return read_json_object(path, "copy the model again")
+
+
+def check_companions(source: Path) -> None:
+    """Raises:
+    InputError: a file that cannot travel; known before anything is written.
+    """
+    for name in (TOKENIZER_SETTINGS, GENERATION_SETTINGS):
+        if (source / name).is_file():
+            read_settings(source / name)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what ``source`` has of them, in a form that transformers 4.57 reads as well."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    path = target / TOKENIZER_SETTINGS
+    if path.is_file():
+        settings = read_settings(path)
+        if settings.get("tokenizer_class") == NEW_TOKENIZER_CLASS:
+            write_json(path, settings | {"tokenizer_class": TOKENIZER_CLASS})
+
+
+def copy_code(target: Path) -> None:
+    """The model files with which plain transformers loads a torch artifact."""
+    for name in CODE:
+        shutil.copyfile(Path(hf.__file__).parent / name, target / name)

@@ -1,0 +1,160 @@
+"""The bytes of a checkpoint's tensors: read in pieces, and shared with their copy where the file system can."""
+
+import hashlib
+import os
+import struct
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from pos2d.errors import InputError
+from pos2d.exporter.files.pth import read_pth
+from pos2d.exporter.inputs.checkpoint import DTYPES, TensorPlace
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+# File systems that share blocks (btrfs, XFS, bcachefs) do so in whole ones.
+BLOCK = 4096
+PIECE_BYTES = 4 << 20
+# Elements of a tensor that are computed with at once: they stay in the processor's cache.
+BLOCK_ELEMENTS = 1 << 16
+CLONE_RANGE = 0x4020940D  # FICLONERANGE of Linux
+
+
+class TensorFile(Protocol):
+    """One file of a checkpoint; several threads may read it at once."""
+
+    def read_into(self, name: str, place: TensorPlace, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``start`` on."""
+
+    def copy_to(self, place: TensorPlace, start: int, data: memoryview, target: int, offset: int) -> None:
+        """Bring ``data``, the tensor's bytes from ``start`` on, to ``offset`` of the open file ``target``."""
+
+    def close(self) -> None: ...
+
+
+class SafetensorsFile:
+    def __init__(self, path: Path, forget: bool = False) -> None:
+        self._path, self._forget = path, forget
+        self._file = os.open(path, os.O_RDONLY)
+        self._shares_blocks = sys.platform == "linux"
+
+    def read_into(self, name: str, place: TensorPlace, start: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._file, [buffer[done:]], place.offset + start + done)
+            if count == 0:
+                raise InputError(f"{self._path}: tensor {name} is cut; the file changed while it was read")
+            done += count
+        if self._forget:
+            forget_cached(self._file, place.offset + start, len(buffer))
+
+    def copy_to(self, place: TensorPlace, start: int, data: memoryview, target: int, offset: int) -> None:
+        source, whole = place.offset + start, len(data) // BLOCK * BLOCK
+        if self._shares_blocks and whole and (source | offset) % BLOCK == 0:
+            import fcntl
+
+            try:
+                fcntl.ioctl(target, CLONE_RANGE, struct.pack("=qQQQ", self._file, source, whole, offset))
+                data, offset = data[whole:], offset + whole
+            except OSError:
+                self._shares_blocks = False
+        write_at(target, data, offset)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class PthFile:
+    def __init__(self, path: Path) -> None:
+        self._tensors = read_pth(path)
+
+    def read_into(self, name: str, place: TensorPlace, start: int, buffer: memoryview) -> None:
+        buffer[:] = self._bytes(name)[start : start + len(buffer)].data
+
+    def copy_to(self, place: TensorPlace, start: int, data: memoryview, target: int, offset: int) -> None:
+        write_at(target, data, offset)
+
+    def close(self) -> None:
+        self._tensors.clear()
+
+    def _bytes(self, name: str) -> "npt.NDArray[np.uint8]":
+        import torch
+
+        tensor = self._tensors[name]
+        if not tensor.is_contiguous():
+            tensor = self._tensors[name] = tensor.contiguous()
+        flat: npt.NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
+        return flat
+
+
+def open_tensors(path: Path, forget: bool = False) -> TensorFile:
+    """Open a file of either form; with ``forget`` the system's cache does not keep what is read (safetensors only).
+
+    Raises as :func:`pos2d.exporter.files.pth.read_pth` for a file of ``torch.save``.
+    """
+    return SafetensorsFile(path, forget) if path.suffix == ".safetensors" else PthFile(path)
+
+
+@contextmanager
+def opened(directory: Path, files: Iterable[str], forget: bool = False) -> Iterator[Mapping[str, TensorFile]]:
+    """Files of a checkpoint by name, closed after the block; see :func:`open_tensors`."""
+    with ExitStack() as stack:
+        found: dict[str, TensorFile] = {}
+        for file in files:
+            found[file] = open_tensors(directory / file, forget)
+            stack.callback(found[file].close)
+        yield found
+
+
+def sha256_of(file: TensorFile, name: str, place: TensorPlace) -> str:
+    """Of a tensor's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for start, count in pieces(place.nbytes, PIECE_BYTES):
+        buffer = memoryview(bytearray(count))
+        file.read_into(name, place, start, buffer)
+        digest.update(buffer)
+    return digest.hexdigest()
+
+
+def row_blocks(
+    file: TensorFile, name: str, place: TensorPlace, elements: int = BLOCK_ELEMENTS
+) -> "Iterator[tuple[slice, memoryview, torch.Tensor]]":
+    """Rows of a tensor, their bytes, and their values in float64; the bytes are good until the next block."""
+    import torch
+
+    dtype, size = DTYPES[place.dtype]
+    columns = place.shape[1] if len(place.shape) > 1 else 1
+    height = max(1, elements // columns)
+    buffer = memoryview(bytearray(min(height, place.shape[0]) * columns * size))
+    for start in range(0, place.shape[0], height):
+        rows = slice(start, min(start + height, place.shape[0]))
+        data = buffer[: (rows.stop - rows.start) * columns * size]
+        file.read_into(name, place, start * columns * size, data)
+        values = torch.frombuffer(data, dtype=getattr(torch, dtype)).double()
+        yield rows, data, values.reshape(-1, *place.shape[1:])
+
+
+def forget_cached(file: int, offset: int, length: int) -> None:
+    """Tell the system that a range (length 0: to the end) will not be read again soon."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def write_at(file: int, data: memoryview, offset: int) -> None:
+    """All of ``data``; a write may take less than it is given."""
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def pieces(total: int, size: int, first: int = 0) -> Iterator[tuple[int, int]]:
+    """Starts and lengths of the pieces of ``total`` bytes, after a shorter ``first`` one where that is not 0."""
+    if first:
+        yield 0, min(first, total)
+    yield from ((start, min(size, total - start)) for start in range(first, total, size))

@@ -1,0 +1,1 @@
+"""ONNX decoders over one file of weights."""

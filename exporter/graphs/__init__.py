@@ -1,1 +1,0 @@
-"""The decoder as ONNX graphs over one file of weights."""

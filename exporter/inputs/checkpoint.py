@@ -1,0 +1,201 @@
+"""A directory of weights: every tensor known by name, shape, type and place before any is read."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from pos2d.errors import InputError, UnsafeInputError
+from pos2d.exporter.files.json_object import read_json_object
+from pos2d.exporter.files.pth import check_storage, read_pth
+from pos2d.families import Dimensions, expected_tensors
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+EMBED_TOKENS, LM_HEAD = "model.embed_tokens", "lm_head"
+EMBEDDING, HEAD = f"{EMBED_TOKENS}.weight", f"{LM_HEAD}.weight"
+# A header takes about a hundred bytes a tensor.
+MAX_HEADER_BYTES = 16 << 20
+# safetensors' name of a type to torch's, and its bytes.
+DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
+# Bytes of every type that a checkpoint of ours may hold: weights are quantised to the whole numbers.
+WIDTHS = {short: width for short, (_, width) in DTYPES.items()} | {"I8": 1, "U8": 1}
+SAFETENSORS_NAMES = {name: short for short, (name, _) in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """Where a tensor lies: its file in the checkpoint, its first byte there, its shape and its safetensors type.
+
+    ``offset`` means nothing in a file of ``torch.save``.
+    """
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int = 0
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * WIDTHS[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A directory with a configuration and weights, every expected tensor present and of the right shape.
+
+    ``revision`` is the commit of a checkpoint that came from the Hub. ``spare_head``: where a head lies that the
+    configuration ties to the embedding all the same.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    sizes: Dimensions
+    tensors: Mapping[str, TensorPlace]
+    revision: str | None = None
+    spare_head: TensorPlace | None = None
+
+    @property
+    def files(self) -> list[str]:
+        return sorted({place.file for place in self.tensors.values()})
+
+    def linear_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Module name to ``(out, in)`` of every linear layer, a tied head among them."""
+        shapes = {
+            name.removesuffix(".weight"): place.shape
+            for name, place in self.tensors.items()
+            if name.endswith("_proj.weight") or name == HEAD
+        }
+        return shapes | ({LM_HEAD: self.tensors[EMBEDDING].shape} if self.sizes.tied else {})
+
+
+def read_checkpoint(directory: Path, config: Mapping[str, Any], revision: str | None = None) -> Checkpoint:
+    """The tensors of a directory, checked against the sizes that ``config`` gives.
+
+    Raises:
+        InputError: no or damaged weights, a type that is not floating point, or tensors that do not fit ``config``.
+        UnsafeInputError: an index that names files outside the directory, or a ``.bin`` that would run code.
+    """
+    sizes = Dimensions.from_config(config, str(directory / "config.json"))
+    expected = expected_tensors(sizes)
+    # Loaders ignore the frequencies as well and compute them from the configuration.
+    tensors = {name: place for name, place in _scan(directory).items() if not name.endswith("rotary_emb.inv_freq")}
+    spare_head = tensors.pop(HEAD, None) if sizes.tied else None
+    missing = sorted(set(expected) - set(tensors))
+    unknown = sorted(set(tensors) - set(expected))
+    known = {name: place for name, place in tensors.items() if name in expected}
+    wrong = [f"{n} {place.shape} instead of {expected[n]}" for n, place in known.items() if place.shape != expected[n]]
+    types = [f"{name} {place.dtype}" for name, place in known.items() if place.dtype not in DTYPES]
+    faults = [
+        f"{label} {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
+        for label, names in (
+            ("missing tensors", missing),
+            ("unknown tensors", unknown),
+            ("wrong shapes", wrong),
+            ("types that are not floating point", types),
+        )
+        if names
+    ]
+    if faults:
+        raise InputError(f"{directory}: the weights do not fit config.json: {'; '.join(faults)}")
+    return Checkpoint(directory, config, sizes, tensors, revision, spare_head)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give a Hugging Face model directory")
+    config = read_json_object(path, "copy the model again")
+    if "model_type" not in config:
+        raise InputError(f"{path} has no model_type; give a Hugging Face model directory")
+    return config
+
+
+def _scan(directory: Path) -> dict[str, TensorPlace]:
+    tensors: dict[str, TensorPlace] = {}
+    for file in _weight_files(directory):
+        found = _scan_safetensors(directory, file) if file.endswith(".safetensors") else _scan_pth(directory, file)
+        twice = sorted(set(found) & set(tensors))
+        if twice:
+            raise InputError(f"{directory / file}: tensor {twice[0]} is in {tensors[twice[0]].file} as well")
+        tensors |= found
+    return tensors
+
+
+def _scan_safetensors(directory: Path, file: str) -> dict[str, TensorPlace]:
+    path = directory / file
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is not a file; copy the model again")
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                raise InputError(f"{path} has a header of more than {MAX_HEADER_BYTES >> 20} MiB; copy the model again")
+            text = stream.read(length)
+        with safe_open(path, framework="np"):
+            header = json.loads(text)  # which the library has now checked: lengths, overlaps, holes
+    except (SafetensorError, OSError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}; copy the model again") from None
+    header.pop("__metadata__", None)
+    return {
+        name: TensorPlace(file, tuple(facts["shape"]), facts["dtype"], 8 + length + facts["data_offsets"][0])
+        for name, facts in header.items()
+    }
+
+
+def _scan_pth(directory: Path, file: str) -> dict[str, TensorPlace]:
+    if not (directory / file).is_file():
+        raise InputError(f"{directory / file} does not exist; copy the model again")
+    tensors = read_pth(directory / file)
+    check_storage(tensors, directory / file)
+    return {
+        name: TensorPlace(file, tuple(tensor.shape), _short_name(str(tensor.dtype))) for name, tensor in tensors.items()
+    }
+
+
+def torch_name(dtype: str) -> str:
+    """torch's name of a safetensors type; a type that no base may have keeps its own."""
+    return DTYPES[dtype][0] if dtype in DTYPES else dtype
+
+
+def _short_name(torch_name: str) -> str:
+    name = torch_name.removeprefix("torch.")
+    return SAFETENSORS_NAMES.get(name, name)
+
+
+def _weight_files(directory: Path) -> list[str]:
+    """File names of the first form that is there: safetensors before pickles, an index before a single file."""
+    for single, index in ((SINGLE, INDEX), (OLD_SINGLE, OLD_INDEX)):
+        if (directory / index).is_file():
+            return _files_of_index(directory / index)
+        if (directory / single).is_file():
+            return [single]
+    raise InputError(
+        f"{directory} has no {SINGLE}, {INDEX}, {OLD_SINGLE} or {OLD_INDEX}; give a directory with weights"
+    )
+
+
+def _files_of_index(index: Path) -> list[str]:
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(f"{index} cannot be read: {error!r}") from None
+    ending = ".safetensors" if index.name == INDEX else ".bin"
+    for file in files:
+        if Path(str(file)).name != file:
+            raise UnsafeInputError(
+                f"{index} names {file!r}, which is not a file of its own directory; do not trust this model"
+            )
+        if not file.endswith(ending):
+            raise InputError(f"{index} names {file!r}, which is not a {ending} file; copy the model again")
+    return files

@@ -1,0 +1,1 @@
+"""Merged and bitsandbytes artifacts on torch."""

@@ -1,0 +1,149 @@
+"""Merged and bitsandbytes directories on torch, with the model classes of this package (no code of theirs is run)."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from pos2d.errors import UsageError
+from pos2d.footprint import PREFILL_ROWS
+from pos2d.layout import Bools, Ints
+from pos2d.manifest import Manifest
+from pos2d.quiet import quietly
+from pos2d.recipe import QuantRecipe
+from pos2d.runtime.backends.memory import check_memory
+from pos2d.runtime.backends.options import LoadOptions
+from pos2d.runtime.backends.torch.attention import NAME as COLUMNS
+from pos2d.runtime.backends.torch.cuda_graphs import GraphedCache, Tensors
+from pos2d.runtime.backends.torch.devices import Homes, one_device, place_of, spread
+from pos2d.runtime.backends.torch.kv_cache import FixedCache, GrowingCache
+from pos2d.runtime.backends.torch.linears import bnb_layers
+from pos2d.runtime.backends.torch.loading import HEAD, empty_decoder, fill_decoder, sized_decoder, stored_tensors
+from pos2d.runtime.engine.backend import Floats
+
+
+class TorchBackend:
+    """One decoder on one device, or spread over several: ``homes`` says which of its modules are where."""
+
+    piece = PREFILL_ROWS
+
+    def __init__(self, model: PreTrainedModel, homes: Homes) -> None:
+        self._model = model
+        self._device = place_of(homes)("model.embed_tokens")
+        self.device = self._device.type
+        self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        foreign = bnb_layers(model)
+        self._talks = bool(foreign)
+        # bitsandbytes' int8 looks at its activations to choose what it does, which a graph cannot.
+        alone = homes == {"": self._device} and self._device.type == "cuda"
+        self._graphed = alone and "Linear8bitLt" not in foreign
+
+    @classmethod
+    def load(cls, directory: Path, manifest: Manifest, options: LoadOptions) -> Self:
+        """Raises as :func:`pos2d.load`."""
+        recipe = _recipe(directory, manifest, options)
+        if options.int8_kernel != "auto" and (recipe is None or recipe.name != "8bit"):
+            raise UsageError(
+                f"--int8-kernel is for 8 bits, which {directory} does not have; leave it out, or use --quant 8bit"
+            )
+        device = one_device(options.device)
+        dtype = _compute_dtype(manifest, options, recipe, device)
+        if device.type == "cpu" and options.device_map is None:
+            check_memory(directory, manifest, str(dtype).removeprefix("torch."), options.quant)
+        attention = COLUMNS if options.attn_implementation == "sdpa" else "eager"
+        model = empty_decoder(directory, manifest.family, attention)
+        homes: Homes = {"": device}
+        if options.device_map is not None:
+            homes = spread(sized_decoder(directory, manifest.family, recipe, dtype), options.max_memory)
+        fill_decoder(
+            model,
+            stored_tensors(directory, manifest),
+            recipe,
+            stored=manifest.quant is not None,
+            kernel=options.int8_kernel,
+            dtype=dtype,
+            place=place_of(homes),
+        )
+        if len(set(homes.values())) > 1:
+            from accelerate import dispatch_model
+
+            model = dispatch_model(model, device_map=homes)
+        return cls(model, homes)
+
+    def expect_branches(self, count: int) -> None:
+        """Nothing: one model does it all."""
+
+    def new_cache(self, capacity: int) -> Cache:
+        return GraphedCache(capacity) if self._graphed else GrowingCache(capacity)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: Ints,
+        position_ids: Ints,
+        pos2d: Ints,
+        mask: Bools,
+        cache: Cache | None = None,
+        rows: Ints | None = None,
+    ) -> Floats:
+        inputs = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "pos2d": pos2d,
+            "attention_mask": mask[:, None],
+            **({} if rows is None else {"logits_to_keep": rows}),
+        }
+        tensors = {name: torch.tensor(values, device=self._device) for name, values in inputs.items()}
+        with quietly("bitsandbytes") if self._talks else nullcontext():  # it tells of every cast of every layer
+            if isinstance(cache, FixedCache):
+                logits = self._forward_fixed(cache, tensors)
+            else:
+                logits = self._model(**tensors, past_key_values=cache, use_cache=cache is not None).logits
+        result: Floats = logits.float().cpu().numpy()
+        return result
+
+    def _forward_fixed(self, cache: FixedCache, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """A pass over a cache whose unfilled slots are masked; short ones, which are steps, run as graphs on a card."""
+
+        def step(given: Tensors) -> torch.Tensor:
+            names = {name: tensor for name, tensor in given.items() if name != "slots"}
+            logits: torch.Tensor = self._model(**names, past_key_values=cache, use_cache=True).logits
+            return logits
+
+        count = tensors["input_ids"].shape[1]
+        mask = tensors["attention_mask"]
+        tensors["attention_mask"] = functional.pad(mask, (0, cache.capacity - mask.shape[-1]))
+        tensors["slots"] = torch.arange(cache.length, cache.length + count, device=self._device)
+        if isinstance(cache, GraphedCache) and cache.length > 0 and "logits_to_keep" not in tensors:
+            logits = cache.run(step, tensors)
+        else:
+            cache.slots = tensors["slots"]
+            logits = step(tensors)
+        cache.length += count
+        return logits
+
+
+def _recipe(directory: Path, manifest: Manifest, options: LoadOptions) -> QuantRecipe | None:
+    if manifest.quant is None:
+        return None if options.quant is None else QuantRecipe(options.quant, (HEAD,))
+    if options.quant not in (None, manifest.quant.name):
+        raise UsageError(
+            f"{directory} is quantised to {manifest.quant.name}; --quant {options.quant} needs a merged one"
+        )
+    return manifest.quant
+
+
+def _compute_dtype(
+    manifest: Manifest, options: LoadOptions, recipe: QuantRecipe | None, device: torch.device
+) -> torch.dtype:
+    if options.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, options.dtype)
+        return chosen
+    # The packed int8 product of CPUs is one of bfloat16.
+    packed = recipe is not None and recipe.name == "8bit" and device.type == "cpu" and options.int8_kernel != "bnb"
+    stored: torch.dtype = getattr(torch, manifest.dtype)
+    return torch.bfloat16 if packed else stored

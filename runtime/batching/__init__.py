@@ -1,0 +1,1 @@
+"""Files of prompts: their lines, and the output that grows."""

@@ -1,0 +1,1 @@
+"""Decoding in token ids: sequences, sampling, and the protocol of a backend."""

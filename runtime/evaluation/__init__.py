@@ -1,0 +1,1 @@
+"""How one artifact is compared with another."""
