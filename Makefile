@@ -1,5 +1,6 @@
 # make demo   install, then merge, export, verify and run a real model on the CPU
 # make test   install, check, and run the test suite
+# make quick  check, then the tests of laws on tiny models
 # make check  formatting, lint and types
 # make bench  decoding speed of both backends, beside their agreement
 # make peers  what benchmarks/peers.py runs beside ours
@@ -10,7 +11,7 @@ INSTALLED := .venv/.installed
 OLD_TRANSFORMERS := .venv/transformers-4.57
 ADAPTER := examples/demo_adapter/lora.pth
 
-.PHONY: install demo test check bench peers clean
+.PHONY: install demo test quick check bench peers clean
 
 install: $(INSTALLED)
 
@@ -43,6 +44,14 @@ check: $(INSTALLED)
 
 test: check $(OLD_TRANSFORMERS)
 	$(BIN)/python -m pytest
+
+# Files that take seconds, for the time between two edits; make test runs them too.
+QUICK := tests/contract tests/test_house.py \
+	tests/exporter/test_blockwise.py tests/exporter/test_gptq.py tests/exporter/test_ledger.py tests/exporter/test_rounding.py \
+	tests/exporter/test_tensors.py tests/runtime/test_goldens.py tests/runtime/test_isolated.py tests/runtime/test_sampling.py
+
+quick: check
+	$(BIN)/python -m pytest $(QUICK)
 
 bench: demo/base
 	$(BIN)/python benchmarks/decode.py

@@ -19,7 +19,7 @@ from columns import Ids
 from pos2d import exporter, runtime
 from pos2d.layout import build_layout
 from pos2d.runtime.engine.decode import decode
-from pos2d.runtime.engine.prefix_cache import Prefix
+from pos2d.runtime.engine.prefix_cache import PrefixCache
 from pos2d.runtime.engine.sampler import Sampler
 from pos2d.runtime.engine.sampling import Sampling
 from pos2d.spec import Visibility
@@ -49,12 +49,12 @@ class Asking:
     questions: Ids
     new_tokens: int
 
-    def prefix(self) -> Prefix:
-        return Prefix(self.model.backend, self.model.manifest.rope_2d, self.model.manifest.context_length)
+    def prefix(self) -> PrefixCache:
+        return PrefixCache(self.model.backend, self.model.manifest.rope_2d, self.model.manifest.context_length)
 
-    def answers(self, prefix: Prefix, questions: Ids, visibility: Visibility) -> Ids:
+    def answers(self, prefix: PrefixCache, questions: Ids, visibility: Visibility) -> Ids:
         """New ids of each question, after a context that is read where it is not there."""
-        prefix.become(self.context)
+        prefix.fill(self.context)
         layout = build_layout(questions, self.model.manifest.rope_2d, self.context, visibility)
         writers = [Sampler(Sampling(max_new_tokens=self.new_tokens)) for _ in questions]
         columns = decode(
@@ -71,9 +71,9 @@ class Asking:
 def ways(asking: Asking) -> dict[str, Callable[[], tuple[float, Ids]]]:
     """Seconds and answers of each; where the document is cached, reading it is not counted for either side."""
 
-    def timed(prefix: Prefix | None, groups: list[Ids], visibility: Visibility) -> tuple[float, Ids]:
+    def timed(prefix: PrefixCache | None, groups: list[Ids], visibility: Visibility) -> tuple[float, Ids]:
         if prefix is not None:
-            prefix.become(asking.context)
+            prefix.fill(asking.context)
         started = time.perf_counter()
         found = [asking.answers(prefix or asking.prefix(), group, visibility) for group in groups]
         return time.perf_counter() - started, [ids for group in found for ids in group]

@@ -1,4 +1,4 @@
-"""Peak memory as ``pos2d/footprint.py`` estimates it, beside what fresh processes were measured to take on the CPU.
+"""Peak memory as ``exporter/planning/footprint.py`` estimates it, and as fresh processes were measured on the CPU.
 
 Every run loads an artifact and answers random token ids in a process of its own, which reports its largest resident
 set; medians are taken. No tokenizer is loaded. A further artifact is one more line in ``ARTIFACTS`` and its cases.
@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from pos2d.footprint import Format, Workload, memory
+from pos2d.exporter.planning.footprint import Format, Workload, cpu_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 CHILD = """
@@ -138,10 +138,11 @@ def bench(artifact: tuple[str, ...], repeats: int, directory: Path | None, as_js
 
 
 def measure(case: Case, path: Path, repeats: int) -> Row:
-    from pos2d.exporter.planning.options import artifact_sizes
+    from pos2d.exporter.planning.candidates import artifact_sizes
 
     sizes, _ = artifact_sizes(path)
-    estimate = memory(sizes, ARTIFACTS[case.artifact][0], Workload.of(case.branches, case.context), text=False).peak
+    form, work = ARTIFACTS[case.artifact][0], Workload.of(case.branches, case.context)
+    estimate = cpu_memory(sizes, form, work, tokenizer=False).peak
     peaks = tuple(run(case, path) for _ in range(repeats))
     ratio = estimate / statistics.median(peaks)
     return Row(case.artifact, case.branches, case.context, estimate, peaks, ratio)

@@ -38,7 +38,7 @@ LOAD = """
 import json, sys
 import psutil, runtime, runtime.backends.torch_backend
 if sys.argv[2] == "bnb":
-    from pos2d.runtime.backends.torch.linears import bitsandbytes
+    from pos2d.runtime.backends.torch.bitsandbytes_library import bitsandbytes
     bitsandbytes()
 before = psutil.Process().memory_info().rss
 runtime.load(sys.argv[1], device="cpu", int8_kernel=sys.argv[2])
@@ -234,7 +234,7 @@ def agreements(artifacts: dict[str, Path], device: str) -> dict[str, tuple[float
         ("int8 weight-only", "int8", {"int8_kernel": "weight-only"}),
         ("int8 bnb", "int8", {"int8_kernel": "bnb", "dtype": "bfloat16"}),
     ):
-        model = runtime.load(artifacts[artifact], device=device, **flags)  # type: ignore[arg-type]
+        model = runtime.load(artifacts[artifact], device=device, **flags)
         case = compare(engine, expected, forward(model.backend, layout, len(layout)))
         found[engine] = (case.mean_kl, case.top1_agreement)
     return found | {"transformers bfloat16": found["bfloat16"], "transformers int8": found["int8 bnb"]}

@@ -1,12 +1,12 @@
-"""What 4 and 8 bits a weight cost, by block and by the way in which they are chosen.
+"""The quality of 4- and 8-bit weights, by block size and quantisation method.
 
-The demo adapter merged into SmolLM2-135M-Instruct, in float32; every linear weight and the tied embedding are replaced
-by what their quantised form stands for, so that nothing but the weights differs. ``calibrated`` rows are read from what
-``export`` writes, the others round every value for itself. ``auto`` spends a share of the bytes between all layers at
-4 bits and all at 8. The text is the documentation of this package and the demo data's
-conversations, in sequences of 512 tokens, of which every position is predicted.
+The model is SmolLM2-135M-Instruct with the demo adapter merged into it, in float32. All linear weights and the tied
+embedding are replaced by their dequantised values, so that nothing but the weights differs. ``calibrated`` rows use the
+weights that ``export`` writes; the other methods quantise each block by itself. ``auto`` rows have a share of the bytes
+between all layers at 4 bits and all at 8. The text is the documentation of this package and the conversations of the
+demo data, in sequences of 512 tokens, and every position is predicted.
 
-Prints a table in Markdown; some twenty minutes of processor time.
+Prints a table in Markdown, and takes some twenty minutes of processor time.
 """
 
 import json
@@ -25,12 +25,13 @@ from onnx import numpy_helper
 from torch.nn.functional import pad
 
 from pos2d import exporter, runtime
-from pos2d.exporter.formats.onnx.format import plan_onnx
-from pos2d.exporter.formats.onnx.weight_layout import DATA_FILE, SIDE_BY_SIDE, embedding_block
-from pos2d.exporter.formats.wanted import Wanted
-from pos2d.exporter.quantisation.blockwise import SEARCHED, dequantise, quantise
+from pos2d.exporter.formats.onnx import format as onnx_format
+from pos2d.exporter.formats.onnx.weight_layout import embedding_block
+from pos2d.exporter.formats.options import ExportOptions
+from pos2d.exporter.quantisation.blockwise import SEARCHED_SPANS, dequantise, quantise
 from pos2d.exporter.sources.source import from_merged
-from pos2d.graph_recipe import BITS, DEFAULT_BLOCKS, GraphQuant
+from pos2d.onnx_io import DATA_FILE, FUSED_LAYERS
+from pos2d.recipes import BITS, DEFAULT_BLOCKS, GraphQuant
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTER = ROOT / "examples" / "demo_adapter" / "lora.pth"
@@ -41,96 +42,95 @@ COLUMNS = ("bits", "block", "scales", "head", "bits a weight", "MB", "noise", "K
 
 Tensor = torch.Tensor
 Tensors = Mapping[str, Tensor]
-Scheme = Callable[[Tensor, int, int], Tensor]
+Method = Callable[[Tensor, int, int], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Against the unquantised model: mean KL(reference || quantised) in nats, and equal first choices."""
+    """The distance from the unquantised model: mean KL(reference || quantised) in nats, and top-1 agreement."""
 
     kl: float
     top1: float
 
 
 class Study:
-    """A float32 model whose weights can be replaced, and what it says of a text with its own."""
+    """A float32 model whose weights can be replaced, a text, and the model's log-probabilities with its own weights."""
 
     def __init__(self, artifact: Path, sequences: int) -> None:
         loaded = runtime.load(artifact, device="cpu", dtype="float32")
         self.model: Any = loaded.backend._model  # type: ignore[attr-defined]
         self.ids = text_of(loaded.tokenizer)[:sequences]
-        # Inputs in place of the tokens' ids, for who looks at a part of the model.
-        self.given: dict[str, Tensor] | None = None
-        layers = {n: p for n, p in self.model.model.named_parameters(prefix="model") if p.ndim == 2}
-        self.weights: dict[str, Tensor] = {n: p.detach().clone() for n, p in layers.items()}
-        self._places = layers
-        self._reference = [logits.log_softmax(-1) for logits in self.read()]
+        # Inputs instead of token ids, to run only some layers of the model.
+        self.model_inputs: dict[str, Tensor] | None = None
+        self._parameters = {n: p for n, p in self.model.model.named_parameters(prefix="model") if p.ndim == 2}
+        self.weights: dict[str, Tensor] = {n: p.detach().clone() for n, p in self._parameters.items()}
+        self._reference = [logits.log_softmax(-1) for logits in self.logits()]
 
     @torch.inference_mode()
-    def read(self, count: int | None = None) -> Iterator[Tensor]:
-        """Logits ``[positions, V]`` of a few sequences at a time."""
+    def logits(self, count: int | None = None) -> Iterator[Tensor]:
+        """The logits ``[positions, V]`` of the first ``count`` sequences (None: of all), one batch at a time."""
         for ids in torch.split(self.ids[:count], BATCH):
             times = torch.arange(LENGTH).expand(len(ids), -1)
             mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(len(ids), 1, -1, -1)
             pairs = torch.stack([torch.zeros_like(times), times], dim=-1)
-            inputs = self.given or {"input_ids": ids}
+            inputs = self.model_inputs or {"input_ids": ids}
             yield self.model(
                 **inputs, position_ids=times, pos2d=pairs, attention_mask=mask, use_cache=False
             ).logits.flatten(0, 1)
 
     @torch.inference_mode()
-    def cost(self, changed: Tensors, count: int | None = None) -> Cost:
-        """Of ``changed`` weights in place of the model's own, over the first ``count`` sequences."""
-        for name, weight in changed.items():
-            self._places[name].copy_(weight)
-        divergence, same, positions = 0.0, 0, 0
-        for logits, expected in zip(self.read(count), self._reference, strict=False):
-            expected = expected[: len(logits)]
-            for found, wanted in zip(torch.split(logits, LENGTH), torch.split(expected, LENGTH), strict=True):
-                found = found.log_softmax(-1)
-                divergence += float((wanted.exp() * (wanted - found)).sum())
-                same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
+    def cost(self, quantised: Tensors, count: int | None = None) -> Cost:
+        """The cost of ``quantised`` weights in place of the model's, over the first ``count`` sequences."""
+        for name, weight in quantised.items():
+            self._parameters[name].copy_(weight)
+        divergence, agreements, positions = 0.0, 0, 0
+        for logits, reference in zip(self.logits(count), self._reference, strict=False):
+            reference = reference[: len(logits)]
+            for actual, expected in zip(torch.split(logits, LENGTH), torch.split(reference, LENGTH), strict=True):
+                actual = actual.log_softmax(-1)
+                divergence += float((expected.exp() * (expected - actual)).sum())
+                agreements += int((actual.argmax(-1) == expected.argmax(-1)).sum())
             positions += len(logits)
-        for name in changed:
-            self._places[name].copy_(self.weights[name])
-        return Cost(divergence / positions, same / positions)
+        for name in quantised:
+            self._parameters[name].copy_(self.weights[name])
+        return Cost(divergence / positions, agreements / positions)
 
 
 def text_of(tokenizer: Any) -> Tensor:
-    """Token ids ``[sequences, 512]``: documentation and conversations by turns."""
+    """Token ids ``[sequences, 512]``: sequences of documentation and of conversations alternate."""
     pages = "\n\n".join(
         p.read_text(encoding="utf-8") for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     )
     lines = [
         json.loads(line) for line in (ROOT / "examples/demo_data/train.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    turns = [[{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}] for row in lines]
-    talk = "".join(tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns[:200])
-    pieces = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids) for text in (pages, talk)]
-    halves = [ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH) for ids in pieces]
+    chats = [[{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}] for row in lines]
+    conversations = "".join(tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats[:200])
+    tokens = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids) for text in (pages, conversations)]
+    halves = [ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH) for ids in tokens]
     shortest = min(map(len, halves))
     return torch.stack([half[:shortest] for half in halves], dim=1).flatten(0, 1)
 
 
-def nearest(values: Tensor, bits: int, block: int) -> Tensor:
-    """The largest magnitude of a block at the end of the steps, the rest rounded."""
-    return dequantise(*quantise(values, bits, block, steps=(2.0 ** (bits - 1),)), bits, values.shape[1])
+def nearest(values: Tensor, bits: int, block_size: int) -> Tensor:
+    """Round to nearest, with the largest magnitude of a block at the end of the range."""
+    return dequantise(*quantise(values, bits, block_size, spans=(2.0 ** (bits - 1),)), bits, values.shape[1])
 
 
-def searched(values: Tensor, bits: int, block: int) -> Tensor:
-    """The scale with the least squared error of a few."""
-    return dequantise(*quantise(values, bits, block, SEARCHED[bits]), bits, values.shape[1])
+def searched(values: Tensor, bits: int, block_size: int) -> Tensor:
+    """Round to nearest with the scale of least squared error among a few."""
+    return dequantise(*quantise(values, bits, block_size, SEARCHED_SPANS[bits]), bits, values.shape[1])
 
 
-def in_pieces(scheme: Callable[[Tensor, int], Tensor], values: Tensor, bits: int, block: int) -> Tensor:
-    """A scheme for blocks ``[n, block]``, over a matrix."""
-    whole = pad(values, (0, -values.shape[1] % block))
-    done = [scheme(blocks, bits) for blocks in torch.split(whole.reshape(-1, block), (1 << 18) // block)]
-    return torch.cat(done).reshape(whole.shape)[:, : values.shape[1]]
+def in_blocks(method: Callable[[Tensor, int], Tensor], values: Tensor, bits: int, block_size: int) -> Tensor:
+    """Apply a method for blocks ``[n, block_size]`` to a matrix."""
+    padded = pad(values, (0, -values.shape[1] % block_size))
+    chunks = torch.split(padded.reshape(-1, block_size), (1 << 18) // block_size)
+    return torch.cat([method(blocks, bits) for blocks in chunks]).reshape(padded.shape)[:, : values.shape[1]]
 
 
 def k_quant(blocks: Tensor, bits: int) -> Tensor:
-    """Scale and minimum as llama.cpp's and ONNX Runtime's k-quants choose them, the minimum as whole steps."""
+    """Scale and minimum as the k-quants of llama.cpp and ONNX Runtime search them, the minimum rounded to steps."""
     top = 2**bits - 1
     weights = blocks.square().mean(1, keepdim=True).sqrt() + blocks.abs()
     low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
@@ -151,12 +151,12 @@ def k_quant(blocks: Tensor, bits: int) -> Tensor:
         least = torch.where(better, error, least)
         scale, start = torch.where(better, new, scale), torch.where(better, base, start)
     zero = (-start / scale).round().clamp(0, top)
-    found: Tensor = ((blocks / scale + zero).round().clamp(0, top) - zero) * scale
-    return found
+    stored: Tensor = ((blocks / scale + zero).round().clamp(0, top) - zero) * scale
+    return stored
 
 
 def hqq(blocks: Tensor, bits: int) -> Tensor:
-    """Half-quadratic: zero points for a robust norm of the error, then in whole steps."""
+    """Half-quadratic quantisation: zero points that minimise a robust norm of the error, then rounded to steps."""
     top = 2**bits - 1
     low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
     scale = (high - low).clamp_min(1e-30) / top
@@ -169,24 +169,25 @@ def hqq(blocks: Tensor, bits: int) -> Tensor:
         zero = (q - (blocks - error) / scale).mean(1, keepdim=True)
         beta *= 1.01
     zero = zero.round().clamp(0, top)
-    found: Tensor = ((blocks / scale + zero).round().clamp(0, top) - zero) * scale
-    return found
+    stored: Tensor = ((blocks / scale + zero).round().clamp(0, top) - zero) * scale
+    return stored
 
 
-SCHEMES: dict[str, Scheme] = {
+METHODS: dict[str, Method] = {
     "nearest": nearest,
     "searched": searched,
-    "k-quant, zero points": partial(in_pieces, k_quant),
-    "hqq, zero points": partial(in_pieces, hqq),
+    "k-quant, zero points": partial(in_blocks, k_quant),
+    "hqq, zero points": partial(in_blocks, hqq),
 }
-# Bits, block and scheme of the layers; bits of the head. Ours are "searched" for 8 bits, "nearest" for 4.
+# Bits, block size and method of the layers, and bits of the head. Without calibration, exports are "searched" at 8 bits
+# and "nearest" at 4.
 ROWS = (
-    *((8, block, "searched", 8) for block in (16, 32, 64, 128)),
-    *((4, 32, name, 8) for name in SCHEMES),
+    *((8, block_size, "searched", 8) for block_size in (16, 32, 64, 128)),
+    *((4, 32, name, 8) for name in METHODS),
     (4, 32, "nearest", 4),
-    *((4, block, "nearest", 8) for block in (64, 128)),
+    *((4, block_size, "nearest", 8) for block_size in (64, 128)),
 )
-# What is exported, calibrated.
+# Calibrated exports.
 EXPORTED: tuple[tuple[GraphQuant, int], ...] = (
     ("int8", 16),
     ("int8", 32),
@@ -195,19 +196,21 @@ EXPORTED: tuple[tuple[GraphQuant, int], ...] = (
     ("int4", 64),
     ("int4", 128),
 )
-# Of the bytes between all layers at 4 bits and all at 8.
+# Shares of the bytes between all layers at 4 bits and all at 8.
 SHARES = (0.25, 0.5)
 
 
-def bits_of(bits: int, block: int, scheme: str) -> float:
-    """A weight's share of its block: values, float32 scale, and a zero point of as many bits as a value."""
-    return bits + (32 + bits * scheme.endswith("zero points")) / block
+def bits_of(bits: int, block_size: int, method: str) -> float:
+    """Bits for each weight: its value, and its part of a float32 scale and, with the method, of a zero point."""
+    return bits + (32 + bits * method.endswith("zero points")) / block_size
 
 
 @click.command()
 @click.option("--base-model", type=click.Path(path_type=Path, exists=True), default=ROOT / "demo" / "base")
-@click.option("--merged", type=click.Path(path_type=Path, exists=True), help="In place of merging first.")
-@click.option("--sequences", default=20, show_default=True, help="Of 512 tokens.")
+@click.option(
+    "--merged", type=click.Path(path_type=Path, exists=True), help="A merged directory to use instead of merging first."
+)
+@click.option("--sequences", default=20, show_default=True, help="Number of sequences of 512 tokens.")
 def bench(base_model: Path, merged: Path | None, sequences: int) -> None:
     """Print the table in Markdown."""
     with tempfile.TemporaryDirectory() as directory:
@@ -218,67 +221,68 @@ def bench(base_model: Path, merged: Path | None, sequences: int) -> None:
         click.echo(f"{study.ids.numel()} positions\n\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
         for row in ROWS:
             click.echo(f"| {' | '.join(row_of(study, *row))} |")
-        for quant, block in EXPORTED:
-            click.echo(f"| {' | '.join(exported_row(study, merged, quant, block))} |")
+        for quant, block_size in EXPORTED:
+            click.echo(f"| {' | '.join(exported_row(study, merged, quant, block_size))} |")
         for share in SHARES:
             click.echo(f"| {' | '.join(exported_row(study, merged, 'auto', DEFAULT_BLOCKS['auto'], share))} |")
 
 
-def size_between(merged: Path, block: int, share: float) -> str:
-    """Bytes of a share of the way from all layers at 4 bits to all at 8."""
-    few, many = (
-        plan_onnx(from_merged(merged), Wanted("onnx", quant, block, None, "", None, "auto", None, True)).nbytes
+def size_between(merged: Path, block_size: int, share: float) -> str:
+    """The bytes at ``share`` of the way from all layers at 4 bits to all at 8."""
+    int4, int8 = (
+        onnx_format.plan(from_merged(merged), ExportOptions(quant=quant, block_size=block_size)).nbytes
         for quant in ("int4", "int8")
     )
-    return str(int(few + share * (many - few)))
+    return str(int(int4 + share * (int8 - int4)))
 
 
-def row_of(study: Study, bits: int, block: int, scheme: str, head_bits: int) -> tuple[str, ...]:
-    changed = {n: SCHEMES[scheme](w, bits, block) for n, w in study.weights.items() if n != HEAD}
-    head_block = min(block, embedding_block(study.weights[HEAD].shape[1]))
-    changed[HEAD] = (nearest if head_bits == 4 else searched)(study.weights[HEAD], head_bits, head_block)
+def row_of(study: Study, bits: int, block_size: int, method: str, head_bits: int) -> tuple[str, ...]:
+    quantised = {n: METHODS[method](w, bits, block_size) for n, w in study.weights.items() if n != HEAD}
+    head_block = min(block_size, embedding_block(study.weights[HEAD].shape[1]))
+    quantised[HEAD] = (nearest if head_bits == 4 else searched)(study.weights[HEAD], head_bits, head_block)
     sizes = {n: w.numel() for n, w in study.weights.items()}
     head = bits_of(head_bits, head_block, "")
-    total = sum(s * (head if n == HEAD else bits_of(bits, block, scheme)) for n, s in sizes.items())
-    return (str(bits), str(block), scheme, str(head_bits), *cells_of(study, changed, total / sum(sizes.values())))
+    total = sum(s * (head if n == HEAD else bits_of(bits, block_size, method)) for n, s in sizes.items())
+    mean = total / sum(sizes.values())
+    return (str(bits), str(block_size), method, str(head_bits), *cells_of(study, quantised, mean))
 
 
 def exported_row(
-    study: Study, merged: Path, quant: GraphQuant, block: int, share: float | None = None
+    study: Study, merged: Path, quant: GraphQuant, block_size: int, share: float | None = None
 ) -> tuple[str, ...]:
-    size = None if share is None else size_between(merged, block, share)
+    size = None if share is None else size_between(merged, block_size, share)
     with tempfile.TemporaryDirectory() as directory:
         exporter.export(
-            merged, Path(directory) / "graph", quant=quant, block_size=block, target_size=size, no_verify=True
+            merged, Path(directory) / "graph", quant=quant, block_size=block_size, target_size=size, no_verify=True
         )
-        changed = weights_of(Path(directory) / "graph", study)
+        quantised = weights_of(Path(directory) / "graph", study)
         nbytes = (Path(directory) / "graph" / DATA_FILE).stat().st_size
     bits = str(BITS[quant]) if share is None else f"auto, {share:.0%}"
     mean = 8 * nbytes / sum(w.numel() for w in study.weights.values())
-    return (bits, str(block), "calibrated", "8", *cells_of(study, changed, mean))
+    return (bits, str(block_size), "calibrated", "8", *cells_of(study, quantised, mean))
 
 
 def weights_of(graph: Path, study: Study) -> dict[str, Tensor]:
-    """What the products of an exported graph multiply with, by the names of the model's own weights."""
+    """The dequantised weights of an exported graph, by the names that they have in the model."""
     model = onnx.load(graph / "model.onnx")
-    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    found: dict[str, Tensor] = {}
+    initializers = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    weights: dict[str, Tensor] = {}
     for node in (node for node in model.graph.node if node.op_type == "MatMulNBits"):
-        facts = {attribute.name: attribute.i for attribute in node.attribute}
-        packed, scales = (torch.from_numpy(stored[name].copy()) for name in node.input[1:3])
-        values = dequantise(packed, scales, facts["bits"], facts["K"])
-        block = node.input[1].rpartition(".")[0].rpartition(".")[0]
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        packed, scales = (torch.from_numpy(initializers[name].copy()) for name in node.input[1:3])
+        values = dequantise(packed, scales, attributes["bits"], attributes["K"])
+        parent = node.input[1].rpartition(".")[0].rpartition(".")[0]
         names = [node.input[1]]
-        if names[0] not in study.weights and block:
-            names = [f"{block}.{module}.weight" for module in SIDE_BY_SIDE[block.rpartition(".")[2]]]
+        if names[0] not in study.weights and parent:
+            names = [f"{parent}.{module}.weight" for module in FUSED_LAYERS[parent.rpartition(".")[2]]]
         names = [name if name in study.weights else HEAD for name in names]
-        found |= zip(names, torch.split(values, [len(study.weights[name]) for name in names]), strict=True)
-    return found
+        weights |= zip(names, torch.split(values, [len(study.weights[name]) for name in names]), strict=True)
+    return weights
 
 
-def cells_of(study: Study, changed: Tensors, mean_bits: float) -> tuple[str, ...]:
-    noises = [relative_noise(study.weights[n], w) ** 2 for n, w in changed.items() if n != HEAD]
-    cost = study.cost(changed)
+def cells_of(study: Study, quantised: Tensors, mean_bits: float) -> tuple[str, ...]:
+    noises = [relative_noise(study.weights[n], w) ** 2 for n, w in quantised.items() if n != HEAD]
+    cost = study.cost(quantised)
     size = mean_bits * sum(w.numel() for w in study.weights.values()) / 8
     noise = math.sqrt(sum(noises) / len(noises))
     return f"{mean_bits:.2f}", f"{size / 1e6:.1f}", f"{noise:.2%}", f"{cost.kl:.2e}", f"{cost.top1:.1%}"

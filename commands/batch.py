@@ -1,28 +1,42 @@
-"""Answer every line of a file."""
+"""``pos2d batch``: its flags, its call, and how its report is shown."""
 
 from typing import Any
 
 import click
 
-from pos2d.commands.shared.options import force_option, json_option, layout_options, loading_options, sampling_options
+from pos2d.commands.shared.flags import flags_of, force_flag, json_flag
+from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show, warn
+from pos2d.runtime.backends.options import LoadOptions
+from pos2d.runtime.engine.sampling import SamplingOptions
+from pos2d.runtime.text.options import LayoutOptions, PromptOptions
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("artifact")
-@click.option("-i", "--input", required=True, metavar="IN.jsonl", help="A line for every question.")
-@click.option("-o", "--output", required=True, metavar="OUT.jsonl", help="A record for every line, in the same order.")
-@sampling_options
-@layout_options
-@click.option("--ignore-chat-template", is_flag=True, help="Take the texts as they are.")
-@loading_options
-@force_option
-@json_option
+@click.option("-i", "--input", required=True, metavar="IN.jsonl", help="File to read: one request on each line.")
+@click.option(
+    "-o", "--output", required=True, metavar="OUT.jsonl", help="File to write: one record for each line, in order."
+)
+@flags_of(SamplingOptions, "Sampling")
+@flags_of(LayoutOptions, "Branches")
+@flags_of(PromptOptions, "Options")
+@flags_of(LoadOptions, "Loading")
+@force_flag
+@json_flag
 def batch(as_json: bool, **flags: Any) -> None:
-    """Answer every line of a file; killed and started again, it goes on where it was.
+    """Answer every line of a file. The same command continues a batch that was interrupted.
 
-    A line is {"prompt": ...}, {"messages": [...]}, {"context": ..., "prompts": [...]}, {"branches": [...]} or "a||b",
-    with sampling options of its own where they differ from the flags.
+    \b
+    A line is one of
+      {"prompt": "..."}
+      {"messages": [{"role": "user", "content": "..."}, ...]}
+      {"prompts": ["...", "..."]}, with or without "context": "..."
+      {"branches": ["...", "..."]}, which is the same in the trainer's words
+      "...||...", with the texts of several branches
+
+    Objects may have options under "Sampling" and "Branches" as further keys, written with underscores; they take
+    precedence over the flags.
     """
     from pos2d import runtime
 

@@ -1,50 +1,32 @@
-"""Turn weights into ONNX graphs or a bitsandbytes checkpoint."""
+"""``pos2d export``: its flags, its call, and how its report is shown."""
 
 from typing import Any
 
 import click
 
-from pos2d.commands.shared.options import (
-    adapter_options,
-    dtype_choice,
-    force_option,
-    json_option,
-    output_option,
-    quantising_options,
-    shard_option,
-)
+from pos2d.commands.shared.flags import base_flags, flags_of, force_flag, json_flag, output_flag
+from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show, warn
+from pos2d.exporter.formats.options import ExportOptions
+from pos2d.exporter.sources.source import TrainedPositions
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("merged", required=False)
-@output_option
-@click.option(
-    "--format",
-    type=click.Choice(["onnx", "bnb"]),
-    default="onnx",
-    show_default=True,
-    help="onnx: graphs with their KV cache; bnb: a bitsandbytes checkpoint.",
-)
-@quantising_options
-@adapter_options(required=False)
-@click.option(
-    "--dtype",
-    type=dtype_choice,
-    default="auto",
-    show_default=True,
-    help="Of what is not quantised, and of a graph's activations and cache: float32, or float16 for a card.",
-)
-@shard_option
-@click.option("--no-verify", is_flag=True, help="Of onnx: skip the closing check, which is what verify does.")
-@click.option("--no-calibration", is_flag=True, help="Of onnx: round every value for itself: much faster, and worse.")
-@force_option
-@json_option
+@output_flag
+@flags_of(ExportOptions, "Options")
+@base_flags("From a base model and adapters, without MERGED", required=False)
+@flags_of(TrainedPositions, "From a base model and adapters, without MERGED")
+@force_flag
+@json_flag
 def export(as_json: bool, **flags: Any) -> None:
-    """Turn a MERGED directory into ONNX graphs that take pos2d, or into a bitsandbytes checkpoint.
+    """Write ONNX graphs or a bitsandbytes checkpoint.
 
-    Both also start from --base-model and --lora: then the exact sum is stored or quantised, before any rounding. A
-    graph of a MERGED directory is held against it before it is kept, a quantised one against float activations.
+    The weights come from a MERGED directory, or from --base-model and --lora. In the second case the sum of base and
+    adapter is quantised exactly, without being rounded to the type of the base model first.
+
+    ONNX graphs are checked at the end, and deleted if they fail: float graphs of a MERGED directory are compared with
+    it, and quantised graphs with the same graphs in float activations. Float graphs from --base-model are not checked.
     """
     from pos2d import exporter
 

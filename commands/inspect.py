@@ -1,25 +1,32 @@
-"""Explain an adapter, a base or an artifact."""
+"""Explain an adapter, a base model or an artifact."""
 
 from typing import Any
 
 import click
 
-from pos2d.commands.shared.options import json_option, revision_option
+from pos2d.commands.shared.flags import json_flag, revision_flag
+from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("path")
-@click.option("--base-model", metavar="DIR_OR_HUB_ID", help="Say whether the adapter fits this base.")
-@revision_option
-@click.option("--guess-ratio", is_flag=True, help="Find the ratio and the stride of the training, by reading --text.")
-@click.option("--text", metavar="FILE", help="A few dozen lines like the training data: JSONL, or paragraphs.")
-@json_option
+@click.option("--base-model", metavar="DIR_OR_HUB_ID", help="Base model; the report says whether the adapter fits it.")
+@revision_flag()
+@click.option(
+    "--guess-ratio", is_flag=True, help="Estimate the ratio and stride of the training from losses on --text."
+)
+@click.option(
+    "--text",
+    metavar="FILE",
+    help="Text for --guess-ratio: a few dozen samples like the training data, as JSONL or paragraphs.",
+)
+@json_flag
 def inspect(as_json: bool, **flags: Any) -> None:
-    """Explain an adapter, a base or an artifact."""
+    """Explain an adapter, a base model or an artifact."""
     from pos2d import exporter
-    from pos2d.exporter.inspection.text import inspect_lines
+    from pos2d.commands.shared.inspect_text import inspect_text
 
     report = exporter.inspect(**flags)
-    show(report, as_json, "\n".join(inspect_lines(report)))
+    show(report, as_json, inspect_text(report))
     report.raise_if_misfit()

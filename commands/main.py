@@ -1,8 +1,6 @@
 """The command line: a group that imports a verb when it is called, and ``main``.
 
-Exit codes: 0 done, 1 a defect of ours, 2 usage, 3 bad or mismatching input, 4 unsafe input, 5 disk or I/O,
-6 the output exists or is busy, 7 verification failed, 130 interrupted, 141 the output was closed,
-143 terminated.
+Exit codes are documented in :data:`pos2d.commands.shared.errors.EXIT_CODES`.
 """
 
 import atexit
@@ -15,41 +13,60 @@ import click
 
 from pos2d import __version__
 from pos2d.commands.shared.errors import EXIT_CODES, TERMINATED, ErrorsToExitCodes
+from pos2d.commands.shared.progress_bars import progress_bar
+from pos2d.progress import show_with
 
-# Verbs by workflow, each with the module of this package that holds its command.
+# Commands by workflow, with the lines that the top-level help shows: it imports none of their modules.
 WORKFLOWS = {
-    "Before": {"doctor": "doctor", "inspect": "inspect", "plan": "plan"},
-    "Make an artifact": {"merge": "merge", "export": "export"},
-    "Use it": {"run": "run", "batch": "batch", "show-layout": "show_layout"},
-    "Check and measure it": {"verify": "verify", "eval": "evaluate", "bench": "bench"},
+    "Look first": {
+        "doctor": "Show what this machine has, and what is missing.",
+        "inspect": "Explain an adapter, a base model or an artifact.",
+        "plan": "Show what each format needs, and recommend one.",
+    },
+    "Make an artifact": {
+        "merge": "Merge adapters into a base model, as a Hugging Face directory.",
+        "export": "Write ONNX graphs or a bitsandbytes checkpoint.",
+    },
+    "Use an artifact": {
+        "run": "Answer prompts, or chat.",
+        "batch": "Answer every line of a file.",
+        "show-layout": "Draw branch and time of tokens, and what one attends to.",
+    },
+    "Check an artifact": {
+        "verify": "Check that the logits are right: pass or fail.",
+        "eval": "Measure quality: perplexity, and KL from a reference.",
+        "bench": "Measure speed and memory.",
+    },
 }
-MODULES = {verb: module for verbs in WORKFLOWS.values() for verb, module in verbs.items()}
+COMMANDS = tuple(command for commands in WORKFLOWS.values() for command in commands)
+# The function of a command has the name of its module; most are the command's own.
+MODULES = {"eval": "evaluate", "show-layout": "show_layout"}
 
 
 class Verbs(ErrorsToExitCodes):
-    """A group whose commands are imported when they are asked for."""
+    """A group whose commands are imported when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(MODULES)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return command_of(cmd_name) if cmd_name in MODULES else None
+        return command_of(cmd_name) if cmd_name in COMMANDS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for workflow, verbs in WORKFLOWS.items():
+        for workflow, commands in WORKFLOWS.items():
             with formatter.section(workflow):
-                formatter.write_dl([(verb, command_of(verb).get_short_help_str(limit=200)) for verb in verbs])
+                formatter.write_dl(list(commands.items()))
 
 
-def command_of(verb: str) -> click.Command:
-    """Import the command of a verb."""
-    module = import_module(f"pos2d.commands.{MODULES[verb]}")
-    command: click.Command = getattr(module, MODULES[verb])
+def command_of(name: str) -> click.Command:
+    """Import a command."""
+    module = MODULES.get(name, name)
+    command: click.Command = getattr(import_module(f"pos2d.commands.{module}"), module)
     return command
 
 
 def dashes(name: str) -> str:
-    """The trainer writes its flags with underscores; both forms are accepted."""
+    """Accept underscores in flags, as the trainer writes them."""
     return name.replace("_", "-")
 
 
@@ -60,7 +77,12 @@ def dashes(name: str) -> str:
 )
 @click.version_option(__version__, prog_name="pos2d")
 def cli() -> None:
-    """Deploy a LoRA that was trained with 2D RoPE: merge it, export it, check it, run it."""
+    """Merge a LoRA adapter into its base model; export, check and run the result.
+
+    For adapters that were trained with the 2D RoPE of ParallelMind, where every token has a branch and a time as well
+    as
+    a position, and for ordinary ones. An artifact is a directory that merge or export wrote.
+    """
 
 
 def main() -> None:
@@ -70,4 +92,5 @@ def main() -> None:
     # garbage while it comes takes a tenth of a second, and once more at the end half of one.
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)
-    cli(prog_name=None if sys.argv[0].endswith("pos2d") else "cli.py")
+    show_with(progress_bar)
+    cli()

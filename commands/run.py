@@ -1,39 +1,88 @@
-"""Answer prompts, or chat."""
+"""``pos2d run``: its flags, its call, and how completions are shown."""
 
 import dataclasses
 import json
-import sys
 from typing import Any
 
 import click
 
-from pos2d.commands.shared.options import json_option, layout_options, loading_options, sampling_options, text_or_file
+from pos2d.commands.shared.flags import (
+    context_flag,
+    flags_of,
+    json_flag,
+    prompt_flag,
+    text_or_standard_input,
+)
+from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show
+from pos2d.errors import UsageError
+from pos2d.runtime.backends.options import LoadOptions
+from pos2d.runtime.engine.sampling import PRESETS, SamplingOptions
+from pos2d.runtime.text.options import LayoutOptions, PromptOptions
 
 
-def or_standard_input(_ctx: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    """``-`` stands for what comes in."""
-    from pos2d.errors import InputError, UsageError
+def list_presets(ctx: click.Context, _option: click.Parameter, is_given: bool) -> None:
+    """Print the presets and leave."""
+    if is_given:
+        from pos2d.commands.shared.tables import table
 
-    if "-" in values and sys.stdin is None:
-        raise InputError("standard input is closed; --prompt - reads it")
-    if values.count("-") > 1:
-        raise UsageError("--prompt - reads standard input, which can be read once; give it once")
-    try:
-        return tuple(sys.stdin.read().rstrip("\n") if value == "-" else value for value in values)
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not text in UTF-8: {error}") from None
-
-
-def list_presets(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
-    if wanted:
-        from pos2d.runtime.engine.sampling import preset_lines
-
-        click.echo("\n".join(preset_lines()))
+        names = list(next(iter(PRESETS.values())))
+        rows = [(preset, *(str(values[name]) for name in names)) for preset, values in PRESETS.items()]
+        click.echo(table(("preset", *names), rows))
         ctx.exit()
 
 
+@click.command(cls=SectionedCommand)
+@click.argument("artifact")
+@click.option(
+    "--mode",
+    type=click.Choice(["generate", "chat"]),
+    default="generate",
+    show_default=True,
+    help="generate: answer the prompts and exit. chat: hold a conversation.",
+)
+@prompt_flag(callback=text_or_standard_input)
+@context_flag
+@flags_of(SamplingOptions, "Sampling")
+@click.option(
+    "--list-presets",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=list_presets,
+    help="Print the options that every preset sets, and exit.",
+)
+@flags_of(LayoutOptions, "Branches")
+@flags_of(PromptOptions, "Options")
+@flags_of(LoadOptions, "Loading")
+@json_flag
+@click.option("--jsonl", is_flag=True, help="Print every token as a line of JSON, with the number of its branch.")
+def run(mode: str, prompt: tuple[str, ...], as_json: bool, jsonl: bool, **flags: Any) -> None:
+    """Answer prompts with an ARTIFACT, or chat with it.
+
+    Several prompts are branches of one sequence, and are answered in parallel. Defaults that are "the artifact's" come
+    from its generation_config.json and from its training.
+    """
+    if flags["logprobs"] and not (as_json or jsonl):
+        raise UsageError("`logprobs` are printed with --json and --jsonl; add one of them")
+    if mode == "chat":
+        if prompt or as_json or jsonl or flags.pop("ignore_chat_template"):
+            raise UsageError(
+                "`prompt`, --json, `jsonl` and `ignore_chat_template` do not apply to `mode='chat'`; leave them out"
+            )
+        from pos2d.commands.terminal.chat import chat
+
+        chat(**flags)
+    elif not prompt:
+        raise UsageError("there is no prompt; give --prompt TEXT, or --mode chat")
+    elif as_json and jsonl:
+        raise UsageError("--json prints one report and --jsonl a line for every token; give one of them")
+    else:
+        generate(prompt, as_json, jsonl, flags)
+
+
 def generate(prompt: tuple[str, ...], as_json: bool, jsonl: bool, flags: dict[str, Any]) -> None:
+    """Answer the prompts, and show the completions while they are written or as JSON."""
     from pos2d import runtime
     from pos2d.commands.terminal.panels import Display
 
@@ -46,73 +95,18 @@ def generate(prompt: tuple[str, ...], as_json: bool, jsonl: bool, flags: dict[st
             show(report, as_json, "")
         return
     with Display(prompt) as display:
-        report = runtime.run(prompt=prompt, on_event=display.hear, **flags)
+        report = runtime.run(prompt=prompt, on_event=display.show, **flags)
     display.finish(report.completions)
+    click.echo(summary(report), err=True)
+
+
+def summary(report: Any) -> str:
+    """One line for people: tokens, rates, and the options in force; ``report`` is a ``RunReport``."""
+    count = len(report.completions)
     cut = sum(completion.finish_reason == "length" for completion in report.completions)
-    ending = f"; {cut} of {len(report.completions)} answers ended at their greatest length" if cut else ""
-    click.echo(
+    ending = f"; {cut} of {count} answers ended at their maximum length" if cut else ""
+    return (
         f"{report.new_tokens} tokens, {report.tokens_per_second:.1f} tokens/s, first after "
         f"{report.first_seconds:.2f} s (loaded in {report.load_seconds:.1f} s, {report.visibility}, "
-        f"{report.settings}){ending}",
-        err=True,
+        f"{report.settings}){ending}"
     )
-
-
-@click.command()
-@click.argument("artifact")
-@click.option(
-    "--mode",
-    type=click.Choice(["generate", "chat"]),
-    default="generate",
-    show_default=True,
-    help="Answer the prompts and leave, or hold a conversation.",
-)
-@click.option(
-    "-p",
-    "--prompt",
-    multiple=True,
-    metavar="TEXT",
-    callback=or_standard_input,
-    help="Repeat it to ask several at once; - reads standard input.",
-)
-@click.option(
-    "--context",
-    "--system-prompt",
-    metavar="TEXT|@FILE",
-    callback=text_or_file,
-    help="Read once, before all prompts; the system turn of a chat template.",
-)
-@sampling_options
-@click.option(
-    "--list-presets",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=list_presets,
-    help="Show them and leave.",
-)
-@layout_options
-@click.option("--ignore-chat-template", is_flag=True, help="Take the texts as they are.")
-@loading_options
-@json_option
-@click.option("--jsonl", is_flag=True, help="Print every token as a line of JSON, with the number of its branch.")
-def run(mode: str, prompt: tuple[str, ...], as_json: bool, jsonl: bool, **flags: Any) -> None:
-    """Answer prompts with an ARTIFACT, several side by side, or chat with it."""
-    from pos2d.errors import UsageError
-
-    if flags["logprobs"] and not (as_json or jsonl):
-        raise UsageError("--logprobs are shown with --json and --jsonl; add one of them")
-    if mode == "chat":
-        if prompt or as_json or jsonl or flags.pop("ignore_chat_template"):
-            raise UsageError(
-                "--prompt, --json, --jsonl and --ignore-chat-template are not for --mode chat; leave them out"
-            )
-        from pos2d.commands.terminal.chat import chat
-
-        chat(**flags)
-    elif not prompt:
-        raise UsageError("there is no prompt; give --prompt TEXT, or --mode chat")
-    elif as_json and jsonl:
-        raise UsageError("--json prints one report and --jsonl a line for every token; give one of them")
-    else:
-        generate(prompt, as_json, jsonl, flags)

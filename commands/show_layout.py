@@ -1,27 +1,34 @@
-"""Draw where tokens stand."""
+"""``pos2d show-layout``: its flags, its call, and how its report is shown."""
 
 from typing import Any
 
 import click
 
-from pos2d.commands.shared.options import json_option, place_options, text_or_file
+from pos2d.commands.shared.flags import context_flag, flags_of, json_flag, prompt_flag
+from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show
+from pos2d.runtime.text.options import LayoutOptions, PromptOptions
 
 
-@click.command(name="show-layout")
+@click.command(name="show-layout", cls=SectionedCommand)
 @click.argument("artifact", required=False)
-@click.option("-p", "--prompt", multiple=True, required=True, metavar="TEXT", help="Repeat it for several branches.")
-@click.option("--context", metavar="TEXT|@FILE", callback=text_or_file, help="Stands before all prompts.")
-@click.option("--token", metavar="SLOT_OR_TEXT", help="Show what this one sees.  [default: the last]")
-@place_options
-@click.option("--ignore-chat-template", is_flag=True, help="Take the texts as they are.")
+@prompt_flag(required=True)
+@context_flag
+@click.option(
+    "--token",
+    metavar="SLOT_OR_TEXT",
+    help="Token whose attention is shown: its index in the sequence, or its text.  [default: the last token]",
+)
+@flags_of(LayoutOptions, "Branches", without=("max_branches",))
+@flags_of(PromptOptions, "Options")
 @click.option("-o", "--output", metavar="FILE.svg", help="Write a picture instead of text.")
 @click.option("--force", is_flag=True, help="Replace FILE.svg.")
-@json_option
+@json_flag
 def show_layout(as_json: bool, **flags: Any) -> None:
-    """Draw prompts by branch and time, and what one token of them sees; no weight is read.
+    """Draw the branch and time of every token of the prompts, and mark the tokens that one of them attends to.
 
-    The tokens are those of an ARTIFACT; without one, words stand for them, columnar, left, with a stride of 128.
+    The tokens are those of an ARTIFACT's tokenizer; no weights are read. Without an artifact, words stand for tokens,
+    with columnar visibility, left alignment and a stride of 128.
     """
     from pos2d import runtime
     from pos2d.commands.terminal.panels import print_layout

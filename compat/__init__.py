@@ -1,4 +1,4 @@
-"""For programs that were written for the trainer's script: its two functions, over our merge and our engine."""
+"""The functions of the trainer's inference script, for programs that use it, over our merge and our engine."""
 
 from pos2d.compat.trainer import generate_text, load_model_with_lora
 

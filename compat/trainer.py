@@ -1,12 +1,12 @@
-"""For programs that were written for the trainer's script: its two functions, merged in memory and run by our engine.
+"""The two functions of the trainer's inference script, for programs that use it: merged in memory, run by our engine.
 
     from pos2d.compat.trainer import load_model_with_lora, generate_text
 
     model, tokenizer, patch_rope = load_model_with_lora("Qwen/Qwen2-0.5B-Instruct", "lora_final.pth", lora_rank=8)
     print(generate_text(model, tokenizer, "你好"))
 
-``model`` is a transformers model, so ``model.generate(**tokenizer(text, return_tensors="pt"))`` works as well. It is
-merged anew in every process; for anything that is loaded twice ``pos2d merge`` and :func:`pos2d.load` are faster.
+``model`` is a transformers model, so ``model.generate(**tokenizer(text, return_tensors="pt"))`` works as well. The
+merge is repeated in every process; ``pos2d merge`` once and then :func:`pos2d.load` is faster.
 """
 
 from pathlib import Path
@@ -17,19 +17,18 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from pos2d.errors import InputError, UsageError
 from pos2d.families import MODEL_TYPE_PREFIX, Dimensions
-from pos2d.footprint import least_memory
 from pos2d.layout import build_layout
+from pos2d.memory_costs import least_memory
 from pos2d.runtime.backends.memory import check_least
-from pos2d.runtime.backends.options import LoadOptions
+from pos2d.runtime.backends.options import LoadDtype, LoadOptions
 from pos2d.runtime.backends.torch.attention import NAME as COLUMNS
 from pos2d.runtime.backends.torch.backend import TorchBackend
 from pos2d.runtime.backends.torch.devices import one_device
 from pos2d.runtime.backends.torch.loading import empty_decoder, fill_decoder
 from pos2d.runtime.engine.decode import decode
 from pos2d.runtime.engine.sampling import GENERATION_CONFIG, Sampling
-from pos2d.runtime.text.completions import TextWriter
+from pos2d.runtime.text.text_decode import TextSampler
 from pos2d.runtime.text.tokenization import encode_prompts
-from pos2d.runtime.unpacking import Loaded
 from pos2d.spec import Align, Rope2DSpec
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -42,39 +41,42 @@ def load_model_with_lora(
     rope_2d_ratio: float = 0.5,
     patch_rope: bool = True,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: LoadDtype = "auto",
     *,
     branch_stride: int = 128,
     align_to: Align = "left",
-) -> Loaded:
-    """``model, tokenizer, patch_rope``, or ``model, tokenizer``: it unpacks into as many names as there are.
+) -> tuple[PreTrainedModel, Any, bool]:
+    """Merge an adapter in memory; return the model, its tokenizer and ``patch_rope``, as the trainer's function does.
 
-    The weights are those that :func:`pos2d.merge` would write and :func:`pos2d.load` would load, bit for bit, but
-    nothing is written. ``device`` ``auto`` is a card where there is one and ``dtype`` ``auto`` the base's stored type;
-    the script had ``cuda`` and ``bfloat16``. A ``lora_rank`` of None takes the file's own. ``rope_2d_ratio`` says
-    nothing without ``patch_rope``.
+    The weights are, bit for bit, those that :func:`pos2d.merge` would write and :func:`pos2d.load` would load, but
+    nothing is written.
 
     Args:
         base_model: a directory or a Hub id.
         lora_path: the trainer's file, or a PEFT directory.
-        branch_stride: of the training, as ``align_to``; one branch, which is all that is written here, needs neither.
+        lora_rank: refuses an adapter of another rank; None accepts any.
+        rope_2d_ratio: share of the frequencies with 2D positions; unused without ``patch_rope``.
+        device: ``auto`` is a GPU if there is one; the trainer's default is ``cuda``.
+        dtype: ``auto`` is the stored type of the base; the trainer's default is ``bfloat16``.
+        branch_stride: the value used in training. Like ``align_to`` it does not matter for one branch, and
+            :func:`generate_text` decodes only one.
 
     Raises:
         UsageError: a device or type that cannot be used.
         InputError, UnsafeInputError: as :func:`pos2d.merge`; no tokenizer.
         StorageError: the memory cannot hold the weights.
     """
-    # The one place where runtime needs the exporter: a merge in memory is both sides at once.
+    # Imported here, so that pos2d.compat alone does not need the exporter.
     from pos2d.exporter.artifact.hf_config import baked_config
     from pos2d.exporter.merging.in_memory import merged_tensors
     from pos2d.exporter.sources.source import TrainedPositions, from_adapters
-    from pos2d.exporter.tensors.plan import plan_merge
+    from pos2d.exporter.tensors.tensor_plan import plan_tensors
 
     options = LoadOptions(device=device, dtype=dtype)
     home = one_device(options.device)
     positions = TrainedPositions(rope_2d_ratio if patch_rope else None, None, not patch_rope, branch_stride, align_to)
     source = from_adapters(base_model, lora_path, positions, lora_rank=lora_rank)
-    base, plan = source.base, plan_merge(source.base, source.adapters, options.dtype)
+    base, plan = source.base, plan_tensors(source.base, source.adapters, options.dtype)
     tokenizer = _tokenizer(base.directory)
     if home.type == "cpu":
         check_least(str(base_model), least_memory("merged", plan.nbytes, plan.dtype, plan.dtype))
@@ -88,10 +90,10 @@ def load_model_with_lora(
             stored=False,
             kernel=options.int8_kernel,
             dtype=getattr(torch, plan.dtype),
-            place=lambda _: home,
+            device_of=lambda _: home,
         )
     _set_generation(model, base.directory, source.eos_token_ids, tokenizer.pad_token_id)
-    return Loaded(model, tokenizer, patch_rope)
+    return model, tokenizer, patch_rope
 
 
 def generate_text(
@@ -106,51 +108,50 @@ def generate_text(
     device: str | torch.device | None = None,
     seed: int | None = None,
 ) -> str:
-    """The answer to ``prompt``, without spaces around it. Nothing is printed; the script printed both.
+    """The answer to ``prompt``, stripped. Nothing is printed; the trainer's function prints prompt and answer.
 
-    The prompt goes through the chat template where the tokenizer has one. A ``temperature`` of 0 is greedy. Without a
-    ``seed`` every call draws another answer, from torch's random numbers, so that ``torch.manual_seed`` still makes a
-    program repeatable. The model stays where it is: ``device`` may say so, and nothing else.
+    The prompt is rendered with the chat template if the tokenizer has one. A ``temperature`` of 0 is greedy. Without a
+    ``seed`` every call samples another answer; the seed then comes from torch's random numbers, so that
+    ``torch.manual_seed`` still makes a program repeatable. ``device`` may only name the device that the model is on.
 
     Raises:
         UsageError: a value out of range, or a ``device`` that the model is not on.
-        InputError: a model that is not of this tool, an empty prompt, or one that is longer than the model.
+        InputError: a model that this tool did not make, an empty prompt, or one that is longer than the model.
     """
     spec = _spec_of(model)
     _check_device(model, device)
-    drawn = int(torch.randint(2**63 - 1, ())) if seed is None else seed
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
         repetition_penalty=repetition_penalty,
-        seed=drawn,
+        seed=int(torch.randint(2**63 - 1, ())) if seed is None else seed,
     )
     chat = bool(tokenizer.chat_template)
-    ids = encode_prompts(tokenizer, [prompt], None, chat=chat, ordinary=True).branches[0]
+    ids = encode_prompts(tokenizer, [prompt], None, chat=chat, add_special_tokens=True).branches[0]
     ends = model.generation_config.eos_token_id
     end_tokens = set(ends) if isinstance(ends, list) else {ends} - {None}
-    writer = TextWriter(tokenizer, sampling, (0,), end_tokens, set(ids))
+    sampler = TextSampler(tokenizer, sampling, (0,), end_tokens, set(ids))
     backend = TorchBackend(model, getattr(model, "hf_device_map", None) or {"": model.device})
     limit = Dimensions.from_config(model.config.to_dict(), "the model's configuration").context_length
-    for _ in decode(backend, build_layout([ids], spec), [writer], context_length=limit):
+    for _ in decode(backend, build_layout([ids], spec), [sampler], context_length=limit):
         pass
-    return writer.take(last=True).strip()
+    return sampler.take_text(last=True).strip()
 
 
 def _tokenizer(directory: Path) -> Any:
-    """The base's own; a text that ends is padded with its end where there is nothing else.
+    """The tokenizer of the base; without a padding token it pads with its end token.
 
     Raises:
-        InputError: the base has none, or none that transformers can read.
+        InputError: the base has no tokenizer, or none that transformers can read.
     """
-    # Without any of these transformers 5 makes a tokenizer that knows no token.
+    # Without any of these files transformers 5 makes a tokenizer with an empty vocabulary.
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"{directory} has none of {', '.join(TOKENIZER_FILES)}; copy the model again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # the libraries raise whatever a damaged file provokes
+    except Exception as error:  # a damaged file may raise anything
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"the tokenizer in {directory} cannot be read: {reason}; copy the model again") from None
     if tokenizer.pad_token is None:
@@ -159,7 +160,7 @@ def _tokenizer(directory: Path) -> Any:
 
 
 def _set_generation(model: PreTrainedModel, base: Path, end_tokens: tuple[int, ...], pad_token: int | None) -> None:
-    """What ``model.generate`` does where nobody says it: the base's settings, with the ends and the padding there."""
+    """Set the defaults of ``model.generate``: the base's generation settings, its end tokens and a padding token."""
     if (base / GENERATION_CONFIG).is_file():
         model.generation_config = GenerationConfig.from_pretrained(base)
     if end_tokens:
@@ -169,8 +170,10 @@ def _set_generation(model: PreTrainedModel, base: Path, end_tokens: tuple[int, .
 
 
 def _spec_of(model: Any) -> Rope2DSpec:
-    """Raises:
-    InputError: no model of this tool.
+    """The positions that are baked into a model.
+
+    Raises:
+        InputError: a model that this tool did not make.
     """
     config = getattr(model, "config", None)
     if not str(getattr(config, "model_type", "")).startswith(MODEL_TYPE_PREFIX):
@@ -182,15 +185,19 @@ def _spec_of(model: Any) -> Rope2DSpec:
 
 
 def _check_device(model: PreTrainedModel, device: str | torch.device | None) -> None:
-    """Raises:
-    UsageError: the model is on another one.
+    """Check that ``device``, if given, is the device of the model.
+
+    Raises:
+        UsageError: it is another device, or none that torch knows.
     """
     if device is None or str(device) == "auto":
         return
     try:
-        asked = torch.device(device)
+        named = torch.device(device)
     except RuntimeError:
-        raise UsageError(f"device {device!r} is not one that torch knows; leave it out") from None
-    numbers = {asked.index, model.device.index} - {None}  # "cuda" is any card
-    if asked.type != model.device.type or len(numbers) > 1:
-        raise UsageError(f"the model is on {model.device}, not on {device}; leave device out, or load the model there")
+        raise UsageError(f"`device` {device!r} is not one that torch knows; leave it out") from None
+    numbers = {named.index, model.device.index} - {None}  # "cuda" without a number is any GPU
+    if named.type != model.device.type or len(numbers) > 1:
+        raise UsageError(
+            f"the model is on {model.device}, not on {device}; leave `device` out, or load the model there"
+        )

@@ -1,4 +1,4 @@
-"""Base + adapter -> artifact. One verb, one file, one function."""
+"""Turns a base and its adapters into artifacts: one verb, one file, one function."""
 
 from pos2d.exporter.export import ExportReport, export
 from pos2d.exporter.inspect import InspectReport, inspect

@@ -1,6 +1,6 @@
-"""Explain what lies at a path: an adapter, a base or an artifact; and whether, and how, an adapter fits a base."""
+"""Describe what is at a path, an adapter, a base or an artifact, and say whether an adapter fits a base."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,15 +10,17 @@ from pos2d.exporter.adapters.peft import ADAPTER_CONFIG
 from pos2d.exporter.inputs.base import read_base
 from pos2d.exporter.inputs.checkpoint import Checkpoint
 from pos2d.exporter.inspection.adapter_facts import AdapterFacts, peft_facts, trainer_facts
-from pos2d.exporter.inspection.guess import Guess, guess_positions
+from pos2d.exporter.inspection.guess import guess_positions
 from pos2d.exporter.inspection.model_facts import ArtifactFacts, BaseFacts, artifact_facts, base_facts
+from pos2d.exporter.inspection.ranking import Guess
 from pos2d.exporter.inspection.samples import read_samples
 from pos2d.manifest import FILE_NAME
+from pos2d.options import takes_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-WHAT = {
+DESCRIPTIONS = {
     "trainer": "LoRA of the trainer",
     "state dict": "full state of the trainer",
     "peft": "PEFT LoRA",
@@ -29,7 +31,7 @@ WHAT = {
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Whether an adapter fits ``base``; ``reason`` is the sentence with which ``merge`` would refuse it."""
+    """Whether an adapter fits ``base``; ``reason`` is the message with which ``merge`` would refuse it."""
 
     base: str
     fits: bool
@@ -38,7 +40,10 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class InspectReport:
-    """One of ``adapter``, ``base`` and ``artifact`` is there; ``fit`` and ``guess`` where they were asked for."""
+    """Facts about ``path``: exactly one of ``adapter``, ``base`` and ``artifact``.
+
+    ``what`` describes it in words. ``fit`` is present if a base was given, ``guess`` with ``guess_ratio``.
+    """
 
     path: str
     what: str
@@ -49,13 +54,16 @@ class InspectReport:
     guess: Guess | None = None
 
     def raise_if_misfit(self) -> None:
-        """Raises:
-        InputError: the adapter does not fit the base that it was held against.
+        """Fail if the adapter does not fit the base that was given.
+
+        Raises:
+            InputError: with the message of ``merge``.
         """
         if self.fit is not None and self.fit.reason is not None:
             raise InputError(self.fit.reason)
 
 
+@takes_options()
 def inspect(
     path: str | Path,
     *,
@@ -64,58 +72,59 @@ def inspect(
     guess_ratio: bool = False,
     text: str | Path | None = None,
 ) -> InspectReport:
-    """Explain ``path`` from configuration, headers and small tensors; nothing in it is run and nothing is written.
+    """Describe ``path`` from configuration, headers and small tensors; no code in it is run and nothing is written.
 
     Args:
         path: the trainer's ``.pth`` or a directory with one, a PEFT directory, a base or an artifact.
-        base_model: say whether the adapter fits this base; ``revision`` is of a base from the Hub.
-        guess_ratio: score ratios and strides on ``text``, a file like the training data, of which
-            :mod:`pos2d.text_samples` names the forms. This loads the base in float32.
+        base_model: say whether the adapter fits this base.
+        revision: commit, tag or branch of a base from the Hub.
+        guess_ratio: find ratio and stride of the training by scoring ``text``. This loads the base in float32.
+        text: a file like the training data, in one of the forms that :mod:`pos2d.text_samples` lists.
 
     Raises:
-        UsageError: flags without the flag or the kind of path that they belong to.
+        UsageError: a parameter without another one, or for another kind of path, than it needs.
         InputError: ``path`` is none of these or is damaged; with ``guess_ratio``, an adapter that does not fit.
         UnsafeInputError: a file that would run code.
     """
     path = Path(path)
-    _check_flags(base_model, revision, guess_ratio, text)
+    _check_parameters(base_model, revision, guess_ratio, text)
     kind = _kind(path)
     if kind != "adapter" and base_model is not None:
-        raise UsageError(f"{path} is not an adapter, so --base-model says nothing about it; leave it out")
+        raise UsageError(f"{path} is not an adapter, so there is nothing to compare with `base_model`; leave it out")
     if kind == "artifact":
-        return InspectReport(str(path), WHAT[kind], artifact=artifact_facts(path))
+        return InspectReport(str(path), DESCRIPTIONS[kind], artifact=artifact_facts(path))
     if kind == "base":
-        return InspectReport(str(path), WHAT[kind], base=base_facts(read_base(str(path))))
+        return InspectReport(str(path), DESCRIPTIONS[kind], base=base_facts(read_base(str(path))))
     facts = peft_facts(path) if (path / ADAPTER_CONFIG).is_file() else trainer_facts(_single_file(path))
+    report = InspectReport(str(path), DESCRIPTIONS[facts.form], adapter=facts)
     if base_model is None:
-        return InspectReport(str(path), WHAT[facts.form], adapter=facts)
+        return report
     try:
         base, adapters = _read_both(path, base_model, revision)
     except InputError as misfit:
         if guess_ratio:
             raise
-        fit = Fit(str(base_model), False, str(misfit))
-        return InspectReport(str(path), WHAT[facts.form], adapter=facts, fit=fit)
+        return replace(report, fit=Fit(str(base_model), False, str(misfit)))
     guess = _guess(base, adapters, text) if text is not None else None
-    return InspectReport(str(path), WHAT[facts.form], adapter=facts, fit=Fit(str(base_model), True, None), guess=guess)
+    return replace(report, fit=Fit(str(base_model), True, None), guess=guess)
 
 
-def _check_flags(base_model: object, revision: object, guess_ratio: bool, text: object) -> None:
+def _check_parameters(base_model: object, revision: object, guess_ratio: bool, text: object) -> None:
     if guess_ratio and base_model is None:
-        raise UsageError("--guess-ratio reads a text with the adapter in its base; give --base-model")
+        raise UsageError("`guess_ratio=True` scores a text with the adapter on its base; give `base_model`")
     if guess_ratio and text is None:
-        raise UsageError("--guess-ratio needs a text like the training data, a few dozen lines of it; give --text")
+        raise UsageError("`guess_ratio=True` needs a text like the training data, a few dozen lines of it; give `text`")
     if text is not None and not guess_ratio:
-        raise UsageError("--text is read for --guess-ratio only; give both")
+        raise UsageError("`text` is used with `guess_ratio=True` only; give both")
     if revision is not None and base_model is None:
-        raise UsageError("--revision is that of a base from the Hub; give --base-model")
+        raise UsageError("`revision` is that of a base from the Hub; give `base_model`")
 
 
 def _kind(path: Path) -> str:
-    """``artifact``, ``adapter`` or ``base``, by what lies there."""
+    """``artifact``, ``adapter`` or ``base``, by the files that are there."""
     if path.is_file():
         if path.suffix in (".safetensors", ".onnx", ".json"):
-            raise InputError(f"{path} is one file of several; give its directory")
+            raise InputError(f"{path} is one file of a model or adapter; give its directory")
         return "adapter"
     if not path.is_dir():
         raise InputError(f"{path} does not exist; give an adapter, a base model's directory or an artifact")
@@ -126,7 +135,7 @@ def _kind(path: Path) -> str:
         return "adapter"
     raise InputError(
         f"{path} is nothing that this tool knows: it has no {FILE_NAME} (an artifact), no {ADAPTER_CONFIG} (PEFT), no "
-        "config.json (a base model) and no .pth file (the trainer's)"
+        "config.json (a base model) and no .pth file (the trainer's LoRA)"
     )
 
 
@@ -151,7 +160,7 @@ def _guess(base: Checkpoint, adapters: list[Adapter], text: str | Path) -> Guess
 
 def _tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     if not (directory / "tokenizer.json").is_file():
-        raise InputError(f"{directory} has no tokenizer.json, so a text cannot be read with it; put the file there")
+        raise InputError(f"{directory} has no tokenizer.json, so text cannot be tokenized for it; copy the file there")
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(directory)

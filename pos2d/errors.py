@@ -1,21 +1,22 @@
-"""Every error that this project raises on purpose, and the exit code that the command line gives it.
+"""All errors that this project raises on purpose, with their exit codes on the command line.
 
-    Pos2DError            1  a defect of ours
-    ├── UsageError        2  the call itself is wrong: flags that contradict each other
+    Pos2DError            1  an internal error
+    ├── UsageError        2  the call itself is wrong: a value out of range, parameters that contradict each other
     ├── InputError        3  bad or mismatching input: adapter, base, artifact, prompt
     ├── UnsafeInputError  4  input that could run code or leave its directory
     ├── StorageError      5  disk full, unreadable or unwritable files
     ├── OutputError       6  the output exists already or is busy
     └── ParityError       7  the artifact does not agree with its reference
 
-Messages are one sentence that names the file, the key and the cure. Only ``cli.py`` turns them into an exit code.
+Messages are one sentence that names the file, the key and the cure; parameters are in backticks. Only the command line
+(``commands/shared/errors.py``) prints them and sets the exit code.
 """
 
 from typing import ClassVar
 
 
 class Pos2DError(Exception):
-    """Base of the tree; raised itself only for a defect of ours."""
+    """Base of the tree; raised itself only for an internal error."""
 
     exit_code: ClassVar[int] = 1
 

@@ -1,4 +1,4 @@
-"""The decoder families that this tool knows, and the sizes that their configurations give."""
+"""The supported decoder families, and the dimensions that their configurations give."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ DEFAULT_HEAD_DIM = {"qwen3": 128}
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """Sizes of one decoder, read from a ``config.json``; counts and features, no units."""
+    """The dimensions of one decoder, from its ``config.json``."""
 
     family: str
     hidden: int
@@ -37,7 +37,7 @@ class Dimensions:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str) -> "Dimensions":
-        """Read the sizes; ``source`` names the file in errors.
+        """Read the dimensions; ``source`` names the file in errors.
 
         Raises:
             InputError: a missing key or an activation other than SiLU.
@@ -72,7 +72,7 @@ class Dimensions:
 
 
 def _context_length(config: Mapping[str, Any], family: str) -> int:
-    """Longest position that a model may be given; a sliding window bounds it, because columns have no window."""
+    """Number of positions that the model supports; a sliding window limits it, because columns have no window."""
     limit = int(config["max_position_embeddings"])
     slides = family == "mistral" or (family.startswith("qwen") and config.get("use_sliding_window", False))
     window = config.get("sliding_window") if slides else None
@@ -80,7 +80,7 @@ def _context_length(config: Mapping[str, Any], family: str) -> int:
 
 
 def expected_tensors(sizes: Dimensions) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint with these sizes, without the head where it is tied."""
+    """Name and shape of every tensor of a checkpoint with these dimensions; a tied head is not among them."""
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     linears = {
         "self_attn.q_proj": (queries, sizes.hidden, sizes.qkv_bias),

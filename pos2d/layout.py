@@ -1,4 +1,4 @@
-"""Where every token stands: branches of token ids become one flat sequence with positions, branches and times."""
+"""Lay out branches of token ids as one flat sequence, with a position, a branch and a time for every token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ CONTEXT = -1
 class Layout:
     """One flat sequence of ``S`` tokens; a token's index is its slot in the KV cache. All arrays are int64 ``[S]``.
 
-    ``owners`` names the branch that a token belongs to (from 0), or ``CONTEXT``; ``branches`` is the value that the
-    branch frequencies turn with (index times stride). ``last[k]`` is the slot of branch k's newest token.
+    ``owners`` has the branch that a token belongs to (from 0), or ``CONTEXT``; ``branches`` has the value that branch
+    frequencies are rotated by (index times stride). ``last[k]`` is the slot of branch k's newest token.
     """
 
     ids: Ints
@@ -42,7 +42,7 @@ class Layout:
     def mask(self, start: int = 0, stop: int | None = None) -> Bools:
         """Which of the first ``stop`` tokens those from ``start`` on may attend to, bool ``[stop - start, stop]``.
 
-        A token sees itself and every token of an earlier time; in the isolated visibility only those of its own
+        A token attends to itself and to every token of an earlier time; with isolated visibility, only to those of its
         branch and of the context.
         """
         stop = len(self) if stop is None else stop
@@ -56,7 +56,7 @@ class Layout:
     def append(self, tokens: Sequence[int | None]) -> "Layout":
         """The sequence after one more token for every branch, ``None`` where a branch has stopped.
 
-        New tokens take the next slots in branch order and each its branch's next time.
+        New tokens take the next slots in branch order, each at the next time of its branch.
         """
         live = [k for k, token in enumerate(tokens) if token is not None]
         before = np.array([self.last[k] for k in live], dtype=np.int64)
@@ -82,11 +82,11 @@ def build_layout(
     context_ids: Sequence[int] | None = None,
     visibility: Visibility | None = None,
 ) -> Layout:
-    """Lay out prompts (lists of token ids) side by side, after an optional context that all of them see.
+    """Lay out prompts (lists of token ids) side by side, after an optional context that all of them attend to.
 
-    Columnar: sorted by time, then branch; a token's position is its flat index. Isolated: every branch has exactly the
-    positions that it would have alone after the same context, so position equals time. ``visibility`` overrides the
-    one in ``spec``.
+    Tokens are sorted by time, then by branch. Columnar: a token's position is its flat index. Isolated: every branch
+    has exactly the positions that it would have alone after the same context, so position equals time. ``visibility``
+    overrides that of ``spec``.
 
     Raises:
         InputError: no branch, or a branch without tokens.

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pos2d.errors import InputError
-from pos2d.graph_recipe import GraphRecipe
-from pos2d.recipe import QuantRecipe
+from pos2d.manifest_upgrades import upgraded
+from pos2d.onnx_io import GraphInfo
+from pos2d.recipes import BnbRecipe, GraphRecipe
 from pos2d.spec import Rope2DSpec
 
 Kind = Literal["merged", "bnb", "onnx"]
@@ -21,12 +22,12 @@ FILE_NAME = "manifest.json"
 class Manifest:
     """One artifact. ``context_length`` is in positions; generation ends at ``eos_token_ids``.
 
-    ``files`` maps a name to its bytes and sha256; the weights of a merge have one for each tensor, in the ledger.
+    ``files`` maps a name to bytes and sha256; the weights of a merge have a sha256 for each tensor, in the ledger.
     ``base``, ``adapters``: where the weights came from; ``options``: how they were summed and rounded.
-    ``quant``, ``graph_quant``: how the linear layers of a torch or an ONNX artifact are quantised, where they are.
+    ``quant``, ``graph_quant``: how the linear layers of a torch or an ONNX artifact are quantised, if they are.
     ``ledger``: totals and tensors of a merge, totals of a quantisation.
-    ``graph``: sizes, files, inputs and outputs of an ONNX artifact.
-    ``parity``: the figures of the check that ended the export, absent where it was skipped.
+    ``graph``: dimensions, files, inputs and outputs of an ONNX artifact.
+    ``parity``: the results of the check at the end of the export, unless it was skipped.
     """
 
     kind: Kind
@@ -41,10 +42,10 @@ class Manifest:
     options: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
     tool_version: str
-    quant: QuantRecipe | None = None
+    quant: BnbRecipe | None = None
     graph_quant: GraphRecipe | None = None
     ledger: Mapping[str, Any] | None = None
-    graph: Mapping[str, Any] | None = None
+    graph: GraphInfo | None = None
     parity: Mapping[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
@@ -64,13 +65,9 @@ class Manifest:
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            InputError: another format version, an unknown kind, or keys that are missing or unknown.
+            InputError: a format that cannot be read, an unknown kind, or keys that are missing or unknown.
         """
-        version = block.get("format_version")
-        if version != FORMAT_VERSION:
-            raise InputError(
-                f"manifest: format version {version} is not {FORMAT_VERSION}; use a matching release of this tool"
-            )
+        block = upgraded(block, FORMAT_VERSION)
         known = {field.name for field in fields(cls)}
         if set(block) != known:
             raise InputError(f"manifest: keys {sorted(set(block) ^ known)} are missing or unknown")
@@ -80,8 +77,9 @@ class Manifest:
             **{
                 **block,
                 "rope_2d": Rope2DSpec.from_dict(block["rope_2d"]),
-                "quant": QuantRecipe.from_dict(block["quant"]) if block["quant"] is not None else None,
+                "quant": BnbRecipe.from_dict(block["quant"]) if block["quant"] is not None else None,
                 "graph_quant": GraphRecipe.from_dict(block["graph_quant"]) if block["graph_quant"] else None,
+                "graph": GraphInfo.from_dict(block["graph"]) if block["graph"] is not None else None,
                 "eos_token_ids": tuple(block["eos_token_ids"]),
                 "adapters": tuple(block["adapters"]),
             }
@@ -93,10 +91,10 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of an artifact whose files are all there with the sizes that it names.
+    """Read the manifest of an artifact, and check that all files exist with the sizes that it states.
 
     Raises:
-        InputError: no such directory, no or a broken manifest, or files that are missing, cut or grown.
+        InputError: a missing directory, a missing or broken manifest, or files that are missing or have another size.
     """
     path = directory / FILE_NAME
     if not directory.exists():
@@ -114,17 +112,17 @@ def read_manifest(directory: Path) -> Manifest:
     for name, facts in manifest.files.items():
         size = (directory / name).stat().st_size if (directory / name).is_file() else None
         if size != facts["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise InputError(f"{directory / name} {found}, the manifest says {facts['bytes']}; make the artifact again")
+            state = "is missing" if size is None else f"has {size} bytes"
+            raise InputError(f"{directory / name} {state}, the manifest says {facts['bytes']}; make the artifact again")
     return manifest
 
 
 def _cure(path: Path) -> str:
-    """What to do with something that somebody took for an artifact."""
+    """What to do instead, by what is at ``path``."""
     if path.suffix == ".pth" or (path / "adapter_config.json").is_file():
-        return "it is an adapter: merge it with its base, and give what that writes"
+        return "it is an adapter: merge it with its base, and give the output"
     if path.is_file():
         return "it is a file: give the directory of an artifact"
     if (path / "config.json").is_file():
-        return "it is a model: merge an adapter into it with merge --base-model, and give what that writes"
-    return "make one with merge or export"
+        return "it is a model: merge an adapter into it with `pos2d merge --base-model`, and give the output"
+    return "make one with `pos2d merge` or `pos2d export`"

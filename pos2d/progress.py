@@ -1,49 +1,56 @@
-"""A progress bar on standard error, and nothing at all where that is not a terminal."""
+"""Progress of long operations. Nothing is shown unless a program installs a display with :func:`show_with`."""
 
-import sys
+from collections.abc import Callable
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Protocol
+
+Unit = Literal["pieces", "bytes"]
+
+
+class Display(Protocol):
+    """Shows the progress of one operation."""
+
+    def advance(self, count: int, note: str) -> None:
+        """Count ``count`` more units as done and show ``note`` after the bar. Several threads may call this."""
+
+    def close(self) -> None:
+        """Stop showing the operation."""
+
+
+# Starts to show an operation with this label, total and unit; None where there is nothing to show it on.
+DisplayFactory = Callable[[str, int, Unit], Display | None]
+_factory: DisplayFactory | None = None
+
+
+def show_with(factory: DisplayFactory | None) -> None:
+    """Show every operation that begins from now on with a display that ``factory`` makes; None shows nothing."""
+    global _factory
+    _factory = factory
 
 
 class Progress:
-    """Counts ``total`` pieces of work, or bytes with their rate, under a label; threads may share it. rich draws it."""
+    """Counts how much of ``total`` an operation has done; ``unit`` says whether items or bytes are counted.
 
-    def __init__(self, label: str, total: int, unit: Literal["pieces", "bytes"] = "pieces") -> None:
-        self._label, self._total = label, total
-        self._bar = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                MofNCompleteColumn,
-                ProgressColumn,
-                TextColumn,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )
-            from rich.progress import Progress as Bar
+    A context manager: the operation is shown from entry to exit. Several threads may share it.
+    """
 
-            counts: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()]
-            if unit == "pieces":
-                counts = [MofNCompleteColumn()]
-            rest = (TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-            columns = (TextColumn("{task.description}"), BarColumn(), *counts, *rest)
-            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    def __init__(self, label: str, total: int, unit: Unit = "pieces") -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._display: Display | None = None
 
     def __enter__(self) -> "Progress":
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task(self._label, total=self._total, note="")
+        if _factory is not None:
+            self._display = _factory(self._label, self._total, self._unit)
         return self
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """So many more are done; ``note`` is shown beside them."""
-        if self._bar is not None:
-            self._bar.update(self._task, advance=count, note=note)
+        """Count ``count`` more units as done; ``note`` is shown after the bar."""
+        if self._display is not None:
+            self._display.advance(count, note)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._display is not None:
+            self._display.close()
+            self._display = None

@@ -1,4 +1,4 @@
-"""Which rotary frequency turns with which position: the value that is baked into every artifact."""
+"""Which position each rotary frequency is rotated by: the value that is baked into every artifact."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Visibility = Literal["columnar", "isolated"]
 
 POSITION, BRANCH, TIME = 0, 1, 2
 VERSION = 1
-# Beyond it float32 angles of neighbouring positions are the same, and a few branches leave the range of integers.
+# Beyond it float32 cannot tell the angles of neighbouring positions apart, and a few branches overflow integers.
 MAX_STRIDE = 2**24
 
 
@@ -19,9 +19,9 @@ MAX_STRIDE = 2**24
 class Rope2DSpec:
     """The positional contract of one artifact.
 
-    ``pair_indices`` are 1-based frequency numbers in the order in which the trainer lists them: the first turns with
-    ``branch``, the second with ``time``, the third with ``branch`` again, and every frequency that is not listed with
-    ``position``. An empty tuple is a model without 2D RoPE.
+    ``pair_indices`` are 1-based frequency numbers in the order in which the trainer lists them: the first is rotated by
+    ``branch``, the second by ``time``, the third by ``branch`` again, and every frequency that is not listed by
+    ``position``. Models without 2D RoPE have an empty tuple.
 
     Raises:
         InputError: an index out of range or listed twice, a stride below 1, an unknown alignment or visibility.
@@ -46,13 +46,13 @@ class Rope2DSpec:
         if self.branch_stride > MAX_STRIDE:
             raise InputError(f"branch stride {self.branch_stride} is more than {MAX_STRIDE}; 128 is usual")
         if self.align_to not in get_args(Align):
-            raise InputError(f"align_to {self.align_to!r} must be one of {', '.join(get_args(Align))}")
+            raise InputError(f"`align_to` {self.align_to!r} must be one of {', '.join(get_args(Align))}")
         if self.visibility not in get_args(Visibility):
-            raise InputError(f"visibility {self.visibility!r} must be one of {', '.join(get_args(Visibility))}")
+            raise InputError(f"`visibility` {self.visibility!r} must be one of {', '.join(get_args(Visibility))}")
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """For each frequency the position that turns it: 0 position, 1 branch, 2 time."""
+        """What each frequency is rotated by: 0 position, 1 branch, 2 time."""
         axes = [POSITION] * self.num_frequencies
         for order, index in enumerate(self.pair_indices):
             axes[index - 1] = BRANCH if order % 2 == 0 else TIME
@@ -99,7 +99,7 @@ class Rope2DSpec:
 
 
 def pair_indices_for_ratio(num_frequencies: int, ratio: float) -> tuple[int, ...]:
-    """The last ``max(1, min(F, round(F * ratio)))`` frequencies, 1-based: what trainers call the ratio.
+    """The last ``max(1, min(F, round(F * ratio)))`` frequencies, 1-based, which trainers select with a ratio.
 
     ``round`` is Python's (half to even), as in the trainer.
 
@@ -113,18 +113,18 @@ def pair_indices_for_ratio(num_frequencies: int, ratio: float) -> tuple[int, ...
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """``17-32`` for a run of numbers, else the numbers themselves."""
-    found = list(numbers)
-    if len(found) > 2 and found == list(range(found[0], found[-1] + 1)):
-        return f"{found[0]}-{found[-1]}"
-    return ", ".join(map(str, found))
+    """Format consecutive numbers as ``17-32``, others as a list."""
+    listed = list(numbers)
+    if len(listed) > 2 and listed == list(range(listed[0], listed[-1] + 1)):
+        return f"{listed[0]}-{listed[-1]}"
+    return ", ".join(map(str, listed))
 
 
 def parse_pair_indices(text: str | Iterable[int]) -> tuple[int, ...]:
-    """``"5,6,7,8"``, or an iterable of integers, to a tuple in the same order.
+    """Parse ``"5,6,7,8"``, or an iterable of integers, to a tuple in the same order.
 
     Raises:
-        InputError: something that is not a whole number, or nothing at all.
+        InputError: an element that is not a whole number, or no element.
     """
     parts = text.replace(",", " ").split() if isinstance(text, str) else list(text)
     try:
@@ -132,5 +132,5 @@ def parse_pair_indices(text: str | Iterable[int]) -> tuple[int, ...]:
     except (TypeError, ValueError):
         raise InputError(f"pair indices {text!r} must be whole numbers, such as 5,6,7,8") from None
     if not indices:
-        raise InputError("pair indices are empty; use --no-patch-rope for a model without 2D RoPE")
+        raise InputError("pair indices are empty; use `no_patch_rope=True` for a model without 2D RoPE")
     return indices

@@ -1,4 +1,4 @@
-"""A file of text as token ids: JSONL in the forms that trainers read, or paragraphs."""
+"""A text file as token ids: JSONL in the forms that trainers use, or paragraphs."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +20,7 @@ FORMS = (
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Token ids; what comes from ``start`` on is taught, the rest is only read."""
+    """Token ids: prompt tokens before index ``start``, and from there on completion tokens, which are scored."""
 
     ids: tuple[int, ...]
     start: int = 1
@@ -28,33 +28,36 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line or paragraph: a branch, or ``several`` with the context that all of them see (empty: none)."""
+    """One line or paragraph: a single branch, or ``grouped`` branches with the context that all of them attend to.
+
+    An empty context is none.
+    """
 
     branches: tuple[Branch, ...]
     context: tuple[int, ...] = ()
-    several: bool = False
+    grouped: bool = False
 
 
-def read_rows(path: Path, tokenizer: Any, longest: int) -> Iterator[Row]:
-    """Rows from the start of a file, each read when it is asked for.
+def read_rows(path: Path, tokenizer: Any, max_tokens: int) -> Iterator[Row]:
+    """Yield rows from the start of a file, each when it is needed.
 
-    Branches and contexts are cut at ``longest`` tokens; a branch that has nothing left to teach after that is left out.
-    A conversation teaches its last turn, a pair its answer. There are no special tokens but those of the chat
-    template: the trainer lays branches out like that.
+    Branches and contexts are truncated to ``max_tokens``; a branch without completion tokens after that is skipped.
+    The completion of a conversation is its last turn, that of a pair its answer. No special tokens are added except
+    those of the chat template, as in training.
 
     Raises:
-        InputError: an unreadable file, or a line of another form.
+        InputError: a file that cannot be read, or a line in an unknown form.
     """
     try:
         with path.open(encoding="utf-8") as file:
-            for place, row in _values(file, path):
-                yield _row(row, tokenizer, longest, f"{path}, {place}")
+            for place, value in _values(file, path):
+                yield _row(value, tokenizer, max_tokens, f"{path}, {place}")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as text: {error}") from None
 
 
 def _values(file: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, and what it is: a value of JSON, or a paragraph."""
+    """Line number and value of each row, which is a JSON value or a paragraph."""
     numbered = enumerate(file, 1)
     first = next(((number, line) for number, line in numbered if line.strip()), (1, ""))
     is_json = path.suffix == ".jsonl" or first[1].lstrip().startswith("{")
@@ -62,10 +65,10 @@ def _values(file: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _paragraphs(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[tuple[str, Any]]:
-    for filled, block in groupby(lines, key=lambda line: bool(line[1].strip())):
-        if filled:
-            rows = list(block)
-            yield f"line {rows[0][0]}", "\n".join(line.rstrip() for _, line in rows).strip()
+    for has_text, block in groupby(lines, key=lambda line: bool(line[1].strip())):
+        if has_text:
+            paragraph = list(block)
+            yield f"line {paragraph[0][0]}", "\n".join(line.rstrip() for _, line in paragraph).strip()
 
 
 def _lines(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[tuple[str, Any]]:
@@ -77,23 +80,22 @@ def _lines(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[tuple[str, 
                 raise InputError(f"{path}, line {number} is not JSON; {FORMS}") from None
 
 
-def _row(row: Any, tokenizer: Any, longest: int, place: str) -> Row:
-    several = isinstance(row, Mapping) and "branches" in row
-    entries = row["branches"] if several else [row]
+def _row(value: Any, tokenizer: Any, max_tokens: int, place: str) -> Row:
+    grouped = isinstance(value, Mapping) and "branches" in value
+    entries = value["branches"] if grouped else [value]
     if not isinstance(entries, list):
         raise InputError(f"{place}: branches is not a list; {FORMS}")
-    found = (_branch(entry, tokenizer, longest, place) for entry in entries)
-    context = _ids(tokenizer, str(row.get("main") or ""))[:longest] if several else ()
-    return Row(tuple(branch for branch in found if branch is not None), tuple(context), several)
+    branches = (_branch(entry, tokenizer, max_tokens, place) for entry in entries)
+    context = _ids(tokenizer, str(value.get("main") or ""))[:max_tokens] if grouped else ()
+    return Row(tuple(branch for branch in branches if branch is not None), tuple(context), grouped)
 
 
-def _branch(entry: Any, tokenizer: Any, longest: int, place: str) -> Branch | None:
-    """None where nothing is left to teach after the cut."""
-    read, taught = _texts(entry, tokenizer, place)
-    before = _ids(tokenizer, read)
-    # Tokenized as one text, so that the seam is the one of training.
-    ids = _ids(tokenizer, read + taught)[:longest]
-    start = len(before)
+def _branch(entry: Any, tokenizer: Any, max_tokens: int, place: str) -> Branch | None:
+    """One branch, or None if truncation leaves no completion tokens."""
+    prompt, completion = _texts(entry, tokenizer, place)
+    # Both are tokenized as one text, as in training: a token can contain the end of one and the start of the other.
+    ids = _ids(tokenizer, prompt + completion)[:max_tokens]
+    start = len(_ids(tokenizer, prompt))
     if isinstance(entry, Mapping) and isinstance(entry.get("answer_offset"), int):
         start = entry["answer_offset"]
     branch = Branch(tuple(ids), max(1, start))
@@ -101,7 +103,7 @@ def _branch(entry: Any, tokenizer: Any, longest: int, place: str) -> Branch | No
 
 
 def _texts(entry: Any, tokenizer: Any, place: str) -> tuple[str, str]:
-    """What is only read and what is taught."""
+    """Prompt and completion."""
     if isinstance(entry, str):
         return "", entry
     if isinstance(entry, Mapping):
@@ -115,24 +117,23 @@ def _texts(entry: Any, tokenizer: Any, place: str) -> tuple[str, str]:
         for key in TEXTS:
             if isinstance(entry.get(key), str):
                 return "", entry[key]
-    raise InputError(f"{place} is of an unknown form; {FORMS}")
+    raise InputError(f"{place} has an unknown form; {FORMS}")
 
 
 def _conversation(turns: list[Any], tokenizer: Any, place: str) -> tuple[str, str]:
-    """The chat template's text up to the last turn, and that turn; without a template the turns as they are."""
+    """The text of the chat template up to the last turn, and that turn; without a template, the turns as they are."""
     if not all(isinstance(turn, Mapping) and isinstance(turn.get("content"), str) for turn in turns):
         raise InputError(f"{place}: a turn has no content; {FORMS}")
     *earlier, last = turns
     if not tokenizer.chat_template:
         return "".join(f"{turn['content']}\n" for turn in earlier), last["content"]
     try:
-        read: str = tokenizer.apply_chat_template(earlier, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template raises whatever it likes
+        prompt: str = tokenizer.apply_chat_template(earlier, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template can raise anything
         raise InputError(f"{place}: these turns do not fit the chat template: {error}") from None
-    return read, last["content"] + (tokenizer.eos_token or "")
+    return prompt, last["content"] + (tokenizer.eos_token or "")
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    # The trainer lays branches out without special tokens.
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids if text else []
     return ids

@@ -1,4 +1,4 @@
-"""Sizes as people write them, in bytes: ``8GB``, ``500MB``, ``12GiB``, ``8e9``."""
+"""Sizes in bytes, as people write them: ``8GB``, ``500MB``, ``12GiB``, ``8e9``."""
 
 import re
 
@@ -11,20 +11,20 @@ UNITS = {"": 1, "b": 1} | {
 }
 
 
-def parse_size(text: str | int, flag: str) -> int:
-    """A size in bytes; ``flag`` names it in errors. ``GB`` is 1e9 bytes, ``GiB`` 1024**3, no unit means bytes.
+def parse_size(text: str | int, name: str) -> int:
+    """Parse a size to bytes; errors name the parameter ``name``. ``GB`` is 1e9 bytes, ``GiB`` 1024**3, no unit bytes.
 
     Raises:
-        UsageError: not a number with such a unit, or less than one byte.
+        UsageError: ``text`` is not a number with such a unit, or is less than one byte.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([a-z]*)", str(text).strip().lower())
-    if found is None or found[2] not in UNITS or float(found[1]) * UNITS[found[2]] < 1:
-        raise UsageError(f"{flag} {text!r} cannot be read; give a size such as 8GB, 500MB or 12GiB")
-    return int(float(found[1]) * UNITS[found[2]])
+    parsed = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([a-z]*)", str(text).strip().lower())
+    if parsed is None or parsed[2] not in UNITS or float(parsed[1]) * UNITS[parsed[2]] < 1:
+        raise UsageError(f"`{name}` {text!r} cannot be read; give a size such as 8GB, 500MB or 12GiB")
+    return int(float(parsed[1]) * UNITS[parsed[2]])
 
 
 def size_text(count: int) -> str:
-    """Three digits or so and a unit of 1000: ``988 MB``, ``1.54 GB``."""
+    """Format a number of bytes with about three digits: ``988 MB``, ``1.54 GB``."""
     if count < 1000:
         return f"{count} B"
     for unit, scale in (("kB", 1e3), ("MB", 1e6)):

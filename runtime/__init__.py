@@ -1,4 +1,4 @@
-"""Artifact -> text. One verb, one file, one function."""
+"""From an artifact to text: every verb is one function in one file."""
 
 from pos2d.runtime.batch import BatchReport, batch
 from pos2d.runtime.bench import BenchReport, bench

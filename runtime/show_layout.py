@@ -1,4 +1,4 @@
-"""Draw what positions, branches and times mean: prompts on a grid, and what one token of them may attend to."""
+"""Draw positions, branches and times: prompts on a grid, and what one of their tokens attends to."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -9,20 +9,22 @@ from typing import Any
 from pos2d.errors import OutputError, UsageError
 from pos2d.layout import Layout, build_layout
 from pos2d.manifest import read_manifest
-from pos2d.runtime.layout_view.picture import Picture, clipped, placed, shown
-from pos2d.runtime.text.requests import MAX_BRANCHES, LayoutFlags, check_heeded, chosen_spec, encode_for
+from pos2d.runtime.layout_view.picture import Picture, clipped, placed_tokens, printable
+from pos2d.runtime.text.options import MAX_BRANCHES, LayoutOptions
+from pos2d.runtime.text.requests import encode_for
 from pos2d.runtime.text.tokenization import EncodedPrompts, load_tokenizer
 from pos2d.spec import Align, Rope2DSpec, Visibility
 
 SUFFIX = ".svg"
-# Which frequencies turn with what does not change where tokens stand, as long as there are some.
+# Which frequencies are rotated by branch and time does not matter for a layout, as long as there are some.
 PLAIN_SPEC = Rope2DSpec(num_frequencies=2, pair_indices=(1, 2))
-CHOICES = 5
+# Tokens that an error about an unknown token lists.
+EXAMPLES = 5
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutReport(Picture):
-    """The picture as values; ``output`` is the file that was written, where one was."""
+    """The picture as values; ``output`` is the file that was written, if any."""
 
     output: str | None
 
@@ -40,26 +42,26 @@ def show_layout(
     output: str | Path | None = None,
     force: bool = False,
 ) -> LayoutReport:
-    """Lay out prompts as ``run`` would; no weight is read. Without an artifact, words stand for tokens.
+    """Lay out prompts as ``run`` would, without reading weights. Without an artifact, words take the place of tokens.
 
-    ``token`` is a slot, or the text of a token, the last of the last prompt if absent. Visibility, alignment and
-    stride are the artifact's, or columnar, left and 128. ``output`` is an SVG file.
+    ``token`` is a slot or the text of a token; by default it is the last token of the last prompt. Visibility,
+    alignment and stride default to the artifact's, or to columnar, left and 128. ``output`` is an SVG file.
 
     Raises:
-        InputError: not an artifact, no tokenizer, an empty prompt, a stride below 1.
-        UsageError: a token that is not there, or a flag that changes nothing here.
-        OutputError: a file that exists, or that is not to be an SVG.
+        InputError: not an artifact, no tokenizer, an empty prompt.
+        UsageError: a value out of range, a token that does not exist, or an option without effect here.
+        OutputError: the output exists, or does not end in .svg.
     """
     file = _checked_output(output, force)
     prompt = [prompt] if isinstance(prompt, str) else prompt
     if len(prompt) > MAX_BRANCHES:
-        raise UsageError(f"{len(prompt)} prompts do not stand in one sequence; give at most {MAX_BRANCHES}")
+        raise UsageError(f"{len(prompt)} prompts do not fit in one sequence; give at most {MAX_BRANCHES}")
     if ignore_chat_template and artifact is None:
-        raise UsageError("--ignore-chat-template is about an artifact's template; name one, or leave the flag out")
+        raise UsageError("`ignore_chat_template` concerns an artifact's template; give an artifact, or leave it out")
     spec = PLAIN_SPEC if artifact is None else read_manifest(Path(artifact)).rope_2d
-    flags: LayoutFlags = {"visibility": visibility, "align_to": align_to, "branch_stride": branch_stride}
-    check_heeded(spec, flags)
-    spec = chosen_spec(spec, flags)
+    options = LayoutOptions(visibility=visibility, align_to=align_to, branch_stride=branch_stride)
+    options.check_effect(spec)
+    spec = options.apply_to(spec)
     if artifact is None:
         encoded, text_of = _words(prompt, context)
     else:
@@ -73,7 +75,7 @@ def show_layout(
         branch_stride=spec.branch_stride if spec.is_2d else None,
         words=artifact is None,
         chosen=chosen,
-        tokens=placed(layout, texts, chosen),
+        tokens=placed_tokens(layout, texts, chosen),
         output=str(output) if file else None,
     )
     if file:
@@ -84,9 +86,15 @@ def show_layout(
 
 
 def _checked_output(output: str | Path | None, force: bool) -> Path | None:
+    """The file to write, if any.
+
+    Raises:
+        UsageError: ``force`` without an output.
+        OutputError: the output exists, or does not end in .svg.
+    """
     if output is None:
         if force:
-            raise UsageError("--force replaces the file of --output; give both, or leave it out")
+            raise UsageError("`force` replaces the file at `output`; give both, or leave it out")
         return None
     path = Path(output)
     if path.suffix.lower() != SUFFIX:
@@ -94,12 +102,12 @@ def _checked_output(output: str | Path | None, force: bool) -> Path | None:
     if path.is_dir():
         raise OutputError(f"{path} is a directory; choose another output")
     if os.path.lexists(path) and not force:
-        raise OutputError(f"{path} exists already; choose another output, or replace it with --force")
+        raise OutputError(f"{path} exists already; choose another output, or replace it with `force=True`")
     return path
 
 
 def _words(prompts: Sequence[str], context: str | None) -> tuple[EncodedPrompts, Callable[[int], str]]:
-    """Words as tokens: a vocabulary of those that are there."""
+    """Words as token ids, and a function from an id to its word."""
     vocabulary: list[str] = []
 
     def encode(text: str) -> list[int]:
@@ -114,13 +122,13 @@ def _words(prompts: Sequence[str], context: str | None) -> tuple[EncodedPrompts,
 def _tokens(
     directory: Path, prompts: Sequence[str], context: str | None, spec: Rope2DSpec, ignore_chat_template: bool
 ) -> tuple[EncodedPrompts, Callable[[int], str]]:
-    """The ids that ``run`` would give the model."""
+    """The token ids that ``run`` would feed, and a function from an id to its text."""
     tokenizer: Any = load_tokenizer(directory)
     encoded = encode_for(tokenizer, prompts, context, spec, ignore_chat_template)
 
     def text_of(number: int) -> str:
         text: str = tokenizer.decode([number], clean_up_tokenization_spaces=False)
-        # Some tokenizers drop the space before a text, and one token alone is a text.
+        # Some tokenizers drop a leading space when they decode, and here every token is decoded by itself.
         spaced = str(tokenizer.convert_ids_to_tokens(number)).startswith("▁") and not text.startswith(" ")
         return " " + text if spaced else text
 
@@ -128,21 +136,25 @@ def _tokens(
 
 
 def _chosen(token: str | int | None, texts: Sequence[str], layout: Layout) -> int:
-    """The slot of a token that is named by its slot or by its text, with or without the spaces around it."""
+    """The slot of a token given by its slot or its text, with or without surrounding spaces.
+
+    Raises:
+        UsageError: there is no such token.
+    """
     if token is None:
         return layout.last[-1]
     named = str(token)
     if named.isdecimal() and int(named) < len(texts):
         return int(named)
-    for wanted in (texts, [text.strip() for text in texts], [shown(text) for text in texts]):
-        if named in wanted and not named.isdecimal():
-            return list(wanted).index(named)
-    some = ", ".join(f"{slot} ({clipped(shown(texts[slot]))})" for slot in range(min(CHOICES, len(texts))))
-    raise UsageError(f"there is no token {named}; give a slot from 0 to {len(texts) - 1} or a text, such as {some}")
+    for spellings in (texts, [text.strip() for text in texts], [printable(text) for text in texts]):
+        if named in spellings and not named.isdecimal():
+            return list(spellings).index(named)
+    examples = ", ".join(f"{slot} ({clipped(printable(texts[slot]))})" for slot in range(min(EXAMPLES, len(texts))))
+    raise UsageError(f"there is no token {named}; give a slot from 0 to {len(texts) - 1} or a text, such as {examples}")
 
 
 def _write(file: Path, text: str) -> None:
-    """The whole file or none, also where it is cut off."""
+    """Write a file atomically: after an interruption it is whole or absent."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:

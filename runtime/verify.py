@@ -1,4 +1,4 @@
-"""Hold an artifact against another of the same model: logits on one branch and on several, in one pass and cached."""
+"""Compare an artifact's logits with those of another artifact of the same model, in one pass and with a cache."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,18 +20,23 @@ from pos2d.runtime.model.model import Model
 DEFAULT_RTOL = 1e-3
 MAX_MEAN_KL = 1e-6
 MIN_TOP1 = 0.99
-# Of a float16 graph, whose steps are a ten-thousandth of a value.
+# Limits for a float16 graph, whose rounding steps are about a thousandth of a value.
 HALF_RTOL, HALF_MEAN_KL, HALF_TOP1 = 2e-2, 1e-4, 0.95
 PROBE_SEED = 20240601
+# Decode steps after the prompts of a probe.
 STEPS = 8
-# Tokens of the context and of each branch; a model with less than PROBE_SPAN positions gets shorter ones.
+# Tokens of the context and of each branch; a model with fewer than PROBE_SPAN positions gets shorter probes.
 PROBES = {"one branch": (0, (48,)), "four branches after a context": (24, (12, 7, 16, 9))}
 PROBE_SPAN = 128
 
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """The worst of all cases, and each of them; ``rtol`` is absent of quantised artifacts, ``cure`` where it passed."""
+    """The worst figure of all cases, and each case.
+
+    ``rtol`` is absent for quantised artifacts. ``cure`` names the parameters of ``export`` with which a quantised
+    artifact passes, and is empty if it passed.
+    """
 
     rtol: float | None
     min_top1: float
@@ -45,8 +50,10 @@ class ParityReport:
     cure: str = ""
 
     def raise_if_failed(self) -> None:
-        """Raises:
-        ParityError: a figure is outside its tolerance.
+        """Raise an error that says which figures failed.
+
+        Raises:
+            ParityError: a figure is outside its tolerance.
         """
         if self.passed:
             return
@@ -67,92 +74,101 @@ class ParityReport:
 def verify(artifact: str | Path, against: str | Path | None = None, *, rtol: float = DEFAULT_RTOL) -> ParityReport:
     """Compare logits of ``artifact`` with those of ``against``, both computed in float32.
 
-    A float16 graph computes in its own type and has wider limits. A quantised graph is meant to differ; it is compared
-    with itself, but with float activations, on what it writes itself, and passes with a mean KL of at most 0.05 nats a
-    position and the same top token on 90 % of them.
+    A float16 graph computes in its own type and has wider limits. A quantised graph is expected to differ from other
+    artifacts, so it is compared with itself with float activations, on tokens that it samples, and passes with a mean
+    KL of at most 0.05 nats per position and the same top token at 90 % of them.
 
-    The probes are fixed pseudo-random token ids; in the cached cases the reference's greedy tokens are fed to both, so
-    every step compares the same sequence. It passes when every logit agrees within ``rtol`` times the largest one, the
-    mean KL of every case is at most 1e-6 nats a position, and the top token agrees on at least 99 % of the positions.
-    (Float32 kernels of two libraries differ by about 1e-5, and by 2e-4 at single positions that are sensitive.)
+    The probes are fixed pseudo-random token ids. In the cached cases both models are fed the reference's greedy tokens,
+    so that every step compares the same sequence. An artifact passes when every logit agrees within ``rtol`` times the
+    largest one, the mean KL of every case is at most 1e-6 nats per position, and the top token agrees at 99 % or more
+    of the positions. (Float32 kernels of two libraries differ by about 1e-5, and by 2e-4 at single sensitive
+    positions.)
 
     Raises:
         InputError: either is not an artifact, or they are not the same model.
-        UsageError: a tolerance that is not positive, a reference that is missing or quantised, or one for a quantised
+        UsageError: a tolerance that is not positive, a missing or quantised reference, or a reference for a quantised
             artifact.
     """
     if not rtol > 0:
-        raise UsageError(f"rtol {rtol} must be above 0")
+        raise UsageError(f"`rtol` {rtol} must be above 0")
     if against is None:
         if rtol != DEFAULT_RTOL:
-            raise UsageError("--rtol belongs to --against; rounded activations are judged by KL and top token")
+            raise UsageError("`rtol` belongs to `against`; rounded activations are judged by KL and top token")
         return _verify_activations(Path(artifact))
     for path in (artifact, against):
         manifest = read_manifest(Path(path))
         if manifest.quant is not None or manifest.graph_quant is not None:
-            raise UsageError(f"{path} is quantised, so its logits differ; eval measures by how much that matters")
+            raise UsageError(f"{path} is quantised, so its logits differ; `pos2d eval` measures how much that matters")
     check_same_model(Path(artifact), Path(against))
     candidate, reference = _load(Path(artifact)), _load(Path(against))
-    cases: list[CaseParity] = []
-    batch = isinstance(candidate.backend, BatchBackend)
-    with Progress("verifying", 2 * len(PROBES) + batch) as progress:
-        for name, (context, lengths) in PROBES.items():
-            layout, steps = _probe(reference, context, lengths)
-            expected, script = _stepwise(reference, layout, [None] * steps)
-            found, _ = _stepwise(candidate, layout, script)
-            cases.append(compare(f"{name}, cached", expected, found))
-            progress.advance()
-            whole = _extended(layout, script)
-            one_pass = (forward(model.backend, whole, len(whole)) for model in (reference, candidate))
-            cases.append(compare(f"{name}, one pass", *one_pass))
-            progress.advance()
-        if batch:
-            cases.append(compare("batch of two, cached", *_batched(candidate, reference)))
-            progress.advance()
+    cases = _compare_models(candidate, reference)
     if candidate.manifest.dtype == "float16" and candidate.manifest.kind == "onnx":
-        return _summary(cases, max(rtol, HALF_RTOL), HALF_TOP1, HALF_MEAN_KL)
-    return _summary(cases, rtol)
+        return _report(cases, max(rtol, HALF_RTOL), HALF_TOP1, HALF_MEAN_KL)
+    return _report(cases, rtol)
 
 
 def _load(path: Path) -> Model:
-    """In float32, but for a graph, which has one type."""
+    """Load an artifact in float32 on the CPU; a graph has only one type."""
     return load(path, device="cpu", dtype="auto" if read_manifest(path).kind == "onnx" else "float32")
 
 
 def _verify_activations(artifact: Path) -> ParityReport:
-    from pos2d.runtime.evaluation.activation_probe import MAX_MEAN_KL, MIN_TOP1, activation_cases
+    from pos2d.runtime.evaluation.activation_probe import MAX_MEAN_KL, MIN_TOP1, compare_activations
 
     if read_manifest(artifact).graph_quant is None:
-        raise UsageError(f"{artifact} is compared with another artifact of the same model; name it with --against")
-    cases, cure = activation_cases(artifact)
-    report = _summary(cases, None, MIN_TOP1, MAX_MEAN_KL)
-    return replace(report, cure=cure)
+        raise UsageError(f"{artifact} is compared with another artifact of the same model; name it with `against`")
+    cases, cure = compare_activations(load(artifact))
+    return replace(_report(cases, None, MIN_TOP1, MAX_MEAN_KL), cure=cure)
+
+
+def _compare_models(candidate: Model, reference: Model) -> list[CaseParity]:
+    """Every probe with a cache and in one pass, and all probes in one batch if the candidate can do that."""
+    cases: list[CaseParity] = []
+    has_batch = isinstance(candidate.backend, BatchBackend)
+    with Progress("verifying", 2 * len(PROBES) + has_batch) as progress:
+        for name, (context, lengths) in PROBES.items():
+            layout, steps = _probe(reference, context, lengths)
+            expected, tokens = _decode_steps(reference, layout, [None] * steps)
+            actual, _ = _decode_steps(candidate, layout, tokens)
+            cases.append(compare(f"{name}, cached", expected, actual))
+            progress.advance()
+            whole = _extended(layout, tokens)
+            one_pass = (forward(model.backend, whole, len(whole)) for model in (reference, candidate))
+            cases.append(compare(f"{name}, one pass", *one_pass))
+            progress.advance()
+        if has_batch:
+            cases.append(compare("batch of two, cached", *_batched(candidate, reference)))
+            progress.advance()
+    return cases
 
 
 def _batched(candidate: Model, reference: Model) -> tuple[Floats, Floats]:
-    """Logits of both probes at once, read in pieces that end at different slots, and of the reference one by one."""
+    """Logits of the reference, one probe after the other, and of the candidate for all probes in one batch.
+
+    The batch is read in chunks that end at different slots.
+    """
     layouts = [_probe(reference, *probe)[0] for probe in PROBES.values()]
     expected = [forward(reference.backend, layout, len(layout)) for layout in layouts]
     backend = candidate.backend
     assert isinstance(backend, BatchBackend)
     cache = backend.new_batch_cache(len(layouts))
-    found: list[list[Floats]] = [[] for _ in layouts]
+    actual: list[list[Floats]] = [[] for _ in layouts]
     starts = [0] * len(layouts)
-    for part in (2, 3):
-        stops = [part * len(layout) // 3 for layout in layouts]
-        wanted = [range(*span) for span in zip(starts, stops, strict=True)]
+    for thirds in (2, 3):
+        stops = [thirds * len(layout) // 3 for layout in layouts]
         spans = list(zip(starts, stops, strict=True))
-        for pieces, logits in zip(found, forward_spans(backend, layouts, spans, cache, wanted), strict=True):
-            pieces.append(logits)
+        slots = [range(*span) for span in spans]
+        for chunks, logits in zip(actual, forward_spans(backend, layouts, spans, cache, slots), strict=True):
+            chunks.append(logits)
         starts = stops
-    return np.concatenate(expected), np.concatenate([np.concatenate(pieces) for pieces in found])
+    return np.concatenate(expected), np.concatenate([np.concatenate(chunks) for chunks in actual])
 
 
-def _summary(
+def _report(
     cases: Sequence[CaseParity], rtol: float | None, min_top1: float = MIN_TOP1, max_mean_kl: float = MAX_MEAN_KL
 ) -> ParityReport:
     def worst(name: str, pick: Callable[[list[float]], float] = np.max) -> float:
-        """The largest (or what ``pick`` says) of all cases; numpy keeps a NaN, which then fails every comparison."""
+        """The largest of all cases, or the one that ``pick`` picks; numpy passes a NaN on, and a NaN never passes."""
         return float(pick([getattr(case, name) for case in cases]))
 
     relative, top1, kl = worst("max_rel_diff"), worst("top1_agreement", np.min), worst("mean_kl")
@@ -170,12 +186,12 @@ def _summary(
 
 
 def _probe(model: Model, context: int, lengths: Sequence[int]) -> tuple[Layout, int]:
-    """Random prompts, and the number of steps to decode after them."""
-    draw = np.random.default_rng(PROBE_SEED)
+    """Pseudo-random prompts of these lengths, and the number of steps to decode after them."""
+    generator = np.random.default_rng(PROBE_SEED)
     share = min(1.0, model.manifest.context_length / PROBE_SPAN)
 
     def tokens(count: int) -> list[int]:
-        ids: list[int] = draw.integers(0, model.manifest.vocab_size, int(count * share) or 1).tolist()
+        ids: list[int] = generator.integers(0, model.manifest.vocab_size, int(count * share) or 1).tolist()
         return ids
 
     prompts = [tokens(count) for count in lengths]
@@ -183,21 +199,24 @@ def _probe(model: Model, context: int, lengths: Sequence[int]) -> tuple[Layout, 
     return layout, int(STEPS * share) or 1
 
 
-def _stepwise(model: Model, layout: Layout, script: Sequence[Sequence[int] | None]) -> tuple[Floats, list[list[int]]]:
-    """Logits of the prompts and of every step, and the tokens fed: of ``script``, or greedy where it has none."""
-    cache = model.backend.new_cache(len(layout) + len(layout.last) * len(script))
+def _decode_steps(
+    model: Model, layout: Layout, tokens: Sequence[Sequence[int] | None]
+) -> tuple[Floats, list[list[int]]]:
+    """Logits of the prompts and of every step, and the tokens fed; steps whose ``tokens`` are None feed greedy ones."""
+    cache = model.backend.new_cache(len(layout) + len(layout.last) * len(tokens))
     logits = [forward(model.backend, layout, len(layout), cache)]
     newest = logits[0][list(layout.last)]
     fed: list[list[int]] = []
-    for tokens in script:
-        fed.append(newest.argmax(-1).tolist() if tokens is None else list(tokens))
+    for column in tokens:
+        fed.append(newest.argmax(-1).tolist() if column is None else list(column))
         layout = layout.append(fed[-1])
         newest = forward(model.backend, layout, len(fed[-1]), cache)
         logits.append(newest)
     return np.concatenate(logits), fed
 
 
-def _extended(layout: Layout, script: Sequence[Sequence[int]]) -> Layout:
-    for tokens in script:
-        layout = layout.append(tokens)
+def _extended(layout: Layout, tokens: Sequence[Sequence[int]]) -> Layout:
+    """``layout`` with further columns of tokens."""
+    for column in tokens:
+        layout = layout.append(column)
     return layout

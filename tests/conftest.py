@@ -12,13 +12,13 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
 from pos2d import exporter, runtime
-from pos2d.recipe import Quant
+from pos2d.bnb_format import BnbQuant
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
 BACKENDS = ("merged", "onnx")
-QUANTS: dict[str, Quant] = {name: name for name in get_args(Quant)}
+QUANTS: dict[str, BnbQuant] = {name: name for name in get_args(BnbQuant)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,67 +1,100 @@
-"""The rules of the house, held by walking its files."""
+"""The rules of the architecture, checked on the files themselves."""
 
 import ast
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# What a package may import of the others; ``pos2d`` itself stands for the contract.
-PACKAGES = {
-    "pos2d": set(),
-    "exporter": {"pos2d"},
-    "runtime": {"pos2d"},
-    "compat": {"pos2d", "exporter", "runtime"},
-    "commands": {"pos2d", "exporter", "runtime"},
-}
-# Where people come in: the contract's package shows what all others offer.
+
+
+def load_script(path: Path) -> Any:
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+architecture = load_script(ROOT / "docs" / "draw_architecture.py")
+PACKAGES = ("pos2d", *architecture.LAYERS)
+# The public face: the package of the contract offers what all others define.
 FACES = {"pos2d/__init__.py", "pos2d/__main__.py"}
 MAX_LINES = 300
 MAX_FUNCTION_LINES = 60
 
 
-def sources(*packages: str) -> list[Path]:
-    """The files of our packages, each once: below ``pos2d`` the others are links."""
+def contract() -> list[Path]:
+    """The files of the contract, without those that travel in artifacts and the package's face."""
     return [
         path
-        for package in packages
-        for path in sorted((ROOT / package).rglob("*.py"))
-        if not any(parent.is_symlink() for parent in path.parents)
+        for path in architecture.sources("pos2d")
+        if path.parent.name != "hf" and path.relative_to(ROOT).as_posix() not in FACES
     ]
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Names of all modules that a file imports, also inside functions, for type checkers alone, and by name."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            name = node.args[0]
-            yield str(name.value) if isinstance(name, ast.Constant) else ast.unparse(name).strip("f'\"")
+def test_every_folder_is_a_subpackage_with_a_place_among_the_layers() -> None:
+    for package, layers in architecture.LAYERS.items():
+        folders = {path.name for path in (ROOT / package).iterdir() if (path / "__init__.py").is_file()}
+        assert folders == set(layers) - {architecture.VERBS}
 
 
-def package_of(module: str) -> str:
-    """``exporter`` of ``pos2d.exporter.merge``, ``pos2d`` of a module of the contract, else the top-level name."""
-    top, *below = module.split(".")
-    return below[0] if top == "pos2d" and below and below[0] in PACKAGES else top
+def test_imports_point_downwards() -> None:
+    """Between packages and subpackages; imports inside functions and for type checkers alone count."""
+    upwards = {edge: files for edge, files in architecture.edges().items() if not architecture.is_allowed(*edge)}
+    assert not upwards
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_dependencies_point_one_way(package: str) -> None:
-    ours = {*PACKAGES, "examples", "benchmarks", "tests", "cli"}
-    for path in sources(package):
-        if path.relative_to(ROOT).as_posix() not in FACES:
-            used = {package_of(module) for module in imported(path)} & ours
-            assert used <= PACKAGES[package] | {package}, path
+def test_the_contract_imports_nothing_of_ours_that_is_above_it() -> None:
+    for path in contract():
+        assert not [module for module in architecture.imports(path) if architecture.place_of_module(module)], path
+
+
+def test_there_are_no_circles_between_files() -> None:
+    """No file imports, directly or not, a file that imports it."""
+    modules = {module_of(path): path for package in PACKAGES for path in architecture.sources(package)}
+    uses = {
+        module: {
+            known for name in architecture.imports(path) if (known := known_module(name, modules)) and known != module
+        }
+        for module, path in modules.items()
+        if path.name != "__init__.py"
+    }
+    waiting, done = set(uses), set[str]()
+    while free := {module for module in waiting if not (uses[module] & waiting) - {module}}:
+        done |= free
+        waiting -= free
+    assert not waiting, sorted(waiting)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(parts if parts[0] == "pos2d" else ("pos2d", *parts))
+    return name.removesuffix(".__init__")
+
+
+def known_module(name: str, modules: Mapping[str, Path]) -> str | None:
+    """The module that an imported name is, or is in; not a package, whose face imports everything."""
+    for candidate in (name, name.rpartition(".")[0]):
+        if candidate in modules:
+            return candidate if modules[candidate].name != "__init__.py" else None
+    return None
+
+
+def test_the_picture_shows_the_imports_of_the_code() -> None:
+    assert architecture.PICTURE.read_text(encoding="utf-8") == architecture.draw(), (
+        "run python docs/draw_architecture.py"
+    )
 
 
 def test_the_runtime_comes_without_the_exporter() -> None:
@@ -72,19 +105,18 @@ def test_the_runtime_comes_without_the_exporter() -> None:
 
 def test_files_that_travel_import_nothing_of_ours() -> None:
     for path in (ROOT / "pos2d" / "hf").glob("*_pos2d.py"):
-        assert {module.split(".")[0] for module in imported(path)} <= {"torch", "transformers"}
+        assert {module.split(".")[0] for module in architecture.imports(path)} <= {"torch", "transformers"}
 
 
-def test_the_shared_leaf_is_light() -> None:
-    """``pos2d`` needs numpy only; torch and the rest are for those who use them."""
-    for path in sources("pos2d"):
-        if path.parent.name != "hf" and path.relative_to(ROOT).as_posix() not in FACES:
-            used = {module.split(".")[0] for module in imported(path)}
-            assert used <= sys.stdlib_module_names | {"numpy", "pos2d", "rich", "torch", "bitsandbytes"}, path
+def test_the_contract_is_light() -> None:
+    """The standard library and numpy; torch and the rest are for those who use them."""
+    for path in contract():
+        used = {module.split(".")[0] for module in architecture.imports(path)}
+        assert used <= sys.stdlib_module_names | {"numpy", "pos2d", ""}, path
 
 
 def test_files_and_functions_stay_small() -> None:
-    for path in sources(*PACKAGES, "examples", "benchmarks"):
+    for path in [path for folder in (*PACKAGES, "examples", "benchmarks") for path in architecture.sources(folder)]:
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= MAX_LINES, path
         for node in ast.walk(ast.parse(text)):

@@ -1,4 +1,4 @@
-"""Lines of a person at a terminal, with editing and a history that lasts; from a pipe, lines as they come."""
+"""Lines of input: on a terminal with editing and a stored history, from a pipe as they come."""
 
 import contextlib
 import os
@@ -9,16 +9,16 @@ from pathlib import Path
 HISTORY_LINES = 1000
 
 
-def at_terminal() -> bool:
-    """Whether a person is at standard input, which may be closed."""
+def is_interactive() -> bool:
+    """Whether standard input is a terminal; it may also be closed."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 def read_message(prompt: str) -> str:
-    """A line, and further ones while they end with a backslash.
+    """Read a line, and the lines after it while they end with a backslash.
 
     Raises:
-        EOFError: there are no more.
+        EOFError: the input has ended.
     """
     lines = [_read_line(prompt).rstrip("\n")]
     while lines[-1].endswith("\\"):
@@ -28,9 +28,9 @@ def read_message(prompt: str) -> str:
 
 
 def _read_line(prompt: str) -> str:
-    if at_terminal() and sys.stdout.isatty():
+    if is_interactive() and sys.stdout.isatty():
         return input(prompt)
-    if at_terminal():  # answers go to a file, and the person is asked all the same
+    if is_interactive():  # answers go to a file, but the prompt is for the person
         print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline() if sys.stdin is not None else ""
     if not line:
@@ -39,14 +39,14 @@ def _read_line(prompt: str) -> str:
 
 
 @contextlib.contextmanager
-def with_line_editing() -> Iterator[None]:
-    """While this lasts ``input`` edits lines, and remembers those of earlier runs."""
-    if not at_terminal():
+def line_editing() -> Iterator[None]:
+    """Let ``input`` edit lines inside the block, with the history of earlier runs."""
+    if not is_interactive():
         yield
         return
     try:
         import readline
-    except ImportError:  # there is none on Windows, where the console edits
+    except ImportError:  # Windows has no readline; its console edits lines itself
         yield
         return
     path = history_file()

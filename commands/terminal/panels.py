@@ -1,4 +1,4 @@
-"""How answers reach a person: one streams as text, several stand side by side while they are written."""
+"""Completions on a terminal: one is printed as it grows, several are shown side by side in panels."""
 
 import sys
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from pos2d.runtime.layout_view.picture import Picture
 
 MIN_PANEL_WIDTH = 32
-# What a panel takes beside its text.
+# Lines and columns of a panel's frame.
 FRAME_LINES, FRAME_COLUMNS = 2, 4
 
 
 class Display:
-    """Writes answers to standard output: live panels on a terminal, plain text anywhere else."""
+    """Write completions to standard output: live panels on a terminal, plain text anywhere else."""
 
     def __init__(self, prompts: Sequence[str]) -> None:
         self._prompts = prompts
         self._texts = [""] * len(prompts)
         self._ended = [False] * len(prompts)
-        self._whole = False
+        self._unclipped = False
         self._live = None
         if len(prompts) > 1 and sys.stdout.isatty():
             from rich.console import Console
@@ -39,8 +39,8 @@ class Display:
             self._live.start()
         return self
 
-    def hear(self, event: Event) -> None:
-        """More of one answer."""
+    def show(self, event: Event) -> None:
+        """Add the text of an event to its completion."""
         self._texts[event.branch] += event.text
         self._ended[event.branch] = event.finish_reason is not None
         if len(self._prompts) == 1:
@@ -51,15 +51,15 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            # The last picture stays, so it is shown whole.
-            self._whole = True
+            # The last frame stays on the screen, so it shows every line.
+            self._unclipped = True
             self._live.vertical_overflow = "visible"
             self._live.stop()
         elif len(self._prompts) == 1 and self._texts[0]:
             sys.stdout.write("\n")
 
     def finish(self, completions: Sequence[Completion]) -> None:
-        """Whatever was not shown while it was written."""
+        """Print the completions that were not shown while they grew."""
         if len(self._prompts) == 1 or self._live is not None:
             return
         for number, completion in enumerate(completions, 1):
@@ -70,27 +70,27 @@ class Display:
         from rich.table import Table
         from rich.text import Text
 
-        across = max(1, min(len(self._prompts), self._console.width // MIN_PANEL_WIDTH))
-        down = -(-len(self._prompts) // across)
-        # What does not fit is the oldest: a person reads what is being written.
-        lines = None if self._whole else max(1, self._console.height // down - FRAME_LINES)
+        columns = max(1, min(len(self._prompts), self._console.width // MIN_PANEL_WIDTH))
+        rows = -(-len(self._prompts) // columns)
+        # A panel that is too small shows its newest lines.
+        lines = None if self._unclipped else max(1, self._console.height // rows - FRAME_LINES)
         grid = Table.grid(expand=True)
-        for _ in range(across):
+        for _ in range(columns):
             grid.add_column(ratio=1)
         panels = [
             Panel(
-                self._tail(Text(text), self._console.width // across - FRAME_COLUMNS, lines),
+                self._tail(Text(text), self._console.width // columns - FRAME_COLUMNS, lines),
                 title=Text(prompt.replace("\n", " "), overflow="ellipsis", no_wrap=True),
                 border_style="dim" if ended else "none",
             )
             for prompt, text, ended in zip(self._prompts, self._texts, self._ended, strict=True)
         ]
-        for first in range(0, len(panels), across):
-            grid.add_row(*panels[first : first + across])
+        for first in range(0, len(panels), columns):
+            grid.add_row(*panels[first : first + columns])
         return grid
 
     def _tail(self, text: "Text", width: int, lines: int | None) -> "Text":
-        """The last ``lines`` of a text in a panel."""
+        """The last ``lines`` of a text that is wrapped to ``width``."""
         if lines is None:
             return text
         wrapped = text.wrap(self._console, max(1, width))
@@ -98,7 +98,7 @@ class Display:
 
 
 def print_layout(picture: "Picture") -> None:
-    """A picture as lines, as wide as the terminal; colours only where it shows them."""
+    """Print a layout, as wide as the terminal; with colours where the terminal has them."""
     from rich.console import Console
 
     from pos2d.runtime.layout_view.text import draw_text

@@ -1,4 +1,4 @@
-"""Adapters of every form, told apart by what lies at the path."""
+"""Reads adapters of every form; what is at the path tells which form it is."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,36 +13,36 @@ __all__ = ["Adapter", "read_adapters"]
 
 
 def read_adapters(lora: Sequence[str | Path], base: Checkpoint, lora_rank: int | None = None) -> list[Adapter]:
-    """Read every ``PATH`` or ``PATH=WEIGHT`` of ``lora`` and hold it against ``base``; nothing in them is run.
+    """Read every ``PATH`` or ``PATH=WEIGHT`` of ``lora`` and check it against ``base``; no code in the files is run.
 
-    A path is the trainer's ``.pth``, a directory with one, or a PEFT directory.
+    A path is the trainer's ``.pth`` file, a directory that holds one, or a PEFT directory.
 
     Raises:
-        UsageError: no adapter, one given twice, or a weight that is not a finite number other than 0.
-        InputError: not an adapter, not whole, not of this base, or of another rank than ``lora_rank``.
+        UsageError: no adapter, an adapter given twice, or a weight that is not a finite number other than 0.
+        InputError: not an adapter, an incomplete one, or one of another base or of another rank than ``lora_rank``.
         UnsafeInputError: a file that would run code.
     """
-    wanted = [split_weight(text) for text in lora]
-    paths = [path.resolve() for path, _ in wanted]
-    if not wanted or len(set(paths)) < len(paths):
-        raise UsageError("give every --lora once" if wanted else "give at least one --lora")
-    adapters = [_read(path, base, weight) for path, weight in wanted]
+    weighted = [split_weight(text) for text in lora]
+    paths = [path.resolve() for path, _ in weighted]
+    if not weighted or len(set(paths)) < len(paths):
+        raise UsageError("give every `lora` once" if weighted else "give at least one `lora`")
+    adapters = [_read(path, base, weight) for path, weight in weighted]
     for adapter in adapters:
         if lora_rank is not None and adapter.ranks != [lora_rank]:
-            found = ", ".join(map(str, adapter.ranks)) or "no rank"
-            raise InputError(f"{adapter.path} has rank {found}, not {lora_rank}; leave --lora-rank out or correct it")
+            ranks = ", ".join(map(str, adapter.ranks)) or "no rank"
+            raise InputError(f"{adapter.path} has rank {ranks}, not {lora_rank}; leave `lora_rank` out or correct it")
     return adapters
 
 
 def split_weight(text: str | Path) -> tuple[Path, float]:
-    """``adapter.pth=0.7`` to path and weight; a path that exists is taken as it stands.
+    """Split ``adapter.pth=0.7`` into path and weight; a path that exists is taken literally.
 
     Raises:
         UsageError: a weight that is not a finite number other than 0.
     """
     path, mark, number = str(text).rpartition("=")
     if not str(text) or (mark and not path):
-        raise UsageError(f"--lora {text!r} names no adapter")
+        raise UsageError(f"`lora` {text!r} names no adapter")
     if not mark or Path(text).exists():
         return Path(text), 1.0
     try:
@@ -50,7 +50,7 @@ def split_weight(text: str | Path) -> tuple[Path, float]:
     except ValueError:
         weight = 0.0
     if weight == 0.0 or not abs(weight) < float("inf"):
-        raise UsageError(f"--lora {text}: the weight {number!r} must be a number other than 0, such as 0.7")
+        raise UsageError(f"`lora` {text}: the weight {number!r} must be a number other than 0, such as 0.7")
     return Path(path), weight
 
 

@@ -1,4 +1,4 @@
-"""What every form of adapter becomes: changes by tensor name, checked to fit a base."""
+"""An adapter in the one form that all readers return: deltas by tensor name, checked to fit a base."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pos2d.errors import InputError
-from pos2d.exporter.adapters.deltas import Change
+from pos2d.exporter.adapters.deltas import Delta
 from pos2d.exporter.files.pth import check_storage
 
 if TYPE_CHECKING:
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """``changes`` maps the base's tensor names (``model.layers.0.self_attn.q_proj.weight``) to what is done to them.
+    """``deltas`` maps the base's tensor names (``model.layers.0.self_attn.q_proj.weight``) to what is added to them.
 
-    ``form``: ``trainer`` (its LoRA file), ``state dict`` (its full fine-tune) or ``peft``. ``sha256`` is the weights
-    file's, ``config_sha256`` that of PEFT's configuration. ``weight``: how much of it is wanted.
+    ``form``: ``trainer`` (its LoRA file), ``state dict`` (its full fine-tune) or ``peft``. ``sha256``: of the file of
+    weights; ``config_sha256``: of PEFT's configuration. ``weight`` scales all deltas; 1 is the adapter as trained.
     """
 
     path: Path
     form: str
     sha256: str
     weight: float
-    changes: Mapping[str, tuple[Change, ...]]
+    deltas: Mapping[str, tuple[Delta, ...]]
     config_sha256: str | None = None
 
     @property
     def ranks(self) -> list[int]:
         """Every rank that occurs, ascending."""
-        return sorted({c.rank for changes in self.changes.values() for c in changes if c.rank is not None})
+        return sorted({delta.rank for deltas in self.deltas.values() for delta in deltas if delta.rank is not None})
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -41,23 +41,25 @@ class Adapter:
             "config_sha256": self.config_sha256,
             "weight": self.weight,
             "ranks": self.ranks,
-            "tensors": len(self.changes),
+            "tensors": len(self.deltas),
         }
 
 
-def some(names: list[str]) -> str:
-    """The first of many names, for a sentence."""
+def first_names(names: list[str]) -> str:
+    """The first three of ``names`` and the number of the others, for a sentence."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def kind(module: str) -> str:
+def module_kind(module: str) -> str:
     """``q_proj`` of ``model.layers.0.self_attn.q_proj``."""
     return module.rsplit(".", 1)[-1]
 
 
 def check_values(tensors: "Mapping[str, torch.Tensor]", path: Path) -> None:
-    """Raises:
-    InputError: a tensor that is not dense floating point, or has values that are not finite.
+    """Check that all tensors of an adapter are dense, floating point and finite.
+
+    Raises:
+        InputError: one that is not; the message names the tensor.
     """
     import torch
 
@@ -65,7 +67,7 @@ def check_values(tensors: "Mapping[str, torch.Tensor]", path: Path) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.layout is not torch.strided:
             raise InputError(f"{path}: tensor {name} is {tensor.dtype}, not a dense floating-point tensor")
-        # Some types of one byte cannot be asked.
+        # torch has no isfinite for some one-byte types.
         values = tensor.float() if tensor.itemsize == 1 else tensor
         if not values.isfinite().all():
             raise InputError(

@@ -1,26 +1,26 @@
-"""Regular expressions of an adapter's configuration: nobody knows who wrote them, so they get a second each."""
+"""Matching of untrusted regular expressions from an adapter's configuration, each within a time limit."""
 
 import regex
 
 SECONDS = 1.0
 
 
-def fits(pattern: str, name: str) -> "regex.Match[str] | None":
-    """Whether ``pattern`` fits the start of a module's name; raises as :func:`fits_whole`."""
+def match_start(pattern: str, name: str) -> "regex.Match[str] | None":
+    """The match of ``pattern`` at the start of a module's name; raises as :func:`matches_whole`."""
     return _timed(pattern, name, whole=False)
 
 
-def fits_whole(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` fits all of a module's name.
+def matches_whole(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` matches the whole of a module's name.
 
     Raises:
-        TimeoutError: an expression that takes for ever.
+        TimeoutError: matching takes more than :data:`SECONDS`.
     """
     return _timed(pattern, name, whole=True) is not None
 
 
-def fault_of(pattern: str) -> str | None:
-    """Why ``pattern`` is not a regular expression, or None where it is one."""
+def pattern_error(pattern: str) -> str | None:
+    """Why ``pattern`` is not a regular expression; None if it is one."""
     try:
         regex.compile(pattern)
     except (regex.error, OverflowError, RecursionError, ValueError) as error:

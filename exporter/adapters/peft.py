@@ -1,4 +1,4 @@
-"""PEFT directories: adapter_config.json says which tensors must be there, and what they mean."""
+"""Reads PEFT directories: adapter_config.json says which tensors must exist and what they mean."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pos2d.errors import InputError
-from pos2d.exporter.adapters.adapter import Adapter, check_values, some
-from pos2d.exporter.adapters.deltas import Added, Change, Dora, LowRank, Replaced
+from pos2d.exporter.adapters.adapter import Adapter, check_values, first_names
+from pos2d.exporter.adapters.deltas import Added, Delta, Dora, LowRank, Replaced
 from pos2d.exporter.adapters.peft_config import LoraSettings, read_settings
 from pos2d.exporter.adapters.peft_modules import Coverage, Shape, cover, tensor_shapes
 from pos2d.exporter.artifact.staging import sha256
@@ -29,11 +29,11 @@ TIED = (EMBEDDING, HEAD)
 
 
 def read_peft(path: Path, base: Checkpoint, weight: float = 1.0) -> Adapter:
-    """Read the directory ``path`` without running code from it and hold every tensor against ``base``.
+    """Read the directory ``path`` without running code from it and check every tensor against ``base``.
 
     Raises:
-        InputError: a configuration that is not understood to the last key, a missing or left-over tensor, shapes of
-            another base, or values that are not finite.
+        InputError: a configuration with a key that is not understood, a missing or left-over tensor, shapes of another
+            base, or values that are not finite.
         UnsafeInputError: adapter_model.bin would run code.
     """
     settings = read_settings(path / ADAPTER_CONFIG)
@@ -50,33 +50,33 @@ def read_peft(path: Path, base: Checkpoint, weight: float = 1.0) -> Adapter:
     base_values = _base_values(tensors, coverage, base, file)
     if settings.dora and set(base_values) & {f"{module}.weight" for module in coverage.targets}:
         raise InputError(
-            f"{file} has base weights {some(sorted(base_values))} of modules that use_dora stretches; save the "
+            f"{file} has base weights {first_names(sorted(base_values))} of modules that use_dora rescales; save the "
             "adapter again with save_embedding_layers=False"
         )
     if settings.tying and base.sizes.tied:
         _check_tying(tensors, file)
-    changes: dict[str, list[Change]] = defaultdict(list)
-    whole = {name: tensors[name] for name in (*coverage.saved, *coverage.biases)} | base_values
-    for name, tensor in whole.items():
-        changes[name].append(Replaced(weight, tensor))
+    deltas: dict[str, list[Delta]] = defaultdict(list)
+    replacements = {name: tensors[name] for name in (*coverage.saved, *coverage.biases)} | base_values
+    for name, tensor in replacements.items():
+        deltas[name].append(Replaced(weight, tensor))
     for module in coverage.targets:
-        for name, change in _low_rank(module, tensors, settings, weight).items():
-            changes[name].append(change)
-    if not changes:
+        for name, delta in _deltas_of(module, tensors, settings, weight).items():
+            deltas[name].append(delta)
+    if not deltas:
         raise InputError(f"{settings.file} names no module of {base.directory}; give the base that it was trained on")
-    several = {name: tuple(those) for name, those in changes.items()}
-    return Adapter(path, "peft", sha256(file), weight, several, config_sha256=sha256(settings.file))
+    by_tensor = {name: tuple(of_tensor) for name, of_tensor in deltas.items()}
+    return Adapter(path, "peft", sha256(file), weight, by_tensor, config_sha256=sha256(settings.file))
 
 
 def _check_patterns(settings: LoraSettings, coverage: Coverage) -> None:
-    """Every expression is tried here once, so that none can take for ever later."""
+    """Try every regular expression once, so that one that takes too long is refused here and not later."""
     for module in coverage.targets:
         settings.scale_of(module)
 
 
 def _refuse_unmergeable(settings: LoraSettings, coverage: Coverage, base: Checkpoint) -> None:
     if settings.dora and EMBED_TOKENS in coverage.targets:
-        # There PEFT stretches the columns, over all tokens at once.
+        # On the embedding PEFT rescales columns, whose norms are over all rows, so blocks of rows depend on each other.
         raise InputError(
             f"{settings.file}: use_dora on {EMBED_TOKENS} is not supported; exclude it from target_modules"
         )
@@ -85,8 +85,8 @@ def _refuse_unmergeable(settings: LoraSettings, coverage: Coverage, base: Checkp
     without = [module for module in coverage.targets if f"{module}.bias" not in base.tensors]
     if settings.lora_bias and without:
         raise InputError(
-            f"{settings.file}: lora_bias needs a bias in the base, but {some(without)} of {base.directory} has none; "
-            "train without lora_bias"
+            f"{settings.file}: lora_bias needs a bias in the base, but {first_names(without)} of {base.directory} has "
+            "none; train without lora_bias"
         )
 
 
@@ -105,7 +105,7 @@ def _read_tensors(file: Path) -> "Tensors":
 
 
 def _plain_names(content: "Tensors", file: Path) -> "dict[str, torch.Tensor]":
-    """Without what wrappers put into names, and with the spelling of every release of PEFT made one."""
+    """The tensors without the name parts that wrappers add, and with the names of all PEFT releases unified."""
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in content.items():
         short = name
@@ -115,68 +115,69 @@ def _plain_names(content: "Tensors", file: Path) -> "dict[str, torch.Tensor]":
         if short.endswith(f".{MAGNITUDE}.weight"):
             short = short.removesuffix(".weight")
         if short in tensors:
-            raise InputError(f"{file}: tensor {name} is there twice, under different prefixes; save the adapter again")
+            raise InputError(f"{file}: tensor {name} occurs twice, under different prefixes; save the adapter again")
         tensors[short] = tensor
     return tensors
 
 
 def _without_copies(tensors: "Tensors", coverage: Coverage, file: Path) -> "Tensors":
-    """Some saves hold a module of modules_to_save as it was trained, the same again, and as it was before."""
+    """The tensors without second copies: some files hold a module of modules_to_save twice, and its old values too."""
     import torch
 
-    kept = {}
+    unique = {}
     for name, tensor in tensors.items():
         trained = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
         if trained == name or trained not in coverage.saved:
-            kept[name] = tensor
+            unique[name] = tensor
         elif ".modules_to_save." in name and not torch.equal(tensors.get(trained, tensor), tensor):
             raise InputError(f"{file}: {name} differs from {trained}; save the adapter again")
-    return kept
+    return unique
 
 
 def _check_fit(tensors: "Tensors", settings: LoraSettings, coverage: Coverage, base: Checkpoint, file: Path) -> None:
-    owed = coverage.saved | coverage.biases
+    expected = coverage.saved | coverage.biases
     for module, shape in coverage.targets.items():
-        owed |= _owed_by(module, shape, settings)
+        expected |= _factor_shapes(module, shape, settings)
     lost = sorted(set(coverage.biases) - set(coverage.saved) - set(tensors))
     if settings.bias == "lora_only" and len(lost) == len(coverage.biases) > 0:
-        # Releases that call the module base_layer looked for its bias under the old name.
+        # PEFT releases that renamed the module to base_layer still saved its bias by the old name, which did not exist.
         raise InputError(
-            f"{file} lacks the biases that bias 'lora_only' trained, {some(lost)}; older releases of PEFT lost them, "
-            "train with a newer one or set bias to none to do without them"
+            f"{file} lacks the biases that bias 'lora_only' trained, {first_names(lost)}; older releases of PEFT lost "
+            "them, train with a newer one or set bias to none to do without them"
         )
-    known = {name: tensor_shapes(base)[name] for name in TIED} | owed
+    known = {name: tensor_shapes(base)[name] for name in TIED} | expected
     wrong = [
         f"{name} {tuple(tensor.shape)} instead of {known[name]}"
         for name, tensor in tensors.items()
         if name in known and tuple(tensor.shape) != known[name]
     ]
-    missing, left_over = sorted(set(owed) - set(tensors)), sorted(set(tensors) - set(known))
+    missing, left_over = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(known))
     faults = {"wrong shapes": wrong, "missing tensors": missing, "left-over tensors": left_over}
-    found = [f"{label} {some(names)}" for label, names in faults.items() if names]
-    if found:
+    misfits = [f"{label} {first_names(names)}" for label, names in faults.items() if names]
+    if misfits:
         raise InputError(
-            f"{file} does not fit {base.directory} and {settings.file.name}: {'; '.join(found)}; give the base that it "
-            "was trained on, or save the adapter again"
+            f"{file} does not fit {base.directory} and {settings.file.name}: {'; '.join(misfits)}; give the base "
+            "that it was trained on, or save the adapter again"
         )
 
 
-def _owed_by(module: str, shape: Shape, settings: LoraSettings) -> dict[str, Shape]:
+def _factor_shapes(module: str, shape: Shape, settings: LoraSettings) -> dict[str, Shape]:
+    """Names and shapes of the tensors that an adapted module of the given weight ``shape`` must have."""
     rank, (rows, columns) = settings.rank_of(module), shape
     if module == EMBED_TOKENS:
         a, b = EMBEDDING_FACTORS
         return {f"{module}.{a}": (rank, rows), f"{module}.{b}": (columns, rank)}
     a, b = FACTORS
-    owed: dict[str, Shape] = {f"{module}.{a}": (rank, columns), f"{module}.{b}": (rows, rank)}
+    shapes: dict[str, Shape] = {f"{module}.{a}": (rank, columns), f"{module}.{b}": (rows, rank)}
     if settings.dora:
-        owed[f"{module}.{MAGNITUDE}"] = (rows,)
+        shapes[f"{module}.{MAGNITUDE}"] = (rows,)
     if settings.lora_bias:
-        owed[f"{module}.lora_B.bias"] = (rows,)
-    return owed
+        shapes[f"{module}.lora_B.bias"] = (rows,)
+    return shapes
 
 
 def _base_values(tensors: "Tensors", coverage: Coverage, base: Checkpoint, file: Path) -> "dict[str, torch.Tensor]":
-    """The base's embedding and head that PEFT may save with an adapter; where they are tied, one stands for both."""
+    """The base's embedding and head that PEFT may save with an adapter; where they are tied, one is used for both."""
     import torch
 
     free = [name for name in TIED if name not in coverage.saved]
@@ -193,7 +194,7 @@ def _base_values(tensors: "Tensors", coverage: Coverage, base: Checkpoint, file:
 
 
 def _check_tying(tensors: "Tensors", file: Path) -> None:
-    """Both sides of a tied adapter are saved."""
+    """Check that embedding and head have the same deltas: PEFT saves both sides of a tied adapter."""
     import torch
 
     down, up = (tensors.get(f"{EMBED_TOKENS}.{factor}") for factor in EMBEDDING_FACTORS)
@@ -207,16 +208,17 @@ def _check_tying(tensors: "Tensors", file: Path) -> None:
         )
 
 
-def _low_rank(module: str, tensors: "Tensors", settings: LoraSettings, weight: float) -> dict[str, Change]:
+def _deltas_of(module: str, tensors: "Tensors", settings: LoraSettings, weight: float) -> dict[str, Delta]:
+    """Tensor name to delta, for the weight of an adapted module and for its bias where that is adapted."""
     scale, name = settings.scale_of(module), f"{module}.weight"
     if module == EMBED_TOKENS:
-        # PEFT holds them for the transposed weight.
+        # PEFT stores these factors for the transposed weight.
         down, up = (tensors[f"{module}.{factor}"] for factor in EMBEDDING_FACTORS)
         return {name: LowRank(weight, up.T, down.T, scale)}
     a, b = (tensors[f"{module}.{factor}"] for factor in FACTORS)
     if settings.dora:
         return {name: Dora(weight, a, b, tensors[f"{module}.{MAGNITUDE}"], scale)}
-    changes: dict[str, Change] = {name: LowRank(weight, a, b, scale)}
+    deltas: dict[str, Delta] = {name: LowRank(weight, a, b, scale)}
     if settings.lora_bias:
-        changes[f"{module}.bias"] = Added(weight * scale, tensors[f"{module}.lora_B.bias"])
-    return changes
+        deltas[f"{module}.bias"] = Added(weight * scale, tensors[f"{module}.lora_B.bias"])
+    return deltas

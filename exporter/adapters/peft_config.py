@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT's LoRA: every key is understood, harmless or refused by name."""
+"""Reads adapter_config.json of PEFT's LoRA: every key is used, known to be harmless, or refused by name."""
 
 import math
 import sys
@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pos2d.errors import InputError
-from pos2d.exporter.adapters.patterns import fault_of, fits
+from pos2d.exporter.adapters.patterns import match_start, pattern_error
 from pos2d.exporter.files.json_object import read_json_object
 
 Value = TypeVar("Value", int, float)
 
-# Read by read_settings below.
+# Keys that read_settings below uses.
 USED = {
     "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern",
     "target_modules", "use_dora", "use_rslora",
 }  # fmt: skip
-# About training, provenance or the initial values; the saved tensors mean the same with and without them.
+# Keys about training, provenance or initial values, which do not change what the saved tensors mean.
 HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
     "lora_dropout", "lora_ga_config", "megatron_core", "merge_weights", "peft_version", "qalora_group_size", "revision",
@@ -35,14 +35,14 @@ REFUSED = {
     "megatron_config": "the layers of Megatron are not supported; train on the Hugging Face model",
     "monteclora_config": "sampled weights are not supported; train without it",
     "target_parameters": "only whole modules are supported; name them in target_modules",
-    "trainable_token_indices": "rows of single tokens are not supported; train embed_tokens in modules_to_save",
+    "trainable_token_indices": "rows of single tokens are not supported; train embed_tokens in modules_to_save instead",
     "use_bdlora": "block-diagonal factors are not supported; train without it",
     "use_qalora": "pooled inputs are not supported; train without it",
     "velora_config": "compressed activations are not supported; train without it",
 }
 PLAIN_INITS = ("eva", "gaussian", "mica", "orthogonal")
 RESIDUAL_INITS = ("corda", "lora_ga", "olora", "pissa")
-# How PEFT builds expressions from the texts of a configuration; they are matched against names of modules.
+# How PEFT builds regular expressions from texts of a configuration; they are matched against module names.
 WHOLE = "{}"
 KEY_OF_PATTERN = r"(.*\.)?({})$"
 SAVED_MODULE = r"(^|.*\.){}($|\..*)"
@@ -51,7 +51,10 @@ LAYER_NUMBER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraSettings:
-    """``targets`` and ``excluded`` are one regular expression or names; without ``layers``, every layer is meant."""
+    """The settings of one adapter that say which tensors it has and what they mean.
+
+    ``targets`` and ``excluded`` are a regular expression or module names; an empty ``layers`` means every layer.
+    """
 
     file: Path
     rank: int
@@ -70,25 +73,27 @@ class LoraSettings:
     tying: bool
 
     def rank_of(self, module: str) -> int:
-        return self._of("rank_pattern", self.rank_pattern, module, self.rank)
+        return self._value_for("rank_pattern", self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """What ``lora_B @ lora_A`` is multiplied by."""
+        """The factor of ``lora_B @ lora_A``."""
         rank = self.rank_of(module)
-        alpha = self._of("alpha_pattern", self.alpha_pattern, module, self.alpha)
+        alpha = self._value_for("alpha_pattern", self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
-    def _of(self, key: str, pattern: Mapping[str, Value], module: str, default: Value) -> Value:
-        found = {value for text, value in pattern.items() if fits(KEY_OF_PATTERN.format(text), module)}
-        if len(found) > 1:
-            # PEFT takes the first one, but sorts the keys when it saves them: the order of the training is lost.
+    def _value_for(self, key: str, pattern: Mapping[str, Value], module: str, default: Value) -> Value:
+        values = {value for text, value in pattern.items() if match_start(KEY_OF_PATTERN.format(text), module)}
+        if len(values) > 1:
+            # PEFT uses the first match but sorts the keys when it saves them, so the order of the training is lost.
             raise InputError(f"{self.file}: {key} has several values for {module}; leave one that matches it")
-        return found.pop() if found else default
+        return values.pop() if values else default
 
 
 def read_settings(file: Path) -> LoraSettings:
-    """Raises:
-    InputError: unreadable, not a LoRA, a key that is unknown or not supported, or a value of the wrong type.
+    """Read and check a configuration.
+
+    Raises:
+        InputError: unreadable, not a LoRA, a key that is unknown or not supported, or a value of the wrong type.
     """
     config = _read_json(file)
     _refuse_unsupported(config, file)
@@ -223,6 +228,6 @@ def _layers_pattern(config: Mapping[str, Any], file: Path) -> tuple[str, ...]:
 
 
 def _check_regex(text: str, template: str, key: str, file: Path) -> None:
-    fault = fault_of(template.format(text))
+    fault = pattern_error(template.format(text))
     if fault is not None:
         raise InputError(f"{file}: {key} has {text!r}, not a regular expression: {fault}; save the adapter again")

@@ -1,23 +1,26 @@
-"""Which modules of a base PEFT adapts and which it saves whole, by PEFT's own rules of matching names."""
+"""Which modules of a base PEFT adapts and which it saves in full, by PEFT's own rules for matching names."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pos2d.errors import InputError
-from pos2d.exporter.adapters.adapter import kind, some
-from pos2d.exporter.adapters.patterns import fits, fits_whole
+from pos2d.exporter.adapters.adapter import first_names, module_kind
+from pos2d.exporter.adapters.patterns import match_start, matches_whole
 from pos2d.exporter.adapters.peft_config import LAYER_NUMBER, SAVED_MODULE, LoraSettings
 from pos2d.exporter.inputs.checkpoint import EMBED_TOKENS, EMBEDDING, HEAD, LM_HEAD, Checkpoint
 
 Shape = tuple[int, ...]
 
-# What PEFT takes for the two by the last part of their names.
+# PEFT recognises embedding and head by the last part of their names.
 EMBEDDING_KINDS = {"embed_tokens", "lm_head"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coverage:
-    """What the configuration says that the file holds: ``targets`` are modules, ``saved`` and ``biases`` tensors."""
+    """What the adapter's file must hold by its configuration, each with the shape of the base's tensor.
+
+    ``targets``: adapted modules; ``saved``: tensors saved in full; ``biases``: tensors of trained biases.
+    """
 
     targets: dict[str, Shape]
     saved: dict[str, Shape]
@@ -25,8 +28,10 @@ class Coverage:
 
 
 def cover(settings: LoraSettings, base: Checkpoint) -> Coverage:
-    """Raises:
-    InputError: a module is both adapted and saved whole.
+    """Apply a configuration to the modules of ``base``.
+
+    Raises:
+        InputError: a module is both adapted and saved in full.
     """
     shapes = tensor_shapes(base)
     tied = _tied_together(settings) if settings.tying and base.sizes.tied else ""
@@ -43,15 +48,16 @@ def cover(settings: LoraSettings, base: Checkpoint) -> Coverage:
     both = [module for module in targets if f"{module}.weight" in saved]
     if both:
         raise InputError(
-            f"{settings.file}: target_modules and modules_to_save both name {some(both)}; leave it in one of them"
+            f"{settings.file}: target_modules and modules_to_save both name {first_names(both)}; leave it in one of "
+            "them"
         )
-    wanted = {"none": set(), "all": set(shapes), "lora_only": {f"{m}.bias" for m in targets}}[settings.bias]
-    biases = {name: shape for name, shape in shapes.items() if name.endswith(".bias") and name in wanted}
+    trained = {"none": set(), "all": set(shapes), "lora_only": {f"{m}.bias" for m in targets}}[settings.bias]
+    biases = {name: shape for name, shape in shapes.items() if name.endswith(".bias") and name in trained}
     return Coverage(targets, saved, biases)
 
 
 def tensor_shapes(base: Checkpoint) -> dict[str, Shape]:
-    """Those of the base and of its head, which PEFT trains on its own even where it is tied."""
+    """Shapes of the base's tensors and of its head, which PEFT trains as a tensor of its own even where it is tied."""
     shapes = {name: place.shape for name, place in base.tensors.items()}
     return {HEAD: shapes[EMBEDDING], **shapes}
 
@@ -62,18 +68,18 @@ def _module_shapes(base: Checkpoint) -> dict[str, Shape]:
 
 
 def _tied_together(settings: LoraSettings) -> str:
-    """With ``ensure_weight_tying``, one of embedding and head brings the other with it."""
-    if any(kind(name) in EMBEDDING_KINDS for name in settings.saved):
+    """``saved`` or ``targets`` if that names embedding or head: with ``ensure_weight_tying`` one implies the other."""
+    if any(module_kind(name) in EMBEDDING_KINDS for name in settings.saved):
         return "saved"
     if isinstance(settings.targets, str):
-        named = any(fits_whole(settings.targets, name) for name in EMBEDDING_KINDS)
+        named = any(matches_whole(settings.targets, name) for name in EMBEDDING_KINDS)
     else:
-        named = any(kind(name) in EMBEDDING_KINDS for name in settings.targets)
+        named = any(module_kind(name) in EMBEDDING_KINDS for name in settings.targets)
     return "targets" if named else ""
 
 
 def _is_saved(settings: LoraSettings, tensor: str) -> bool:
-    """A module is meant by any end of its name: ``norm`` means ``input_layernorm`` too."""
+    """Whether ``modules_to_save`` names a tensor's module, by any suffix: ``norm`` matches ``input_layernorm``."""
     return any(module.endswith(settings.saved) for module in _parents(tensor))
 
 
@@ -84,28 +90,29 @@ def _parents(name: str) -> Iterator[str]:
 
 
 def _is_target(settings: LoraSettings, module: str) -> bool:
-    if _is_named(settings.excluded, module) or any(fits(SAVED_MODULE.format(text), module) for text in settings.saved):
+    saved = (SAVED_MODULE.format(text) for text in settings.saved)
+    if _is_named(settings.excluded, module) or any(match_start(pattern, module) for pattern in saved):
         return False
     if isinstance(settings.targets, str):
         if settings.targets.lower() == "all-linear":
             return module not in (EMBED_TOKENS, LM_HEAD)
         return _is_named(settings.targets, module)
-    # A module that is named in full is adapted in whatever layer it lies.
-    return module in settings.targets or (_is_named(settings.targets, module) and _lies_in_layers(settings, module))
+    # A module that is named in full is adapted whatever layers_to_transform says.
+    return module in settings.targets or (_is_named(settings.targets, module) and _is_in_layers(settings, module))
 
 
 def _is_named(names: str | tuple[str, ...], module: str) -> bool:
     if isinstance(names, str):
-        return fits_whole(names, module)
+        return matches_whole(names, module)
     return module in names or module.endswith(tuple(f".{name}" for name in names))
 
 
-def _lies_in_layers(settings: LoraSettings, module: str) -> bool:
+def _is_in_layers(settings: LoraSettings, module: str) -> bool:
     if not settings.layers:
         return True
     # Without a pattern, the first number in the name is the layer's.
     for text in settings.layers_pattern or (r"[^.]*",):
-        match = fits(LAYER_NUMBER.format(text), module)
+        match = match_start(LAYER_NUMBER.format(text), module)
         if match:
             return int(match["idx"]) in settings.layers
     return False

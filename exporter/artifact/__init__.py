@@ -1,1 +1,1 @@
-"""The directory that is written: staging, configuration, tokenizer files, and the closing check."""
+"""The directory that is written: staging, ``config.json``, tokenizer files, and the closing check."""

@@ -1,4 +1,4 @@
-"""The check that ends an export: ``verify``, in a process of its own and from the written files alone."""
+"""The check at the end of an export: ``verify``, in a separate process that reads only the written files."""
 
 import json
 import os
@@ -11,35 +11,36 @@ import pos2d
 from pos2d.errors import ParityError, Pos2DError
 from pos2d.progress import Progress
 
-# Nothing but the standard library and the installed packages may come before what is given here: a file of the user's
-# that has the name of a module is not to be run.
+# The given paths go to the end of sys.path: a file of the user's that has the name of a module must not be imported in
+# place of the standard library's or an installed package's.
 PROGRAM = "import sys; sys.path += {paths!r}; from pos2d.commands.main import main; main()"
 
 
 def closing_check(staging: Path, merged: Path | None) -> dict[str, Any]:
-    """What ``verify`` says of the artifact at ``staging``: against the directory ``merged`` where it is exact, against
-    itself with float activations where it is quantised. Exporter and runtime meet nowhere else.
+    """Run ``verify`` on the artifact at ``staging`` and return its report.
+
+    The artifact is compared with the directory ``merged``, or a quantised one (None) with itself, computed with float
+    activations. Exporter and runtime meet nowhere else.
 
     Raises:
-        ParityError: it did not pass.
-        Pos2DError: the check itself broke.
+        ParityError: the logits differ by more than they may.
+        Pos2DError: ``verify`` itself failed.
     """
     against = [] if merged is None else ["--against", str(merged.absolute())]
     with Progress("verifying", 1):
         done = run_verb("verify", str(staging.absolute()), *against, "--json")
-    if done.returncode == ParityError.exit_code:
-        what = f"with {merged}" if merged is not None else "with its own weights"
-        raise ParityError(f"the exported graph does not agree {what}; nothing was kept. {_last_line(done.stderr)}")
-    if done.returncode != 0:
+    if done.returncode not in (0, ParityError.exit_code):
         raise Pos2DError(f"verify ended with exit code {done.returncode}: {_last_line(done.stderr)}")
     report: dict[str, Any] = json.loads(done.stdout)
+    if not report["passed"]:
+        raise ParityError(_disagreement(report, merged))
     return report
 
 
 def run_verb(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A verb of the command line in a process of its own, on this very package.
+    """Run a command of the command line in a separate process, with the package that this module is part of.
 
-    The process never searches the current directory. What this process finds through PYTHONPATH is searched last.
+    The process never imports from the current directory, and from the paths of PYTHONPATH only what is nowhere else.
     """
     root = str(Path(pos2d.__file__).resolve().parents[1])
     inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -49,5 +50,20 @@ def run_verb(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
+def _disagreement(report: dict[str, Any], merged: Path | None) -> str:
+    """The sentence for a failed report, with the options that would pass where the report names them."""
+    figures = (
+        f"the mean KL is {report['mean_kl']:.0e} (at most {report['max_mean_kl']:.0e}), and the top token agrees on "
+        f"{report['top1_agreement']:.1%} (at least {report['min_top1']:.0%})"
+    )
+    if merged is None:
+        cure = f"; export again with {report['cure']}" if report["cure"] else ""
+        return f"rounding activations to 8 bits changes the logits: {figures}; no artifact was written{cure}"
+    return (
+        f"the exported graph does not agree with {merged}: logits differ by up to {report['max_rel_diff']:.1e} of the "
+        f"largest (tolerance {report['rtol']:.0e}), {figures}; no artifact was written"
+    )
+
+
 def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1].removeprefix("error: ") if text.strip() else "it said nothing"
+    return text.strip().splitlines()[-1].removeprefix("error: ") if text.strip() else "it printed no message"

@@ -1,4 +1,4 @@
-"""What a merged directory says about itself to transformers."""
+"""``config.json`` of torch artifacts, as transformers reads it."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def baked_config(base: Checkpoint, spec: Rope2DSpec, dtype: str, tied: bool) -> dict[str, Any]:
-    """The base's configuration in the form that every supported transformers reads, with our type and rope block."""
+    """The base's configuration, as every supported transformers reads it, with our ``model_type`` and ``rope_2d``."""
     config = {
         key: value
         for key, value in base.config.items()
@@ -41,7 +41,7 @@ def baked_config(base: Checkpoint, spec: Rope2DSpec, dtype: str, tied: bool) -> 
 
 
 def model_config(base: Checkpoint, spec: Rope2DSpec, tied: bool) -> "PretrainedConfig":
-    """The configuration of the merged model in float32, as transformers has it in memory."""
+    """The configuration object of the merged model in float32."""
     from pos2d.hf import configuration_pos2d
 
     kind = getattr(configuration_pos2d, f"{CLASS_NAMES[base.sizes.family]}Config")
@@ -50,11 +50,15 @@ def model_config(base: Checkpoint, spec: Rope2DSpec, tied: bool) -> "PretrainedC
 
 
 def end_tokens(base: Checkpoint) -> tuple[int, ...]:
-    """What ends a generation: the generation settings where they say it, else the configuration."""
+    """Ids of the EOS tokens: from the generation settings, or from the configuration if those have none.
+
+    Raises:
+        InputError: values that are not token ids.
+    """
     path = base.directory / GENERATION_SETTINGS
     settings = read_settings(path) if path.is_file() else {}
-    ends = settings.get("eos_token_id", base.config.get("eos_token_id"))
-    tokens = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    stored = settings.get("eos_token_id", base.config.get("eos_token_id"))
+    tokens = [] if stored is None else stored if isinstance(stored, list) else [stored]
     if not all(isinstance(token, int) for token in tokens):
-        raise InputError(f"{base.directory}: eos_token_id is {ends!r}, not token ids; correct it in {path.name}")
+        raise InputError(f"{base.directory}: eos_token_id is {stored!r}, not token ids; correct it in {path.name}")
     return tuple(tokens)

@@ -1,4 +1,4 @@
-"""Files that travel with the weights: tokenizer, chat template, generation settings, and the model's code."""
+"""Files next to the weights: tokenizer, chat template, generation settings, and the model's code."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ from pos2d import hf
 from pos2d.exporter.artifact.staging import write_json
 from pos2d.exporter.files.json_object import read_json_object
 
-COMPANIONS = (
+SIDECARS = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -22,29 +22,29 @@ COMPANIONS = (
 )
 CODE = ("configuration_pos2d.py", "modeling_pos2d.py")
 TOKENIZER_SETTINGS, GENERATION_SETTINGS = "tokenizer_config.json", "generation_config.json"
-# What transformers 5 calls the class that both generations know by the other name.
+# transformers 5 writes the first name for the class that both 4.57 and 5 know by the second.
 NEW_TOKENIZER_CLASS, TOKENIZER_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Raises:
-    InputError: not a JSON object.
-    """
+    """Read a settings file of a model; raises InputError if it is not a JSON object."""
     return read_json_object(path, "copy the model again")
 
 
-def check_companions(source: Path) -> None:
-    """Raises:
-    InputError: a file that cannot travel; known before anything is written.
+def check_sidecars(source: Path) -> None:
+    """Check, before anything is written, that :func:`copy_sidecars` will be able to read ``source``.
+
+    Raises:
+        InputError: a settings file is not a JSON object.
     """
     for name in (TOKENIZER_SETTINGS, GENERATION_SETTINGS):
         if (source / name).is_file():
             read_settings(source / name)
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what ``source`` has of them, in a form that transformers 4.57 reads as well."""
-    for name in COMPANIONS:
+def copy_sidecars(source: Path, target: Path) -> None:
+    """Copy those of :data:`SIDECARS` that ``source`` has, in a form that transformers 4.57 reads as well."""
+    for name in SIDECARS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     path = target / TOKENIZER_SETTINGS
@@ -55,6 +55,6 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def copy_code(target: Path) -> None:
-    """The model files with which plain transformers loads a torch artifact."""
+    """Copy the Python files with which plain transformers loads a torch artifact."""
     for name in CODE:
         shutil.copyfile(Path(hf.__file__).parent / name, target / name)

@@ -1,1 +1,1 @@
-"""Files of weights and settings: read without running anything in them, and written in order."""
+"""Files of weights and JSON: read without running any code in them, and written at given offsets."""

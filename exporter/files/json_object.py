@@ -1,4 +1,4 @@
-"""JSON objects of other people's files."""
+"""Reads JSON objects from files that other programs wrote."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,10 @@ from pos2d.errors import InputError
 
 
 def read_json_object(path: Path, cure: str) -> dict[str, Any]:
-    """Raises:
-    InputError: not readable, not JSON, or not an object; ``cure`` ends the sentence.
+    """Read the JSON object in ``path``.
+
+    Raises:
+        InputError: not readable, not JSON, or not an object; ``cure`` ends the sentence.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Looks into a ``.pth`` before torch does: only plain tensors may be named in its pickle."""
+"""Checks the pickle of a ``.pth`` file before torch loads it: it may name nothing but what plain tensors need."""
 
 import io
 import pickletools
@@ -15,7 +15,7 @@ ALLOWED_GLOBALS = {
     *(("torch", f"{kind}Storage") for kind in STORAGES),
 }
 LOOSE_PICKLE_BYTES = 16 << 20
-# Opcodes that fetch or call an object by other ways than GLOBAL; torch.save of tensors uses none of them.
+# Opcodes that import or call an object by other means than GLOBAL; torch.save of tensors uses none of them.
 FORBIDDEN_OPCODES = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}
 
 
@@ -28,13 +28,11 @@ def check_pickle(path: Path) -> None:
     """
     is_archive = zipfile.is_zipfile(path)
     data = _pickle_of_archive(path) if is_archive else _start_of(path)
-    wishes = _wishes(io.BytesIO(data))
-    if wishes is None:
-        raise InputError(
-            f"{path} is not a LoRA file: it is not something that torch.save wrote, or only a part of it; copy it again"
-        )
-    if wishes:
-        raise UnsafeInputError(f"{path} wants to run {wishes[0]}; a LoRA file holds tensors only, do not load it")
+    forbidden = _forbidden_objects(io.BytesIO(data))
+    if forbidden is None:
+        raise InputError(f"{path} is not a LoRA file: torch.save did not write it, or it is incomplete; copy it again")
+    if forbidden:
+        raise UnsafeInputError(f"{path} would run {forbidden[0]}; a LoRA file holds tensors only, do not load it")
     if not is_archive:
         raise InputError(f"{path} is in a format that torch.save no longer writes; load it and save it again")
 
@@ -50,7 +48,7 @@ def _pickle_of_archive(path: Path) -> bytes:
             members = archive.infolist()
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
                 raise UnsafeInputError(f"{path} has compressed members, which torch.save never writes; do not load it")
-            # torch finds its pickle whatever the case of its name.
+            # torch ignores the case of the name when it looks for its pickle.
             names = [member.filename.lower() for member in members]
             pickles = [member for member in members if member.filename.lower().endswith(".pkl")]
             if len(set(names)) < len(names):
@@ -62,23 +60,26 @@ def _pickle_of_archive(path: Path) -> bytes:
         raise InputError(f"{path} is damaged ({error}); copy the adapter again") from None
 
 
-def _wishes(stream: io.BytesIO) -> list[str] | None:
-    """What the pickles of ``stream`` want beside tensors; ``None`` where not even one pickle is whole."""
-    wishes: list[str] = []
-    whole = 0
+def _forbidden_objects(stream: io.BytesIO) -> list[str] | None:
+    """What the pickles of ``stream`` name that tensors do not need; None if not even one pickle is complete."""
+    forbidden: list[str] = []
+    complete = 0
     while True:
         try:
-            found = [
-                wish for opcode, argument, _ in pickletools.genops(stream) if (wish := _wish(opcode.name, argument))
+            named = [
+                name
+                for opcode, argument, _ in pickletools.genops(stream)
+                if (name := _forbidden(opcode.name, argument))
             ]
-        except Exception:  # pickletools raises whatever a broken stream provokes
-            return wishes if whole else None
-        wishes += found
-        whole += 1
+        except Exception:  # pickletools lets many kinds of error through when a stream is broken
+            return forbidden if complete else None
+        forbidden += named
+        complete += 1
 
 
-def _wish(opcode: str, argument: object) -> str | None:
+def _forbidden(opcode: str, argument: object) -> str | None:
+    """A name for what an opcode imports or calls; None if it is allowed."""
     if opcode == "GLOBAL":
         module, _, name = str(argument).partition(" ")
         return None if (module, name) in ALLOWED_GLOBALS else f"{module}.{name}"
-    return f"an object of its own ({opcode})" if opcode in FORBIDDEN_OPCODES else None
+    return f"an unknown object ({opcode})" if opcode in FORBIDDEN_OPCODES else None

@@ -1,4 +1,4 @@
-"""The bytes of a checkpoint's tensors: read in pieces, and shared with their copy where the file system can."""
+"""The bytes of a checkpoint's tensors: read piece by piece, and written, or shared where the file system can."""
 
 import hashlib
 import os
@@ -7,49 +7,57 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
+from pos2d.dtypes import ITEM_BYTES
 from pos2d.errors import InputError
 from pos2d.exporter.files.pth import read_pth
-from pos2d.exporter.inputs.checkpoint import DTYPES, TensorPlace
+from pos2d.exporter.files.tensor_places import TensorPlace, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
 
-# File systems that share blocks (btrfs, XFS, bcachefs) do so in whole ones.
+# File systems that can share blocks between files (btrfs, XFS, bcachefs) share whole ones.
 BLOCK = 4096
 PIECE_BYTES = 4 << 20
-# Elements of a tensor that are computed with at once: they stay in the processor's cache.
+# Elements of a tensor that are computed at once: they stay in the processor's cache.
 BLOCK_ELEMENTS = 1 << 16
 CLONE_RANGE = 0x4020940D  # FICLONERANGE of Linux
+# Windows translates line ends in files that are not opened as binary.
+BINARY: int = getattr(os, "O_BINARY", 0)
+# Held while a file's position is used, on systems without positioned reads and writes.
+_position = Lock()
 
 
 class TensorFile(Protocol):
-    """One file of a checkpoint; several threads may read it at once."""
+    """One open file of a checkpoint; several threads may read it at once."""
 
     def read_into(self, name: str, place: TensorPlace, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``start`` on."""
 
     def copy_to(self, place: TensorPlace, start: int, data: memoryview, target: int, offset: int) -> None:
-        """Bring ``data``, the tensor's bytes from ``start`` on, to ``offset`` of the open file ``target``."""
+        """Write ``data``, the tensor's bytes from ``start`` on, at ``offset`` of the file descriptor ``target``."""
 
     def close(self) -> None: ...
 
 
 class SafetensorsFile:
+    """A safetensors file; with ``forget``, the system's cache drops what was read."""
+
     def __init__(self, path: Path, forget: bool = False) -> None:
         self._path, self._forget = path, forget
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = os.open(path, os.O_RDONLY | BINARY)
         self._shares_blocks = sys.platform == "linux"
 
     def read_into(self, name: str, place: TensorPlace, start: int, buffer: memoryview) -> None:
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._file, [buffer[done:]], place.offset + start + done)
+            count = _read_at(self._file, buffer[done:], place.offset + start + done)
             if count == 0:
-                raise InputError(f"{self._path}: tensor {name} is cut; the file changed while it was read")
+                raise InputError(f"{self._path}: tensor {name} is truncated; the file changed while it was read")
             done += count
         if self._forget:
             forget_cached(self._file, place.offset + start, len(buffer))
@@ -71,6 +79,8 @@ class SafetensorsFile:
 
 
 class PthFile:
+    """A file of ``torch.save``; its tensors are mapped, not loaded."""
+
     def __init__(self, path: Path) -> None:
         self._tensors = read_pth(path)
 
@@ -94,26 +104,32 @@ class PthFile:
 
 
 def open_tensors(path: Path, forget: bool = False) -> TensorFile:
-    """Open a file of either form; with ``forget`` the system's cache does not keep what is read (safetensors only).
+    """Open a file of either form; ``forget`` has an effect on safetensors files only.
 
-    Raises as :func:`pos2d.exporter.files.pth.read_pth` for a file of ``torch.save``.
+    Raises:
+        InputError, UnsafeInputError: as :func:`pos2d.exporter.files.pth.read_pth`, for a file of ``torch.save``.
     """
     return SafetensorsFile(path, forget) if path.suffix == ".safetensors" else PthFile(path)
 
 
 @contextmanager
 def opened(directory: Path, files: Iterable[str], forget: bool = False) -> Iterator[Mapping[str, TensorFile]]:
-    """Files of a checkpoint by name, closed after the block; see :func:`open_tensors`."""
+    """Open files of a checkpoint, by name, until the ``with`` block ends; see :func:`open_tensors`."""
     with ExitStack() as stack:
-        found: dict[str, TensorFile] = {}
+        by_name: dict[str, TensorFile] = {}
         for file in files:
-            found[file] = open_tensors(directory / file, forget)
-            stack.callback(found[file].close)
-        yield found
+            by_name[file] = open_tensors(directory / file, forget)
+            stack.callback(by_name[file].close)
+        yield by_name
+
+
+def create_file(path: Path) -> int:
+    """A descriptor of a new file for :func:`write_at`; a file that exists already is an OSError."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
 
 
 def sha256_of(file: TensorFile, name: str, place: TensorPlace) -> str:
-    """Of a tensor's bytes, in hexadecimal."""
+    """The SHA-256 of a tensor's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     for start, count in pieces(place.nbytes, PIECE_BYTES):
         buffer = memoryview(bytearray(count))
@@ -125,10 +141,13 @@ def sha256_of(file: TensorFile, name: str, place: TensorPlace) -> str:
 def row_blocks(
     file: TensorFile, name: str, place: TensorPlace, elements: int = BLOCK_ELEMENTS
 ) -> "Iterator[tuple[slice, memoryview, torch.Tensor]]":
-    """Rows of a tensor, their bytes, and their values in float64; the bytes are good until the next block."""
+    """Blocks of about ``elements`` values: their rows, bytes, and float64 values.
+
+    The bytes are valid until the next block.
+    """
     import torch
 
-    dtype, size = DTYPES[place.dtype]
+    size = ITEM_BYTES[place.dtype]
     columns = place.shape[1] if len(place.shape) > 1 else 1
     height = max(1, elements // columns)
     buffer = memoryview(bytearray(min(height, place.shape[0]) * columns * size))
@@ -136,7 +155,7 @@ def row_blocks(
         rows = slice(start, min(start + height, place.shape[0]))
         data = buffer[: (rows.stop - rows.start) * columns * size]
         file.read_into(name, place, start * columns * size, data)
-        values = torch.frombuffer(data, dtype=getattr(torch, dtype)).double()
+        values = torch.frombuffer(data, dtype=torch_dtype(place.dtype)).double()
         yield rows, data, values.reshape(-1, *place.shape[1:])
 
 
@@ -147,14 +166,30 @@ def forget_cached(file: int, offset: int, length: int) -> None:
 
 
 def write_at(file: int, data: memoryview, offset: int) -> None:
-    """All of ``data``; a write may take less than it is given."""
+    """Write all of ``data`` at ``offset``; a single write of the system may be shorter."""
     while data:
-        count = os.pwrite(file, data, offset)
+        if hasattr(os, "pwrite"):
+            count = os.pwrite(file, data, offset)
+        else:
+            with _position:
+                os.lseek(file, offset, os.SEEK_SET)
+                count = os.write(file, data)
         data, offset = data[count:], offset + count
 
 
 def pieces(total: int, size: int, first: int = 0) -> Iterator[tuple[int, int]]:
-    """Starts and lengths of the pieces of ``total`` bytes, after a shorter ``first`` one where that is not 0."""
+    """Start and length of every piece of ``total`` bytes; a ``first`` other than 0 is the length of the first piece."""
     if first:
         yield 0, min(first, total)
     yield from ((start, min(size, total - start)) for start in range(first, total, size))
+
+
+def _read_at(file: int, buffer: memoryview, offset: int) -> int:
+    """Read at most ``len(buffer)`` bytes from ``offset`` on; returns how many, 0 at the end of the file."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [buffer], offset)
+    with _position:
+        os.lseek(file, offset, os.SEEK_SET)
+        data = os.read(file, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)

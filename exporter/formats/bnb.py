@@ -3,35 +3,39 @@
 import os
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
+from pos2d.bnb_format import OUTLIER_THRESHOLD, BnbQuant
 from pos2d.errors import UsageError
 from pos2d.exporter.artifact.hf_config import baked_config
 from pos2d.exporter.artifact.sidecars import copy_code
 from pos2d.exporter.artifact.staging import write_json
-from pos2d.exporter.files.parallel import single_threaded_torch, worker_count
+from pos2d.exporter.files.parallel import single_threaded_torch, submitted, worker_count
+from pos2d.exporter.files.safetensors_layout import index_of, lay_out, split
 from pos2d.exporter.files.tensor_io import TensorFile, opened, write_at
-from pos2d.exporter.formats.wanted import Wanted
-from pos2d.exporter.inputs.checkpoint import INDEX, LM_HEAD, TensorPlace
-from pos2d.exporter.merging.ledger import Tally
+from pos2d.exporter.files.tensor_places import TensorPlace
+from pos2d.exporter.formats.options import ExportOptions
+from pos2d.exporter.inputs.checkpoint import INDEX, LM_HEAD
 from pos2d.exporter.quantisation.encodings import Encoding, Int8Rows, Nf4Blocks, Rounded
 from pos2d.exporter.quantisation.module_names import named_modules
-from pos2d.exporter.quantisation.totals import QuantTotals, totals_of
+from pos2d.exporter.quantisation.summary import summarise
 from pos2d.exporter.quantisation.writing import write_tensor
 from pos2d.exporter.sources.source import Source
-from pos2d.exporter.tensors.plan import PlannedTensor, index_of, lay_out, plan_merge, split
+from pos2d.exporter.tensors.stats import DeltaStats
+from pos2d.exporter.tensors.tensor_plan import PlannedTensor, plan_tensors
 from pos2d.progress import Progress
-from pos2d.recipe import OUTLIER_THRESHOLD, Quant, QuantRecipe
+from pos2d.recipes import BnbRecipe
 
+OPTIONS = ("quant", "skip_modules", "dtype", "max_shard_size")
 DEFAULT_SHARD_SIZE = "5GB"
-SKIPPED = LM_HEAD
+DEFAULT_SKIPPED = LM_HEAD
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Output:
-    """One weight, how it is written, and where every tensor that is written for it lies."""
+class EncodedTensor:
+    """One weight, its encoding, and by name the place of every tensor that the encoding stores for it."""
 
     tensor: PlannedTensor
     encoding: Encoding
@@ -39,81 +43,98 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Shard:
+class EncodedShard:
+    """One safetensors file: its header, and its weights."""
+
     file: str
     header: bytes
-    outputs: tuple[Output, ...]
+    weights: tuple[EncodedTensor, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class QuantPlan:
-    """All shards; ``dtype`` is torch's name of the type of what is not quantised."""
+class BnbPlan:
+    """All shards; ``dtype`` is torch's name of the type of the weights that are not quantised."""
 
-    shards: tuple[Shard, ...]
-    recipe: QuantRecipe
+    shards: tuple[EncodedShard, ...]
+    recipe: BnbRecipe
     dtype: str
     tied: bool
 
     @property
     def places(self) -> dict[str, TensorPlace]:
-        """Where every written tensor lies, by its name."""
-        outputs = (output for shard in self.shards for output in shard.outputs)
-        return {name: place for output in outputs for name, place in output.places.items()}
+        """The place of every stored tensor, by name."""
+        weights = (weight for shard in self.shards for weight in shard.weights)
+        return {name: place for weight in weights for name, place in weight.places.items()}
 
     @property
     def nbytes(self) -> int:
         return sum(len(shard.header) for shard in self.shards) + sum(place.nbytes for place in self.places.values())
 
 
-def plan_bnb(source: Source, wanted: Wanted) -> QuantPlan:
-    """Lay out the result. A tied head that is not among the skipped modules gets its own tensor.
+def refuse(options: ExportOptions) -> None:
+    """Check that ``quant`` is one of bitsandbytes' formats.
 
     Raises:
-        UsageError: a module that is not there, none that is left, or a size that cannot be read.
-        InputError: a layer that cannot be quantised so.
+        UsageError: it is not.
     """
-    quant: Quant = "8bit" if wanted.quant == "8bit" else "nf4"
-    skip_modules = SKIPPED if wanted.skip_modules is None else wanted.skip_modules
-    skipped = named_modules(skip_modules, list(source.base.linear_shapes()), "--skip-modules")
-    plan = plan_merge(source.base, source.adapters, wanted.dtype, untied=LM_HEAD not in skipped)
-    recipe = QuantRecipe(quant, skipped)
-    modules = {name: shape for name, shape in source.base.linear_shapes().items() if name not in skipped}
-    if not modules:
-        raise UsageError(f"--skip-modules {skip_modules} leaves nothing to quantise")
-    recipe.check(modules)
-    encodings = {t.name: _encoding(t, recipe, plan.dtype, modules) for t in plan.tensors}
-    written = {t.name: encodings[t.name].outputs(t.name, t.target.shape) for t in plan.tensors}
-    sizes = {
+    if options.quant not in get_args(BnbQuant):
+        raise UsageError(f"`format='bnb'` needs `quant` {' or '.join(get_args(BnbQuant))}")
+
+
+def plan(source: Source, options: ExportOptions) -> BnbPlan:
+    """Lay out the shards. A tied head that is quantised becomes a separate tensor.
+
+    Raises:
+        UsageError: skipped modules that do not exist or leave nothing to quantise, or a size that cannot be read.
+        InputError: a layer whose shape bitsandbytes cannot quantise.
+    """
+    skip_modules = DEFAULT_SKIPPED if options.skip_modules is None else options.skip_modules
+    shapes = source.base.linear_shapes()
+    skipped = named_modules(skip_modules, list(shapes), "`skip_modules`")
+    merged = plan_tensors(source.base, source.adapters, options.dtype, untied=LM_HEAD not in skipped)
+    recipe = BnbRecipe(cast(BnbQuant, options.quant), skipped)
+    quantised = {module: shape for module, shape in shapes.items() if module not in skipped}
+    if not quantised:
+        raise UsageError(f"`skip_modules={skip_modules!r}` leaves nothing to quantise")
+    recipe.check(quantised)
+    encodings = {t.name: _encoding(t, recipe, merged.dtype, quantised) for t in merged.tensors}
+    stored = {t.name: encodings[t.name].outputs(t.name, t.shape) for t in merged.tensors}
+    nbytes = {
         name: sum(TensorPlace("", shape, kind).nbytes for kind, shape in outputs.values())
-        for name, outputs in written.items()
+        for name, outputs in stored.items()
     }
-    files = split(sizes, wanted.max_shard_size or DEFAULT_SHARD_SIZE)
-    tensors = {tensor.name: tensor for tensor in plan.tensors}
-    shards = tuple(_shard(file, [tensors[name] for name in names], encodings, written) for file, names in files.items())
-    return QuantPlan(shards, recipe, plan.dtype, plan.tied)
+    files = split(nbytes, options.max_shard_size or DEFAULT_SHARD_SIZE)
+    tensors = {tensor.name: tensor for tensor in merged.tensors}
+    shards = (_shard(file, [tensors[name] for name in names], encodings, stored) for file, names in files.items())
+    return BnbPlan(tuple(shards), recipe, merged.dtype, merged.tied)
 
 
-def write_bnb(source: Source, plan: QuantPlan, target: Path) -> QuantTotals:
-    """Write weights, index, configuration and code into ``target``.
+def write(source: Source, plan: BnbPlan, target: Path) -> dict[str, Any]:
+    """Write weights, index, configuration and code into ``target``; returns the manifest's fields for them.
 
     Raises:
         InputError: values that are not finite, or a base that changed while it was read.
     """
-    tallies: list[Tally] = []
+    tallies: list[DeltaStats] = []
     with Progress("quantising", plan.nbytes, unit="bytes") as progress, single_threaded_torch():
         for shard in plan.shards:
             tallies += _write_shard(shard, source.base.directory, target, progress)
     if len(plan.shards) > 1:
         write_json(target / INDEX, index_of(plan.places))
     config = baked_config(source.base, source.spec, plan.dtype, plan.tied)
-    write_json(target / "config.json", config | {"quantization_config": _loading(plan.recipe, plan.dtype)})
+    write_json(target / "config.json", config | {"quantization_config": _quantization_config(plan.recipe, plan.dtype)})
     copy_code(target)
-    return totals_of(tallies, sum(len(shard.outputs) for shard in plan.shards))
+    totals = summarise(tallies, sum(len(shard.weights) for shard in plan.shards))
+    return {"dtype": plan.dtype, "quant": plan.recipe, "ledger": {"totals": asdict(totals)}}
 
 
-def _encoding(tensor: PlannedTensor, recipe: QuantRecipe, dtype: str, modules: Collection[str]) -> Encoding:
-    if tensor.name.removesuffix(".weight") not in modules:
-        return Rounded(tensor.target.dtype)
+def check(staging: Path, source: Source, plan: BnbPlan) -> None:
+    """No check: the logits of a quantised checkpoint are meant to differ, and ``pos2d eval`` measures by how much."""
+
+
+def _encoding(tensor: PlannedTensor, recipe: BnbRecipe, dtype: str, quantised: Collection[str]) -> Encoding:
+    if tensor.name.removesuffix(".weight") not in quantised:
+        return Rounded(tensor.dtype)
     return Int8Rows() if recipe.name == "8bit" else Nf4Blocks(dtype)
 
 
@@ -121,51 +142,45 @@ def _shard(
     file: str,
     tensors: Sequence[PlannedTensor],
     encodings: Mapping[str, Encoding],
-    written: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]],
-) -> Shard:
-    header, places = lay_out(file, {output: kind for t in tensors for output, kind in written[t.name].items()})
-    outputs = (Output(t, encodings[t.name], {output: places[output] for output in written[t.name]}) for t in tensors)
-    return Shard(file, header, tuple(outputs))
+    stored: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]],
+) -> EncodedShard:
+    header, places = lay_out(file, {name: kind for t in tensors for name, kind in stored[t.name].items()})
+    weights = (EncodedTensor(t, encodings[t.name], {name: places[name] for name in stored[t.name]}) for t in tensors)
+    return EncodedShard(file, header, tuple(weights))
 
 
-def _write_shard(shard: Shard, base: Path, target: Path, progress: Progress) -> list[Tally]:
-    """Sums over every quantised tensor of a shard."""
+def _write_shard(shard: EncodedShard, base: Path, target: Path, progress: Progress) -> list[DeltaStats]:
+    """Write one file; returns the sums over each quantised tensor."""
     descriptor = os.open(target / shard.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         write_at(descriptor, memoryview(shard.header), 0)
         progress.advance(len(shard.header))
         with (
-            opened(base, {output.tensor.source.file for output in shard.outputs}) as files,
+            opened(base, {weight.tensor.source.file for weight in shard.weights}) as files,
             ThreadPoolExecutor(worker_count()) as workers,
         ):
-            # The largest first: the threads then end together.
-            order = sorted(shard.outputs, key=lambda output: -output.tensor.source.nbytes)
-            done = [
-                workers.submit(_write_output, output, files[output.tensor.source.file], descriptor, progress)
-                for output in order
-            ]
-            try:
-                return [tally for tally in (future.result() for future in done) if tally is not None]
-            finally:
-                for future in done:
-                    future.cancel()
+            # The largest first, so that all threads end at about the same time.
+            order = sorted(shard.weights, key=lambda weight: -weight.tensor.source.nbytes)
+            jobs = ((weight, files[weight.tensor.source.file], descriptor, progress) for weight in order)
+            with submitted(workers, _write_weight, jobs) as tallies:
+                return [tally for tally in tallies if tally is not None]
     finally:
         os.close(descriptor)
 
 
-def _write_output(output: Output, file: TensorFile, descriptor: int, progress: Progress) -> Tally | None:
-    def write(name: str, offset: int, data: memoryview) -> None:
-        write_at(descriptor, data, output.places[name].offset + offset)
+def _write_weight(weight: EncodedTensor, file: TensorFile, descriptor: int, progress: Progress) -> DeltaStats | None:
+    def write_stored(name: str, offset: int, data: memoryview) -> None:
+        write_at(descriptor, data, weight.places[name].offset + offset)
         progress.advance(len(data))
 
-    tensor = output.tensor
-    tally = write_tensor(tensor, file, output.encoding, write)
-    output.encoding.finish(tensor.name, tensor.target.shape, write)
+    tensor = weight.tensor
+    tally = write_tensor(tensor, file, weight.encoding, write_stored)
+    weight.encoding.finish(tensor.name, tensor.shape, write_stored)
     return tally
 
 
-def _loading(recipe: QuantRecipe, dtype: str) -> dict[str, Any]:
-    """What transformers reads of it, in the form of both generations."""
+def _quantization_config(recipe: BnbRecipe, dtype: str) -> dict[str, Any]:
+    """What transformers reads from ``config.json``, with the keys that its versions 4 and 5 need."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_8bit": recipe.name == "8bit",

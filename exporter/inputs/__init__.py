@@ -1,1 +1,1 @@
-"""The base model: its configuration and its tensors, checked before any weight is read."""
+"""The base model: its configuration and the places of its tensors, checked before any weight is read."""

@@ -1,4 +1,4 @@
-"""The base model of a merge: a stock checkpoint whose configuration this tool can bake."""
+"""Reads the base model of a merge: a stock checkpoint into whose configuration 2D RoPE can be baked."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,13 +24,13 @@ HUB_PICKLES = [OLD_SINGLE, OLD_INDEX, "pytorch_model-*.bin"]
 
 
 def read_base(base_model: str | Path, *, revision: str | None = None, bake_rope: bool = True) -> Checkpoint:
-    """A stock checkpoint, from a directory or a Hub id; ``revision`` pins the latter to a commit, tag or branch.
+    """Read a stock checkpoint from a directory, or from the Hub at ``revision``: a commit, tag or branch.
 
     Raises:
         UsageError: a revision of a local directory.
         InputError: not a checkpoint, an unknown architecture, no rotary embedding, a rope type that changes with the
-            length, a quantised or an already merged base, or tensors that do not fit the configuration, a head that
-            differs from the embedding it is tied to among them.
+            length, a quantised or an already merged base, or tensors that do not fit the configuration, such as a head
+            that differs from the embedding it is tied to.
         UnsafeInputError: an index that names files outside the directory, or weights that would run code.
     """
     directory, commit = _resolve(str(base_model), revision)
@@ -49,12 +49,12 @@ def read_base(base_model: str | Path, *, revision: str | None = None, bake_rope:
         raise InputError(f"{source}: the base is quantised; merge into the unquantised base, then quantise the result")
     _check_rope(config, source)
     base = read_checkpoint(directory, config, commit)
-    _check_head(base)
+    _check_redundant_head(base)
     return base
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Theta, type and scaling of either generation of configurations, in one flat dictionary."""
+    """Theta, type and scaling in one flat dictionary, from a configuration of transformers 4 or 5."""
     settings: dict[str, Any] = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)}
     for key in ("rope_scaling", "rope_parameters"):
         block = dict(config.get(key) or {})
@@ -75,10 +75,12 @@ def _check_rope(config: Mapping[str, Any], source: str) -> None:
         raise InputError(f"{source}: partial_rotary_factor is not supported; all of a head must be rotary")
 
 
-def _check_head(base: Checkpoint) -> None:
-    """Some checkpoints hold a head although their configuration ties it; releases of transformers do not agree on which
-    of the two a model has where they differ."""
-    head, embedding = base.spare_head, base.tensors.get(EMBEDDING)
+def _check_redundant_head(base: Checkpoint) -> None:
+    """Refuse a stored head that differs from the embedding to which the configuration ties it.
+
+    Releases of transformers do not agree on which of the two such a model uses.
+    """
+    head, embedding = base.redundant_head, base.tensors.get(EMBEDDING)
     if head is None or embedding is None:
         return
     with opened(base.directory, {head.file, embedding.file}) as files:
@@ -93,10 +95,10 @@ def _check_head(base: Checkpoint) -> None:
 
 
 def _resolve(base_model: str, revision: str | None) -> tuple[Path, str | None]:
-    """A local directory, and the commit where it came from the Hub."""
+    """The local directory of a base, and its commit if it came from the Hub."""
     if Path(base_model).is_dir():
         if revision is not None:
-            raise UsageError(f"--revision is for a Hub id; {base_model} is a directory")
+            raise UsageError(f"`revision` is for a Hub id; {base_model} is a directory")
         return Path(base_model), None
     looks_like_path = base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
     if looks_like_path or Path(base_model).exists():
@@ -115,6 +117,6 @@ def _resolve(base_model: str, revision: str | None) -> tuple[Path, str | None]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"base model {base_model} is neither a directory nor a model that the Hub gives: {reason}"
+            f"base model {base_model} is neither a directory nor a model that can be downloaded from the Hub: {reason}"
         ) from None
     return path, path.name

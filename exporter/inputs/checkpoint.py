@@ -1,4 +1,4 @@
-"""A directory of weights: every tensor known by name, shape, type and place before any is read."""
+"""Reads where every tensor of a model directory is, and checks names, shapes and dtypes, before any weight is read."""
 
 import json
 from collections.abc import Mapping
@@ -8,54 +8,27 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from pos2d.dtypes import FLOAT_TYPES
 from pos2d.errors import InputError, UnsafeInputError
 from pos2d.exporter.files.json_object import read_json_object
 from pos2d.exporter.files.pth import check_storage, read_pth
+from pos2d.exporter.files.tensor_places import TensorPlace, safetensors_name
 from pos2d.families import Dimensions, expected_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 EMBED_TOKENS, LM_HEAD = "model.embed_tokens", "lm_head"
 EMBEDDING, HEAD = f"{EMBED_TOKENS}.weight", f"{LM_HEAD}.weight"
-# A header takes about a hundred bytes a tensor.
+# A header has about a hundred bytes for each tensor.
 MAX_HEADER_BYTES = 16 << 20
-# safetensors' name of a type to torch's, and its bytes.
-DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
-# Bytes of every type that a checkpoint of ours may hold: weights are quantised to the whole numbers.
-WIDTHS = {short: width for short, (_, width) in DTYPES.items()} | {"I8": 1, "U8": 1}
-SAFETENSORS_NAMES = {name: short for short, (name, _) in DTYPES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlace:
-    """Where a tensor lies: its file in the checkpoint, its first byte there, its shape and its safetensors type.
-
-    ``offset`` means nothing in a file of ``torch.save``.
-    """
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int = 0
-
-    @property
-    def elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * WIDTHS[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A directory with a configuration and weights, every expected tensor present and of the right shape.
+    """A directory with a configuration and weights; every expected tensor exists and has the right shape.
 
-    ``revision`` is the commit of a checkpoint that came from the Hub. ``spare_head``: where a head lies that the
-    configuration ties to the embedding all the same.
+    ``revision`` is the commit of a checkpoint that came from the Hub. ``redundant_head``: the place of a head that is
+    stored although the configuration ties it to the embedding.
     """
 
     directory: Path
@@ -63,14 +36,14 @@ class Checkpoint:
     sizes: Dimensions
     tensors: Mapping[str, TensorPlace]
     revision: str | None = None
-    spare_head: TensorPlace | None = None
+    redundant_head: TensorPlace | None = None
 
     @property
     def files(self) -> list[str]:
         return sorted({place.file for place in self.tensors.values()})
 
     def linear_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Module name to ``(out, in)`` of every linear layer, a tied head among them."""
+        """Module name to ``(out, in)`` of every linear layer, including a tied head."""
         shapes = {
             name.removesuffix(".weight"): place.shape
             for name, place in self.tensors.items()
@@ -80,7 +53,7 @@ class Checkpoint:
 
 
 def read_checkpoint(directory: Path, config: Mapping[str, Any], revision: str | None = None) -> Checkpoint:
-    """The tensors of a directory, checked against the sizes that ``config`` gives.
+    """Read the places of a directory's tensors and check them against the sizes in ``config``.
 
     Raises:
         InputError: no or damaged weights, a type that is not floating point, or tensors that do not fit ``config``.
@@ -88,14 +61,14 @@ def read_checkpoint(directory: Path, config: Mapping[str, Any], revision: str | 
     """
     sizes = Dimensions.from_config(config, str(directory / "config.json"))
     expected = expected_tensors(sizes)
-    # Loaders ignore the frequencies as well and compute them from the configuration.
+    # Loaders ignore stored frequencies too and compute them from the configuration.
     tensors = {name: place for name, place in _scan(directory).items() if not name.endswith("rotary_emb.inv_freq")}
-    spare_head = tensors.pop(HEAD, None) if sizes.tied else None
+    redundant_head = tensors.pop(HEAD, None) if sizes.tied else None
     missing = sorted(set(expected) - set(tensors))
     unknown = sorted(set(tensors) - set(expected))
     known = {name: place for name, place in tensors.items() if name in expected}
     wrong = [f"{n} {place.shape} instead of {expected[n]}" for n, place in known.items() if place.shape != expected[n]]
-    types = [f"{name} {place.dtype}" for name, place in known.items() if place.dtype not in DTYPES]
+    types = [f"{name} {place.dtype}" for name, place in known.items() if place.dtype not in FLOAT_TYPES]
     faults = [
         f"{label} {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
         for label, names in (
@@ -108,10 +81,11 @@ def read_checkpoint(directory: Path, config: Mapping[str, Any], revision: str | 
     ]
     if faults:
         raise InputError(f"{directory}: the weights do not fit config.json: {'; '.join(faults)}")
-    return Checkpoint(directory, config, sizes, tensors, revision, spare_head)
+    return Checkpoint(directory, config, sizes, tensors, revision, redundant_head)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
+    """Read ``config.json`` of a model directory; raises InputError if it is missing or has no ``model_type``."""
     path = directory / "config.json"
     if not path.is_file():
         raise InputError(f"{path} does not exist; give a Hugging Face model directory")
@@ -124,11 +98,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 def _scan(directory: Path) -> dict[str, TensorPlace]:
     tensors: dict[str, TensorPlace] = {}
     for file in _weight_files(directory):
-        found = _scan_safetensors(directory, file) if file.endswith(".safetensors") else _scan_pth(directory, file)
-        twice = sorted(set(found) & set(tensors))
-        if twice:
-            raise InputError(f"{directory / file}: tensor {twice[0]} is in {tensors[twice[0]].file} as well")
-        tensors |= found
+        of_file = _scan_safetensors(directory, file) if file.endswith(".safetensors") else _scan_pth(directory, file)
+        repeated = sorted(set(of_file) & set(tensors))
+        if repeated:
+            raise InputError(f"{directory / file}: tensor {repeated[0]} is in {tensors[repeated[0]].file} as well")
+        tensors |= of_file
     return tensors
 
 
@@ -143,7 +117,7 @@ def _scan_safetensors(directory: Path, file: str) -> dict[str, TensorPlace]:
                 raise InputError(f"{path} has a header of more than {MAX_HEADER_BYTES >> 20} MiB; copy the model again")
             text = stream.read(length)
         with safe_open(path, framework="np"):
-            header = json.loads(text)  # which the library has now checked: lengths, overlaps, holes
+            header = json.loads(text)  # the library has checked it: lengths, overlaps, gaps
     except (SafetensorError, OSError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}; copy the model again") from None
     header.pop("__metadata__", None)
@@ -159,22 +133,13 @@ def _scan_pth(directory: Path, file: str) -> dict[str, TensorPlace]:
     tensors = read_pth(directory / file)
     check_storage(tensors, directory / file)
     return {
-        name: TensorPlace(file, tuple(tensor.shape), _short_name(str(tensor.dtype))) for name, tensor in tensors.items()
+        name: TensorPlace(file, tuple(tensor.shape), safetensors_name(str(tensor.dtype)))
+        for name, tensor in tensors.items()
     }
 
 
-def torch_name(dtype: str) -> str:
-    """torch's name of a safetensors type; a type that no base may have keeps its own."""
-    return DTYPES[dtype][0] if dtype in DTYPES else dtype
-
-
-def _short_name(torch_name: str) -> str:
-    name = torch_name.removeprefix("torch.")
-    return SAFETENSORS_NAMES.get(name, name)
-
-
 def _weight_files(directory: Path) -> list[str]:
-    """File names of the first form that is there: safetensors before pickles, an index before a single file."""
+    """Names of the files of weights: safetensors before pickles, an index before a single file."""
     for single, index in ((SINGLE, INDEX), (OLD_SINGLE, OLD_INDEX)):
         if (directory / index).is_file():
             return _files_of_index(directory / index)
@@ -193,9 +158,7 @@ def _files_of_index(index: Path) -> list[str]:
     ending = ".safetensors" if index.name == INDEX else ".bin"
     for file in files:
         if Path(str(file)).name != file:
-            raise UnsafeInputError(
-                f"{index} names {file!r}, which is not a file of its own directory; do not trust this model"
-            )
+            raise UnsafeInputError(f"{index} names {file!r}, which is outside its directory; do not trust this model")
         if not file.endswith(ending):
             raise InputError(f"{index} names {file!r}, which is not a {ending} file; copy the model again")
     return files

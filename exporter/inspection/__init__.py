@@ -1,1 +1,1 @@
-"""What can be said of adapters, bases and artifacts without running them; the verb is exporter/inspect.py."""
+"""Facts about adapters, bases and artifacts, and a guess of an adapter's positions; the verb is exporter/inspect.py."""

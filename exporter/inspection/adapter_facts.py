@@ -1,4 +1,4 @@
-"""What an adapter file says about itself: form, shapes, coverage, and the well-known bases that it can fit."""
+"""Facts about an adapter file: its form, shapes and coverage, and the well-known bases that it can fit."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from pos2d.errors import InputError
-from pos2d.exporter.adapters.adapter import kind, some
-from pos2d.exporter.adapters.patterns import fits
+from pos2d.exporter.adapters.adapter import first_names, module_kind
+from pos2d.exporter.adapters.patterns import match_start
 from pos2d.exporter.adapters.peft import ADAPTER_CONFIG
 from pos2d.exporter.adapters.peft_config import KEY_OF_PATTERN
 from pos2d.exporter.adapters.trainer import SUFFIXES, pair_factors, without_prefixes
 from pos2d.exporter.artifact.staging import sha256
 from pos2d.exporter.files.json_object import read_json_object
 from pos2d.exporter.files.pth import read_pth
-from pos2d.exporter.inputs.checkpoint import EMBEDDING, torch_name
+from pos2d.exporter.files.tensor_places import torch_name
+from pos2d.exporter.inputs.checkpoint import EMBEDDING
 from pos2d.exporter.inspection.known_bases import KINDS, KNOWN_BASES
 
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_PREFIX = "base_model.model."
-# Old files name the adapter before ".weight"; a bias beside B is no factor.
+# Old files have the adapter's name before ".weight"; a bias of B is not a factor.
 PEFT_FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.(?!bias$)[^.]+)??(?:\.weight)?$")
 PEFT_SETTINGS = (
     *("base_model_name_or_path", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"),
@@ -34,7 +35,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """Shape and type of every tensor of a file; ``values`` reads one, as a torch tensor."""
+    """Shape and dtype of every tensor of a file; ``values`` reads one as a torch tensor."""
 
     shapes: Mapping[str, Shape]
     dtypes: Mapping[str, str]
@@ -43,85 +44,84 @@ class Tensors:
 
 @dataclass(frozen=True, slots=True)
 class ModuleKind:
-    """Layers that have this kind of module, counted, and its ``(out, in)``: one shape unless the file is odd."""
+    """How many layers have this kind of module, which have none, and its shapes ``(out, in)``: normally one."""
 
     layers: int
     missing_layers: tuple[int, ...]
     shapes: tuple[Shape, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFacts:
-    """``form``: ``trainer`` (its LoRA), ``state dict`` (its full fine-tune) or ``peft``; delta = scale * B @ A.
+    """One adapter; delta = scale * B @ A.
 
-    ``layers`` counts up to the last one that occurs. ``other_modules`` are adapted outside of the layers.
-    ``untrained`` modules have a B of zeros, ``not_finite`` ones NaN or infinite factors (neither is looked for in a
-    state dict, whose sha256 is left out as well: that would read all of it). ``settings`` are those of a PEFT
-    configuration. ``fits`` names well-known bases with these shapes.
+    ``form``: ``trainer`` (its LoRA), ``state dict`` (its full fine-tune) or ``peft``.
+    ``layers``: number of layers up to the last one that is adapted. ``other_modules`` are outside the layers.
+    ``untrained`` modules have a B of zeros, ``not_finite`` ones NaN or infinite factors. For a state dict these and
+    ``sha256`` are left out, because they would need the whole file to be read.
+    ``settings`` are those of a PEFT configuration. ``fits`` names the well-known bases with these shapes.
     """
 
     form: str
     file: str
     bytes: int
-    sha256: str | None
+    sha256: str | None = None
     parameters: int
     dtypes: Mapping[str, int]
-    ranks: tuple[int, ...]
-    scales: tuple[float, ...]
+    ranks: tuple[int, ...] = ()
+    scales: tuple[float, ...] = ()
     layers: int
     modules: Mapping[str, ModuleKind]
     other_modules: tuple[str, ...]
-    untrained: tuple[str, ...]
-    not_finite: tuple[str, ...]
-    settings: Mapping[str, Any]
+    untrained: tuple[str, ...] = ()
+    not_finite: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
     fits: tuple[str, ...]
 
 
 def trainer_facts(path: Path) -> AdapterFacts:
-    """The trainer's LoRA or state dict.
+    """Describe the trainer's LoRA or state dict.
 
     Raises:
-        InputError: neither of the two, or factors without their partner.
+        InputError: the file is neither, or lacks one of the factors of a module.
         UnsafeInputError: the file would run code.
     """
     content = without_prefixes(read_pth(path), path)
-    tensors = Tensors(
-        shapes={name: tuple(tensor.shape) for name, tensor in content.items()},
-        dtypes={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in content.items()},
-        values=content.__getitem__,
-    )
+    tensors = _tensors(content)
     if any(name.endswith(SUFFIXES) for name in content):
         factors = {module: (module + SUFFIXES[0], module + SUFFIXES[1]) for module in pair_factors(content, path)}
         return _low_rank_facts("trainer", path, tensors, factors, dict.fromkeys(factors, 1.0), {})
     if EMBEDDING not in content:
         raise InputError(
-            f"{path} is not an adapter: no tensor is named *.lora.A.weight or *.lora.B.weight, nor is it the state of "
-            "a whole model"
+            f"{path} is not an adapter: no tensor is named *.lora.A.weight or *.lora.B.weight, and it is not the "
+            "state dict of a whole model"
         )
     linears = {n.removesuffix(".weight"): s for n, s in tensors.shapes.items() if n.endswith("_proj.weight")}
     return _facts("state dict", path, tensors, linears)
 
 
 def peft_facts(directory: Path) -> AdapterFacts:
-    """A PEFT directory.
+    """Describe a PEFT directory.
 
     Raises:
-        InputError: a configuration that cannot be read, another method than LoRA, no weights, or half a pair.
+        InputError: a configuration that cannot be read, another method than LoRA, no weights, or a missing factor.
         UnsafeInputError: the weights would run code.
     """
     config = _peft_config(directory)
     path = next((directory / name for name in PEFT_WEIGHTS if (directory / name).is_file()), None)
     if path is None:
         raise InputError(f"{directory} has no {' and no '.join(PEFT_WEIGHTS)}; save the adapter again")
-    tensors = _safetensors(path) if path.suffix == ".safetensors" else _peft_bin(path)
+    tensors = _safetensors(path) if path.suffix == ".safetensors" else _tensors(read_pth(path))
     pairs: dict[str, dict[str, str]] = {}
     for name in tensors.shapes:
-        if found := PEFT_FACTOR.search(name):
-            pairs.setdefault(name[: found.start()].removeprefix(PEFT_PREFIX), {})[found[1]] = name
-    half = sorted(module for module, names in pairs.items() if len(names) < 2)
-    if half or not pairs:
-        what = f"lacks one of the factors of {some(half)}" if half else "has no tensor named *.lora_A.weight"
-        raise InputError(f"{path} {what}; save the adapter again")
+        if factor := PEFT_FACTOR.search(name):
+            pairs.setdefault(name[: factor.start()].removeprefix(PEFT_PREFIX), {})[factor[1]] = name
+    incomplete = sorted(module for module, names in pairs.items() if len(names) < 2)
+    if incomplete or not pairs:
+        fault = (
+            f"lacks one of the factors of {first_names(incomplete)}" if incomplete else "has no tensor *.lora_A.weight"
+        )
+        raise InputError(f"{path} {fault}; save the adapter again")
     factors = {module: (names["A"], names["B"]) for module, names in pairs.items()}
     try:
         scales = {module: _peft_scale(module, tensors.shapes[a][0], config) for module, (a, _) in factors.items()}
@@ -141,10 +141,10 @@ def _peft_config(directory: Path) -> dict[str, Any]:
 
 
 def _peft_scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA; ``alpha_pattern`` names exceptions by the end of a module's name."""
+    """alpha / r, or alpha / sqrt(r) with rsLoRA; ``alpha_pattern`` has exceptions by the end of a module's name."""
     patterns = config.get("alpha_pattern") or {}
-    named = (alpha for text, alpha in patterns.items() if fits(KEY_OF_PATTERN.format(text), module))
-    alpha = next(named, config.get("lora_alpha"))
+    matching = (alpha for pattern, alpha in patterns.items() if match_start(KEY_OF_PATTERN.format(pattern), module))
+    alpha = next(matching, config.get("lora_alpha"))
     return float(alpha or rank) / (sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -163,8 +163,8 @@ def _safetensors(path: Path) -> Tensors:
     )
 
 
-def _peft_bin(path: Path) -> Tensors:
-    content = read_pth(path)
+def _tensors(content: Mapping[str, Any]) -> Tensors:
+    """Describe torch tensors that are in memory already, or mapped."""
     return Tensors(
         shapes={name: tuple(tensor.shape) for name, tensor in content.items()},
         dtypes={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in content.items()},
@@ -180,9 +180,9 @@ def _low_rank_facts(
     scales: Mapping[str, float],
     settings: Mapping[str, Any],
 ) -> AdapterFacts:
-    flat = sorted(m for m, pair in factors.items() if any(len(tensors.shapes[name]) != 2 for name in pair))
-    if flat:
-        raise InputError(f"{path}: the factors of {some(flat)} are not matrices; save the adapter again")
+    not_matrices = sorted(m for m, pair in factors.items() if any(len(tensors.shapes[name]) != 2 for name in pair))
+    if not_matrices:
+        raise InputError(f"{path}: the factors of {first_names(not_matrices)} are not matrices; save the adapter again")
     linears = {module: (tensors.shapes[b][0], tensors.shapes[a][1]) for module, (a, b) in factors.items()}
     ranks = {size for a, b in factors.values() for size in (tensors.shapes[a][0], tensors.shapes[b][1])}
     return _facts(
@@ -203,24 +203,16 @@ def _finite(tensors: Tensors, names: tuple[str, str]) -> bool:
     return all(bool(tensors.values(name).isfinite().all()) for name in names)
 
 
-def _facts(form: str, path: Path, tensors: Tensors, linears: Mapping[str, Shape], **found: Any) -> AdapterFacts:
+def _facts(form: str, path: Path, tensors: Tensors, linears: Mapping[str, Shape], **facts: Any) -> AdapterFacts:
     dtypes = list(tensors.dtypes.values())
-    places = {module: int(layer[1]) for module in linears if (layer := IN_LAYER.search(module))}
-    layers = 1 + max(places.values(), default=-1)
+    layer_of = {module: int(layer[1]) for module in linears if (layer := IN_LAYER.search(module))}
+    layers = 1 + max(layer_of.values(), default=-1)
     modules = {
-        name: _module_kind({places[m]: linears[m] for m in places if kind(m) == name}, layers)
-        for name in sorted({kind(module) for module in places}, key=_in_order)
+        name: _module_kind({layer_of[m]: linears[m] for m in layer_of if module_kind(m) == name}, layers)
+        for name in sorted({module_kind(module) for module in layer_of}, key=_kind_order)
     }
-    settings = found.get("settings", {})
+    settings = facts.get("settings", {})
     some_layers = form == "peft" and settings.get("layers_to_transform") is not None
-    defaults: dict[str, Any] = {
-        "sha256": None,
-        "ranks": (),
-        "scales": (),
-        "untrained": (),
-        "not_finite": (),
-        "settings": {},
-    }
     return AdapterFacts(
         form=form,
         file=path.name,
@@ -229,13 +221,13 @@ def _facts(form: str, path: Path, tensors: Tensors, linears: Mapping[str, Shape]
         dtypes={dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))},
         layers=layers,
         modules=modules,
-        other_modules=tuple(sorted(set(linears) - set(places))),
+        other_modules=tuple(sorted(set(linears) - set(layer_of))),
         fits=fitting_bases(form, modules, layers, some_layers=some_layers),
-        **(defaults | found),
+        **facts,
     )
 
 
-def _in_order(name: str) -> tuple[int, str]:
+def _kind_order(name: str) -> tuple[int, str]:
     return (KINDS.index(name) if name in KINDS else len(KINDS)), name
 
 
@@ -247,18 +239,18 @@ def _module_kind(shapes: Mapping[int, Shape], layers: int) -> ModuleKind:
 def fitting_bases(
     form: str, modules: Mapping[str, ModuleKind], layers: int, *, some_layers: bool = False
 ) -> tuple[str, ...]:
-    """Well-known bases whose linear layers have these shapes.
+    """Names of the well-known bases whose linear layers have these shapes.
 
-    A trainer's LoRA must cover every layer and all square kinds of the base, a state dict all kinds; a PEFT adapter
-    only what it was told to, and not the last layers where it was given ``some_layers``.
+    A trainer's LoRA must adapt every layer and all square kinds of the base, a state dict all kinds. A PEFT adapter
+    adapts what its settings say; with ``some_layers`` these can leave out the base's last layers.
     """
-    fits = []
+    fitting = []
     for base in KNOWN_BASES:
         linears = base.linears()
-        owed = {"trainer": base.square(), "state dict": list(linears), "peft": []}[form]
-        same = all(found.shapes == (linears.get(name),) for name, found in modules.items())
-        whole = form == "peft" or not any(found.missing_layers for found in modules.values())
-        deep = layers <= base.layers if some_layers else layers == base.layers
-        if modules and same and whole and deep and set(owed) <= set(modules):
-            fits.append(base.name)
-    return tuple(fits)
+        required = {"trainer": base.square(), "state dict": list(linears), "peft": []}[form]
+        same_shapes = all(adapted.shapes == (linears.get(name),) for name, adapted in modules.items())
+        complete = form == "peft" or not any(adapted.missing_layers for adapted in modules.values())
+        same_depth = layers <= base.layers if some_layers else layers == base.layers
+        if modules and same_shapes and complete and same_depth and set(required) <= set(modules):
+            fitting.append(base.name)
+    return tuple(fitting)

@@ -1,6 +1,6 @@
-"""Sizes of well-known public checkpoints, as their ``config.json`` give them: which bases an adapter's shapes can fit.
+"""Dimensions of well-known public checkpoints, from their ``config.json``; an adapter's shapes can fit them.
 
-Fine-tunes (Instruct, Chat, Coder, Math and others) have the sizes of what they started from, so one row stands for all.
+Fine-tunes (Instruct, Chat, Coder, Math and others) have the dimensions of their base model, so one row is enough.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class KnownBase:
         }
 
     def square(self) -> list[str]:
-        """Kinds of layers that the trainer's LoRA covers."""
+        """The kinds of layers that the trainer's LoRA adapts: the square ones."""
         return [kind for kind, (rows, columns) in self.linears().items() if rows == columns]
 
 

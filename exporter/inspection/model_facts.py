@@ -1,4 +1,4 @@
-"""What a base checkpoint or one of our artifacts says about itself, from configuration, headers and manifest."""
+"""Facts about a base checkpoint or an artifact, from its configuration, headers and manifest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,20 +6,22 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pos2d.exporter.adapters.adapter import kind
+from pos2d.exporter.adapters.adapter import module_kind
 from pos2d.exporter.artifact.hf_config import end_tokens
+from pos2d.exporter.files.tensor_places import torch_name
 from pos2d.exporter.inputs.base import rope_settings
-from pos2d.exporter.inputs.checkpoint import Checkpoint, torch_name
+from pos2d.exporter.inputs.checkpoint import Checkpoint
 from pos2d.exporter.inspection.known_bases import KINDS
 from pos2d.manifest import read_manifest
+from pos2d.onnx_io import GraphInfo
 
 
 @dataclass(frozen=True, slots=True)
 class BaseFacts:
-    """Counts are of features, heads and layers; ``bytes`` of the weight files; ``dtypes`` maps a type to its tensors.
+    """One base model: its dimensions, ``bytes`` of all weight files, and number of tensors by dtype.
 
-    ``rope`` has type and theta and whatever scales them. ``trainer_covers``: kinds of linear layers that are square,
-    which are those that the trainer adapts.
+    ``rope`` has the rope type, theta and scaling settings. ``trainer_covers``: the kinds of linear layers that the
+    trainer's LoRA adapts, which are the square ones.
     """
 
     family: str
@@ -43,7 +45,7 @@ class BaseFacts:
 
 @dataclass(frozen=True, slots=True)
 class ArtifactFacts:
-    """The manifest's own facts; ``bytes`` of all files. ``totals`` and ``parity`` are there where it has them."""
+    """One artifact, as its manifest describes it; ``bytes`` of all files. ``totals`` and ``parity`` can be missing."""
 
     kind: str
     family: str
@@ -59,14 +61,15 @@ class ArtifactFacts:
     bytes: int
     totals: Mapping[str, Any] | None
     parity: Mapping[str, Any] | None
-    graph: Mapping[str, Any] | None
+    graph: GraphInfo | None
     tool_version: str
 
 
 def base_facts(base: Checkpoint) -> BaseFacts:
+    """Describe a base model."""
     sizes = base.sizes
     dtypes = [torch_name(place.dtype) for place in base.tensors.values()]
-    square = [kind(module) for module, shape in base.linear_shapes().items() if shape[0] == shape[1]]
+    square = [module_kind(module) for module, shape in base.linear_shapes().items() if shape[0] == shape[1]]
     return BaseFacts(
         family=sizes.family,
         parameters=sum(prod(place.shape) for place in base.tensors.values()),
@@ -89,8 +92,10 @@ def base_facts(base: Checkpoint) -> BaseFacts:
 
 
 def artifact_facts(directory: Path) -> ArtifactFacts:
-    """Raises:
-    InputError: a manifest that cannot be read, or files that are not those that it names.
+    """Describe the artifact in ``directory``.
+
+    Raises:
+        InputError: a manifest that cannot be read, or files that differ from it.
     """
     manifest = read_manifest(directory)
     block = manifest.to_dict()

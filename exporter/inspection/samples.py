@@ -1,4 +1,4 @@
-"""Text like the training data, as the branches that training lays side by side."""
+"""Text like the training data, grouped into sequences of branches as training does it."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from typing import Any
 from pos2d.errors import InputError
 from pos2d.text_samples import FORMS, Branch, Row, read_rows
 
-# Four branches show the stride; branches this short leave several sequences within the limit.
+# Four branches make strides distinguishable, and branches this short give more than one sequence within the limit.
 BRANCHES, BRANCH_TOKENS, TOKEN_LIMIT = 4, 128, 2000
-MOST_BRANCHES = 16
+MAX_BRANCHES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Branches of one sequence, and the context that all of them see (empty: none)."""
+    """The branches of one sequence, and the context that all of them attend to (empty: none)."""
 
     branches: tuple[Branch, ...]
     context: tuple[int, ...] = ()
@@ -25,13 +25,13 @@ class Sample:
 
 
 def read_samples(path: Path, tokenizer: Any, limit: int = TOKEN_LIMIT) -> list[Sample]:
-    """Sequences from the start of a file until ``limit`` tokens are laid out; what follows is not read.
+    """Read sequences from the start of a file, up to ``limit`` tokens in all.
 
-    A line with ``branches`` is a sequence of its own (``main`` is its context); lines and paragraphs that are one
-    branch each go four to a sequence. Branches and contexts are cut at 128 tokens, sequences at 16 branches.
+    A line with ``branches`` is one sequence (``main`` is its context); lines and paragraphs that are one branch each
+    are grouped by four. Branches and contexts are truncated to 128 tokens, sequences to 16 branches.
 
     Raises:
-        InputError: an unreadable file, a line of another form, or no sequence with two branches.
+        InputError: a file that cannot be read, a line in an unknown form, or no sequence with two branches.
     """
     samples: list[Sample] = []
     for sample in _grouped(read_rows(path, tokenizer, BRANCH_TOKENS)):
@@ -39,20 +39,20 @@ def read_samples(path: Path, tokenizer: Any, limit: int = TOKEN_LIMIT) -> list[S
             break
         samples.append(sample)
     if not samples:
-        raise InputError(f"{path} has no two branches to lay side by side; {FORMS}")
+        raise InputError(f"{path} has no two branches for one sequence; {FORMS}")
     return samples
 
 
 def _grouped(rows: Iterable[Row]) -> Iterator[Sample]:
-    waiting: list[Branch] = []
+    pending: list[Branch] = []
     for row in rows:
-        if row.several:
+        if row.grouped:
             if len(row.branches) > 1:
-                yield Sample(row.branches[:MOST_BRANCHES], row.context)
+                yield Sample(row.branches[:MAX_BRANCHES], row.context)
             continue
-        waiting += row.branches
-        if len(waiting) == BRANCHES:
-            yield Sample(tuple(waiting))
-            waiting = []
-    if len(waiting) > 1:
-        yield Sample(tuple(waiting))
+        pending += row.branches
+        if len(pending) == BRANCHES:
+            yield Sample(tuple(pending))
+            pending = []
+    if len(pending) > 1:
+        yield Sample(tuple(pending))

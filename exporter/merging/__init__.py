@@ -1,1 +1,1 @@
-"""How a merge is laid out, computed, written, proven and gone on from; the verb is exporter/merge.py."""
+"""How a merge is checked, laid out, written, recorded and resumed; the verb is ``exporter/merge.py``."""

@@ -1,4 +1,4 @@
-"""What an interrupted merge has finished: rewritten as a whole whenever a shard is safely on the disk."""
+"""The journal of a merge: which shards are finished, rewritten whenever one is safely on the disk."""
 
 import json
 import os
@@ -11,18 +11,18 @@ from pos2d.errors import OutputError
 from pos2d.exporter.artifact.staging import sync, write_json
 from pos2d.exporter.merging.ledger import TensorEntry
 
-Shards = Mapping[str, Mapping[str, TensorEntry]]
+FinishedShards = Mapping[str, Mapping[str, TensorEntry]]
 
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """``recipe`` says what is being made; only a run that makes the same may go on from here."""
+    """``recipe`` describes the merge; only a merge with an equal recipe may resume from the journal."""
 
     path: Path
     recipe: Mapping[str, Any]
 
-    def read(self) -> Shards:
-        """File name to the ledger of its tensors, for every shard that was written whole.
+    def read(self) -> FinishedShards:
+        """File name to the ledger of its tensors, for every shard that is complete.
 
         Raises:
             OutputError: the journal belongs to another recipe, or cannot be read.
@@ -37,18 +37,18 @@ class Journal:
                 for file, entries in shards.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OutputError(f"{self.path} cannot be read ({error}); start over with --force") from None
+            raise OutputError(f"{self.path} cannot be read ({error}); start over with `force=True`") from None
         ours = json.loads(json.dumps(self.recipe))
-        other = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-        if other:
+        differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+        if differing:
             raise OutputError(
-                f"{self.path.parent} belongs to another merge, which differs in {', '.join(other)}; --resume needs the "
-                "same inputs, --force starts over"
+                f"{self.path.parent} belongs to another merge, which differs in {', '.join(differing)}; `resume=True` "
+                "needs the same inputs, `force=True` starts over"
             )
         return finished
 
-    def write(self, shards: Shards) -> None:
-        """Note ``shards``, which must be on the disk already; a reader sees the old journal or the new one."""
+    def write(self, shards: FinishedShards) -> None:
+        """Record ``shards``, which must be on the disk already; the old journal is replaced in one step."""
         content = {
             "recipe": self.recipe,
             "shards": {f: {name: entry.to_dict() for name, entry in entries.items()} for f, entries in shards.items()},

@@ -1,4 +1,4 @@
-"""What a merge needs of the machine, counted before the first byte is written."""
+"""The disk space and memory that a merge needs, checked before the first byte is written."""
 
 import shutil
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ from pos2d.exporter.adapters import Adapter
 from pos2d.exporter.artifact.staging import workspace_of
 from pos2d.exporter.files.parallel import worker_count
 from pos2d.exporter.files.tensor_io import BLOCK_ELEMENTS
-from pos2d.exporter.merging.writer import COPY_BYTES
-from pos2d.exporter.tensors.plan import MergePlan
+from pos2d.exporter.merging.shard_writer import COPY_BYTES
+from pos2d.exporter.merging.shards import ShardLayout
 
-# What the process has before its first tensor: measured with torch 2.13 for CPUs at 0.26 GB; its CUDA builds take more.
+# Memory of the process before its first tensor: 0.26 GB measured with torch 2.13 for CPUs; CUDA builds take more.
 INTERPRETER_BYTES = 300 << 20
-# Float64 values of a block that are alive at once, at most: weights, change, sum, rounding and their comparisons.
+# How many float64 arrays of the size of a block exist at once, at most: weights, delta, sum, rounding and comparisons.
 BLOCK_COPIES = 10
-# Configuration, tokenizer and what else travels beside the weights.
-COMPANION_BYTES = 32 << 20
+# Room for configuration, tokenizer and the other small files next to the weights.
+SIDECAR_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """All in bytes; ``disk`` is what is still to be written."""
+    """What a merge needs and what the machine has, in bytes; ``disk`` counts only what is still to be written."""
 
     disk: int
     disk_free: int
@@ -31,8 +31,10 @@ class Needs:
     memory_available: int
 
     def check(self, output: Path) -> None:
-        """Raises:
-        StorageError: the disk or the memory is too small.
+        """Check that both suffice.
+
+        Raises:
+            StorageError: the disk or the memory is too small.
         """
         check_disk(output, self.disk, self.disk_free)
         if self.memory > self.memory_available:
@@ -42,32 +44,33 @@ class Needs:
             )
 
 
-def needs_of(plan: MergePlan, adapters: Sequence[Adapter], output: Path) -> Needs:
-    """The needs of ``plan``; what an interrupted run left beside ``output`` is used again or makes room."""
+def needs_of(layout: ShardLayout, adapters: Sequence[Adapter], output: Path) -> Needs:
+    """The needs of a merge; files that an interrupted run left in its workspace count as free disk space."""
     import psutil
 
-    left = sum(path.stat().st_size for path in workspace_of(output).rglob("*") if path.is_file())
-    # Whole tensors stay in their file, mapped; factors are used again and again.
-    changes = (change for adapter in adapters for those in adapter.changes.values() for change in those)
-    factors = [tensor for change in changes if change.rank is not None for tensor in change.tensors().values()]
+    reusable = sum(path.stat().st_size for path in workspace_of(output).rglob("*") if path.is_file())
+    # Full-size tensors of an adapter stay in their mapped file; low-rank factors are used for every block.
+    deltas = (delta for adapter in adapters for of_tensor in adapter.deltas.values() for delta in of_tensor)
+    factors = [tensor for delta in deltas if delta.rank is not None for tensor in delta.tensors().values()]
+    per_worker = COPY_BYTES + BLOCK_COPIES * BLOCK_ELEMENTS * 8 + _widest_factors(layout)
     return Needs(
-        disk=max(plan.nbytes - left, 0) + COMPANION_BYTES,
+        disk=max(layout.nbytes - reusable, 0) + SIDECAR_BYTES,
         disk_free=disk_free(output),
-        memory=INTERPRETER_BYTES
-        + sum(tensor.nbytes for tensor in factors)
-        + worker_count() * (COPY_BYTES + BLOCK_COPIES * BLOCK_ELEMENTS * 8 + _widest(plan)),
+        memory=INTERPRETER_BYTES + sum(tensor.nbytes for tensor in factors) + worker_count() * per_worker,
         memory_available=psutil.virtual_memory().available,
     )
 
 
 def disk_free(output: Path) -> int:
-    """Bytes, where ``output`` is going to be."""
+    """Free bytes on the disk where ``output`` will be."""
     return shutil.disk_usage(next(parent for parent in output.absolute().parents if parent.is_dir())).free
 
 
 def check_disk(output: Path, needed: int, free: int) -> None:
-    """Raises:
-    StorageError: ``output`` needs more bytes than its disk has free.
+    """Check that ``needed`` bytes fit into ``free`` ones.
+
+    Raises:
+        StorageError: they do not.
     """
     if needed > free:
         raise StorageError(
@@ -76,10 +79,10 @@ def check_disk(output: Path, needed: int, free: int) -> None:
         )
 
 
-def _widest(plan: MergePlan) -> int:
-    """Bytes of the largest tensor's factors in float64."""
-    changes = ([change for change in tensor.changes if change.rank is not None] for tensor in plan.tensors)
-    return max(sum(t.numel() * 8 for change in those for t in change.tensors().values()) for those in changes)
+def _widest_factors(layout: ShardLayout) -> int:
+    """The largest number of bytes that the factors of one tensor take in float64."""
+    low_rank = ([delta for delta in tensor.deltas if delta.rank is not None] for tensor in layout.tensors)
+    return max(sum(t.numel() * 8 for delta in deltas for t in delta.tensors().values()) for deltas in low_rank)
 
 
 def _gigabytes(count: int) -> str:

@@ -1,4 +1,4 @@
-"""What an earlier run left: is it still what its ledger says, and is it what is asked for now?"""
+"""Checks of what an earlier run left: whether it is intact, and whether it is what this run would make."""
 
 import hashlib
 import json
@@ -11,12 +11,12 @@ from pos2d.exporter.artifact.staging import discard_workspace, sha256
 from pos2d.exporter.files.tensor_io import PIECE_BYTES, opened, pieces, sha256_of
 from pos2d.exporter.inputs.checkpoint import Checkpoint
 from pos2d.exporter.merging.ledger import TensorEntry, read_ledger
-from pos2d.exporter.tensors.plan import MergePlan, PlannedShard
+from pos2d.exporter.merging.shards import Shard, ShardLayout
 from pos2d.manifest import Manifest, read_manifest
 
 
-def is_intact(shard: PlannedShard, entries: Mapping[str, TensorEntry], directory: Path) -> bool:
-    """Whether a written shard is, byte for byte, what was noted of it."""
+def is_intact(shard: Shard, entries: Mapping[str, TensorEntry], directory: Path) -> bool:
+    """Whether a written shard has, byte for byte, the contents that its ledger ``entries`` record."""
     path = directory / shard.file
     if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.nbytes:
         return False
@@ -27,17 +27,19 @@ def is_intact(shard: PlannedShard, entries: Mapping[str, TensorEntry], directory
             return False
         for tensor in shard.tensors:
             digest = hashlib.sha256()
-            for _, count in pieces(tensor.target.nbytes, PIECE_BYTES):
+            for _, count in pieces(tensor.nbytes, PIECE_BYTES):
                 digest.update(stream.read(count))
             if digest.hexdigest() != entries[tensor.name].sha256_out:
                 return False
     return True
 
 
-def finished_artifact(output: Path, recipe: Mapping[str, Any], base: Checkpoint, plan: MergePlan) -> Manifest | None:
-    """The manifest of ``output`` where it is whole, of the same recipe and from the same weights.
+def finished_artifact(
+    output: Path, recipe: Mapping[str, Any], base: Checkpoint, layout: ShardLayout
+) -> Manifest | None:
+    """The manifest of ``output`` if that is complete, has the same recipe and was made from the same weights.
 
-    A run may be killed after its last step and before it could say so; what it left beside ``output`` is removed.
+    A run may be killed after its last step but before it could report; its leftover workspace is then removed.
     """
     try:
         manifest = read_manifest(output)
@@ -47,23 +49,23 @@ def finished_artifact(output: Path, recipe: Mapping[str, Any], base: Checkpoint,
     if json.loads(json.dumps({key: made[key] for key in recipe})) != json.loads(json.dumps(recipe)):
         return None
     ledger = read_ledger(manifest)
-    if not (_is_whole(output, manifest, plan, ledger) and _is_made_from(base, plan, ledger)):
+    if not (_is_complete(output, manifest, layout, ledger) and _is_made_from(base, layout, ledger)):
         return None
     discard_workspace(output)
     return manifest
 
 
-def _is_whole(output: Path, manifest: Manifest, plan: MergePlan, ledger: Mapping[str, TensorEntry]) -> bool:
+def _is_complete(output: Path, manifest: Manifest, layout: ShardLayout, ledger: Mapping[str, TensorEntry]) -> bool:
     hashed = {name: facts["sha256"] for name, facts in manifest.files.items() if "sha256" in facts}
     return all(sha256(output / name) == digest for name, digest in hashed.items()) and all(
         is_intact(shard, {t.name: ledger[t.name] for t in shard.tensors if t.name in ledger}, output)
-        for shard in plan.shards
+        for shard in layout.shards
     )
 
 
-def _is_made_from(base: Checkpoint, plan: MergePlan, ledger: Mapping[str, TensorEntry]) -> bool:
+def _is_made_from(base: Checkpoint, layout: ShardLayout, ledger: Mapping[str, TensorEntry]) -> bool:
     with opened(base.directory, base.files) as files:
         return all(
             t.name in ledger and ledger[t.name].sha256_in == sha256_of(files[t.source.file], t.origin, t.source)
-            for t in plan.tensors
+            for t in layout.tensors
         )

@@ -1,58 +1,45 @@
-"""One tensor of a merge, block by block: the exact sum of its base and its changes, rounded once."""
+"""One tensor of a merge, block by block: the exact sum of its base and its deltas, rounded once."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pos2d.errors import InputError
-from pos2d.exporter.adapters.deltas import exact_sum
-from pos2d.exporter.files.tensor_io import TensorFile, row_blocks
-from pos2d.exporter.inputs.checkpoint import DTYPES
-from pos2d.exporter.tensors.plan import PlannedTensor
+from pos2d.exporter.files.tensor_io import TensorFile
+from pos2d.exporter.files.tensor_places import torch_dtype
+from pos2d.exporter.tensors.exact_rows import ExactRows, exact_rows
 from pos2d.exporter.tensors.rounding import Rounding, is_finite, round_nearest
+from pos2d.exporter.tensors.tensor_plan import PlannedTensor
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RoundedRows:
-    """``rows`` of a tensor: the base's bytes, which are good until the next block, and its float64 values; what is
-    added to them, where something is; and the result in the type that is stored."""
-
-    rows: slice
-    data: memoryview
-    weight: "torch.Tensor"
-    delta: "torch.Tensor | None"
-    rounded: "torch.Tensor"
-
-
-def rounded_rows(tensor: PlannedTensor, file: TensorFile, rounding: Rounding) -> Iterator[RoundedRows]:
-    """All rows of a tensor from the open ``file`` of its base, in their order.
+def rounded_rows(
+    tensor: PlannedTensor, file: TensorFile, rounding: Rounding
+) -> "Iterator[tuple[ExactRows, torch.Tensor]]":
+    """All rows of a tensor from the open ``file`` of its base, in order, each block with its values in the stored type.
 
     Raises:
         InputError: values that are not finite after rounding.
     """
-    import torch
-
-    dtype = getattr(torch, DTYPES[tensor.target.dtype][0])
-    changes = [change.widened() for change in tensor.changes]
-    # Only a change is worth noise: what has none is converted to the nearest value.
-    rounded_to = rounding.of(tensor.name) if changes else round_nearest
-    for rows, data, weight in row_blocks(file, tensor.origin, tensor.source):
-        exact, delta = exact_sum(weight, changes, rows) if changes else (weight, None)
-        rounded = rounded_to(exact, dtype)
+    dtype = torch_dtype(tensor.dtype)
+    # Stochastic rounding is for deltas; a tensor without one is converted to the nearest value.
+    round_to = rounding.of(tensor.name) if tensor.deltas else round_nearest
+    for block in exact_rows(tensor, file, check_finite=False):  # rounding keeps NaN and infinity, so one check will do
+        rounded = round_to(block.exact, dtype)
         if not is_finite(rounded):
             raise InputError(
                 f"tensor {tensor.name} has NaN or infinite values in {dtype}; "
-                "use --dtype float32 or bfloat16, or check the base and the adapter"
+                "use `dtype` float32 or bfloat16, or check the base and the adapter"
             )
-        yield RoundedRows(rows, data, weight, delta, rounded)
+        yield block, rounded
 
 
 def check_copied(tensor: PlannedTensor, values: "torch.Tensor") -> None:
-    """Raises:
-    InputError: ``values`` of a tensor that is copied are not finite.
+    """Check values of a tensor that is copied.
+
+    Raises:
+        InputError: values that are not finite.
     """
     if not is_finite(values):
         raise InputError(

@@ -1,1 +1,1 @@
-"""Weights in 8 and 4 bits: encodings, GPTQ, calibration, and which layer gets how many bits."""
+"""Quantisation to 8 and 4 bits: storage encodings, GPTQ with data-free calibration, and mixed-precision allocation."""

@@ -1,68 +1,68 @@
-"""What the inputs of every layer are like, so that quantising makes up for its errors where they would be seen."""
+"""Data-free calibration: the Hessians of all linear layers, from random and self-generated tokens."""
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
-from pos2d.exporter.quantisation.gptq import Curvature
+from pos2d.exporter.quantisation.gptq import HessianFactors
 from pos2d.exporter.sources.source import Source
-from pos2d.exporter.tensors.plan import PlannedTensor
+from pos2d.exporter.tensors.tensor_plan import PlannedTensor
+from pos2d.onnx_io import FUSED_LAYERS
 from pos2d.progress import Progress
 
 if TYPE_CHECKING:
     import torch
 
-    from pos2d.exporter.quantisation.layerwise_model import ExactDecoder
+    from pos2d.exporter.quantisation.layerwise_model import LayerwiseModel
 
 SEED = 20240601
-# Of each of the two texts. Twice as much made no model better that could be told from chance.
-SEQUENCES, LENGTH = 4, 256
-# Layers that read the same input, by the first of them.
-READERS: Mapping[str, tuple[str, ...]] = {
-    "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+# Random sequences, and as many self-generated ones. Twice as many made no model better by more than chance.
+SEQUENCES, SEQUENCE_LENGTH = 4, 256
+# The linear layers of a decoder layer by the input that they share: it is recorded at the first of them.
+LAYERS_BY_INPUT: Mapping[str, tuple[str, ...]] = {
+    **{f"{part}.{names[0]}": tuple(f"{part}.{name}" for name in names) for part, names in FUSED_LAYERS.items()},
     "self_attn.o_proj": ("self_attn.o_proj",),
-    "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj": ("mlp.down_proj",),
 }
 
 
 def calibrate(
     source: Source, tensors: Mapping[str, PlannedTensor], workers: Executor
-) -> Iterator[Mapping[str, Curvature]]:
-    """For one block of the decoder after the other, the curvature of its linear layers by name.
+) -> Iterator[Mapping[str, HessianFactors]]:
+    """Run the exact model on calibration tokens; for each decoder layer in turn, yield the factorised Hessians of its
+    linear layers by their full names.
 
-    Nobody's data are needed: the model reads random tokens, and what it would write after each of them. The first
-    reach everything that it knows, the second are nearer to what it will read; together they make a better model of 4
-    bits than as many of either. ``workers`` read the weights.
+    No data are needed. Half of the sequences are random tokens, and the others hold the token that the model itself
+    samples after each of those. Random tokens reach all of the vocabulary, sampled ones are closer to real inputs;
+    half of each makes a better 4-bit model than as many tokens of one kind. ``workers`` read the weights.
 
     Raises:
         InputError: values that are not finite.
     """
     import torch
 
-    from pos2d.exporter.quantisation.layerwise_model import ExactDecoder
+    from pos2d.exporter.quantisation.layerwise_model import LayerwiseModel
 
-    draw = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
     sizes = source.base.sizes
-    shape = (SEQUENCES, min(LENGTH, sizes.context_length))
-    random = torch.randint(sizes.vocab, shape, generator=draw)
-    with ExactDecoder(source, tensors, workers) as decoder:
-        texts = torch.cat([random, _written(decoder, random, draw)])
-        hidden = decoder.embed(texts)
-        for number in range(sizes.layers):
-            found = decoder.read(number, hidden, tuple(READERS))
+    shape = (SEQUENCES, min(SEQUENCE_LENGTH, sizes.context_length))
+    random = torch.randint(sizes.vocab, shape, generator=generator)
+    with LayerwiseModel(source, tensors, workers) as model:
+        hidden = model.embed(torch.cat([random, _self_generated(model, random, generator)]))
+        for index in range(sizes.layers):
+            hessians = model.run_layer(index, hidden, tuple(LAYERS_BY_INPUT))
             yield {
-                f"model.layers.{number}.{module}": curvature
-                for first, curvature in found.items()
-                for module in READERS[first]
+                f"model.layers.{index}.{name}": hessian
+                for recorded, hessian in hessians.items()
+                for name in LAYERS_BY_INPUT[recorded]
             }
 
 
-def _written(decoder: "ExactDecoder", tokens: "torch.Tensor", draw: "torch.Generator") -> "torch.Tensor":
-    """The tokens ``[B, S]`` that the model draws after each of ``tokens``."""
-    hidden = decoder.embed(tokens)
-    with Progress("reading the model", decoder.sizes.layers) as progress:
-        for number in range(decoder.sizes.layers):
-            decoder.read(number, hidden)
+def _self_generated(model: "LayerwiseModel", tokens: "torch.Tensor", generator: "torch.Generator") -> "torch.Tensor":
+    """The tokens ``[B, S]`` that the model samples as the next ones after each of ``tokens``."""
+    hidden = model.embed(tokens)
+    with Progress("generating calibration tokens", model.sizes.layers) as progress:
+        for index in range(model.sizes.layers):
+            model.run_layer(index, hidden)
             progress.advance()
-    return decoder.draw(hidden, draw)
+    return model.sample_next(hidden, generator)

@@ -1,49 +1,46 @@
-"""The exact model, base and adapters summed, run a block at a time: no more of it is ever in memory."""
+"""The exact sum of base and adapters as a float32 model, of which one decoder layer at a time is in memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pos2d.errors import InputError
 from pos2d.exporter.artifact.hf_config import model_config
 from pos2d.exporter.files.parallel import single_threaded_torch
 from pos2d.exporter.files.tensor_io import opened
 from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD
-from pos2d.exporter.quantisation.gptq import Curvature, curvature_of, in_panels
-from pos2d.exporter.quantisation.writing import exact_rows
+from pos2d.exporter.quantisation.gptq import HessianFactors, factorise_hessian, split_into_groups
 from pos2d.exporter.sources.source import Source
-from pos2d.exporter.tensors.plan import PlannedTensor
+from pos2d.exporter.tensors.exact_rows import exact_rows
+from pos2d.exporter.tensors.tensor_plan import PlannedTensor
 from pos2d.families import CLASS_NAMES
-from pos2d.hf import modeling_pos2d
+from pos2d.hf.empty_model import empty_model
 
-# Of a tensor at once: of the head that is a product worth having two cores for.
-ELEMENTS = 1 << 20
-# Sequences that go through a block together; the values of its MLP are what they cost.
-BATCH = 4
+# Values of a tensor that are read at a time: for the head, enough that the product keeps two cores busy.
+CHUNK_ELEMENTS = 1 << 20
+# Sequences that go through a decoder layer together; the activations of its MLP take the most memory.
+BATCH_SIZE = 4
 
 Tensor = torch.Tensor
 
 
-class ExactDecoder:
-    """``tensors``: of the sum, by name. Hidden states are lists of ``[B, S, H]``, and change where they lie."""
+class LayerwiseModel:
+    """Runs the model layer by layer; ``tensors`` are those of the sum, by name.
+
+    Hidden states are lists of ``[B, S, H]``, a tensor for each batch of sequences, and are replaced in place.
+    """
 
     def __init__(self, source: Source, tensors: Mapping[str, PlannedTensor], workers: Executor) -> None:
         self.sizes = source.base.sizes
         self._source, self._tensors, self._workers = source, tensors, workers
         config = model_config(source.base, source.spec, HEAD not in tensors)
         config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            self._model: Any = getattr(modeling_pos2d, f"{CLASS_NAMES[self.sizes.family]}Model")(config)
-        self._model.eval()
-        rotary: Any = modeling_pos2d.Pos2DRotaryEmbedding
-        self._rotary = rotary(LlamaRotaryEmbedding(config), source.spec.axes)
+        self._model = empty_model(config, f"{CLASS_NAMES[self.sizes.family]}Model").eval()
         self._open = ExitStack()
 
-    def __enter__(self) -> "ExactDecoder":
+    def __enter__(self) -> "LayerwiseModel":
         files = {tensor.source.file for tensor in self._tensors.values()}
         self._files = self._open.enter_context(opened(self._source.base.directory, files))
         return self
@@ -53,93 +50,98 @@ class ExactDecoder:
 
     @torch.inference_mode()
     def embed(self, ids: Tensor) -> list[Tensor]:
-        """Of tokens ``[B, S]``."""
-        found = torch.empty(*ids.shape, self.sizes.hidden)
-        for rows, values in self._rows(EMBEDDING):
-            here = (ids >= rows.start) & (ids < rows.stop)
-            found[here] = values[ids[here] - rows.start]
-        return list(torch.split(found, BATCH))
+        """The hidden states before the first decoder layer, for token ids ``[B, S]``."""
+        hidden = torch.empty(*ids.shape, self.sizes.hidden)
+        for rows, values in self._float32_rows(EMBEDDING):
+            inside = (ids >= rows.start) & (ids < rows.stop)
+            hidden[inside] = values[ids[inside] - rows.start]
+        return list(torch.split(hidden, BATCH_SIZE))
 
     @torch.inference_mode()
-    def read(self, number: int, hidden: list[Tensor], watched: Sequence[str] = ()) -> dict[str, Curvature]:
-        """Take ``hidden`` through block ``number``; the curvature of what its ``watched`` layers read.
+    def run_layer(self, index: int, hidden: list[Tensor], recorded: Sequence[str] = ()) -> dict[str, HessianFactors]:
+        """Take ``hidden`` through decoder layer ``index``; returns the factorised Hessians of the inputs of its
+        ``recorded`` linear layers.
 
         Raises:
             InputError: values that are not finite.
         """
-        prefix = f"model.layers.{number}."
-        layer = self._model.layers[number]
-        layer.load_state_dict(self._load(prefix), assign=True)
-        moments: dict[str, Tensor] = {}
+        layer = self._model.layers[index]
+        layer.load_state_dict(self._state_dict(f"model.layers.{index}."), assign=True)
+        hessians: dict[str, Tensor] = {}
         hooks = [
-            layer.get_submodule(name).register_forward_pre_hook(lambda _, read, name=name: _add(moments, name, read[0]))
-            for name in watched
+            layer.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: _accumulate(hessians, name, args[0])
+            )
+            for name in recorded
         ]
-        with fast_products():
-            for index, states in enumerate(hidden):
-                hidden[index] = layer(states, attention_mask=None, position_embeddings=self._angles(states))
+        with reduced_precision_matmul():
+            for batch, states in enumerate(hidden):
+                hidden[batch] = layer(states, attention_mask=None, position_embeddings=self._cos_sin(states))
         for hook in hooks:
             hook.remove()
         layer.to("meta")
-        if not all(values.isfinite().all() for values in (*hidden, *moments.values())):
+        if not all(values.isfinite().all() for values in (*hidden, *hessians.values())):
             raise InputError(
-                f"{self._source.base.directory}: block {number} gives values that are not finite in float32; check the "
-                "base and the adapter, or export with --no-calibration"
+                f"{self._source.base.directory}: decoder layer {index} gives values that are not finite in float32; "
+                "check the base and the adapter, or export with `no_calibration=True`"
             )
-        columns = [layer.get_submodule(name).in_features for name in moments]
+        columns = [layer.get_submodule(name).in_features for name in hessians]
         with single_threaded_torch():
-            return dict(zip(moments, self._workers.map(curvature_of, moments.values(), columns), strict=True))
+            factors = self._workers.map(factorise_hessian, hessians.values(), columns)
+            return dict(zip(hessians, factors, strict=True))
 
     @torch.inference_mode()
-    def draw(self, hidden: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-        """Next tokens ``[B, S]``, drawn with the probabilities that the model gives them after the last block."""
+    def sample_next(self, hidden: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+        """Sample the next token after every token from the model's distribution, ``[B, S]``; ``hidden`` are the states
+        after the last decoder layer."""
         norm = self._model.norm
-        norm.load_state_dict(self._load("model.norm."), assign=True)
+        norm.load_state_dict(self._state_dict("model.norm."), assign=True)
         states = torch.cat([norm(states) for states in hidden])
         tokens = torch.zeros(states.shape[:2], dtype=torch.int64)
-        total = torch.full(states.shape[:2], -torch.inf)
-        for rows, values in self._rows(HEAD if HEAD in self._tensors else EMBEDDING):
-            with fast_products():
+        log_total = torch.full(states.shape[:2], -torch.inf)
+        for rows, values in self._float32_rows(HEAD if HEAD in self._tensors else EMBEDDING):
+            with reduced_precision_matmul():
                 logits = states @ values.T
-            # Among all tokens so far, one of these is drawn as often as their share says: the logits of the whole
-            # vocabulary are never there together.
-            here = logits.logsumexp(-1)
-            total = torch.logaddexp(total, here)
-            chance, place = torch.rand(2, *here.shape, generator=generator)
-            sums = logits.sub_(here[..., None]).exp_().cumsum(-1)
-            token = torch.searchsorted(sums, place[..., None])[..., 0].clamp_max(len(values) - 1) + rows.start
-            tokens = torch.where(chance < (here - total).exp(), token, tokens)
+            # The logits of the whole vocabulary are never in memory together. A token sampled among those of this chunk
+            # replaces the one sampled so far with the probability that the chunk has among all rows up to here.
+            log_chunk = logits.logsumexp(-1)
+            log_total = torch.logaddexp(log_total, log_chunk)
+            replace, quantile = torch.rand(2, *log_chunk.shape, generator=generator)
+            cumulative = logits.sub_(log_chunk[..., None]).exp_().cumsum(-1)
+            sampled = torch.searchsorted(cumulative, quantile[..., None])[..., 0].clamp_max(len(values) - 1)
+            tokens = torch.where(replace < (log_chunk - log_total).exp(), sampled + rows.start, tokens)
         return tokens
 
-    def _angles(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of ordinary text."""
+    def _cos_sin(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for a single sequence: branch 0, and the position as time."""
         times = torch.arange(states.shape[1])
         positions = torch.stack([times, torch.zeros_like(times), times], dim=-1)[None]
-        cos, sin = self._rotary(states, positions)
+        cos, sin = self._model.rotary_emb(states, positions)
         return cos, sin
 
-    def _rows(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+    def _float32_rows(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """The exact sum of a tensor, rounded to float32, some rows at a time."""
         tensor = self._tensors[name]
-        for rows, _, exact, _ in exact_rows(tensor, self._files[tensor.source.file], ELEMENTS):
-            yield rows, exact.float()
+        for block in exact_rows(tensor, self._files[tensor.source.file], CHUNK_ELEMENTS):
+            yield block.rows, block.exact.float()
 
-    def _load(self, prefix: str) -> dict[str, Tensor]:
-        """Exact sums, rounded to float32, of the tensors that begin with ``prefix``, by the rest of their names."""
+    def _state_dict(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with ``prefix``, by the names after it."""
         names = [name for name in self._tensors if name.startswith(prefix)]
         with single_threaded_torch():
-            loaded = list(self._workers.map(self._whole, names))
-        return {name.removeprefix(prefix): values for name, values in zip(names, loaded, strict=True)}
+            tensors = list(self._workers.map(self._float32_tensor, names))
+        return {name.removeprefix(prefix): tensor for name, tensor in zip(names, tensors, strict=True)}
 
-    def _whole(self, name: str) -> Tensor:
-        values = torch.empty(self._tensors[name].target.shape)
-        for rows, part in self._rows(name):
-            values[rows] = part
-        return values
+    def _float32_tensor(self, name: str) -> Tensor:
+        tensor = torch.empty(self._tensors[name].shape)
+        for rows, values in self._float32_rows(name):
+            tensor[rows] = values
+        return tensor
 
 
 @contextmanager
-def fast_products() -> Iterator[None]:
-    """Products of float32 with bfloat16 factors, where the processor has them: what is read is rough anyway."""
+def reduced_precision_matmul() -> Iterator[None]:
+    """Let float32 products round their factors to bfloat16 where the processor has that; calibration needs no more."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -148,9 +150,9 @@ def fast_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _add(moments: dict[str, Tensor], name: str, read: Tensor) -> None:
-    """Add what a layer reads to the second moments of its panels."""
-    panels = in_panels(read.flatten(0, -2))
-    if name not in moments:
-        moments[name] = torch.zeros(len(panels), panels.shape[2], panels.shape[2])
-    moments[name].baddbmm_(panels.transpose(1, 2), panels)
+def _accumulate(hessians: dict[str, Tensor], name: str, inputs: Tensor) -> None:
+    """Add ``X^T X`` of each column group of a layer's inputs to its Hessian, ``[groups, length, length]``."""
+    groups = split_into_groups(inputs.flatten(0, -2))
+    if name not in hessians:
+        hessians[name] = torch.zeros(len(groups), groups.shape[2], groups.shape[2])
+    hessians[name].baddbmm_(groups.transpose(1, 2), groups)

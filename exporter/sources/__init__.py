@@ -1,1 +1,1 @@
-"""What weights are made from: a base with its adapters, or a merged directory."""
+"""The weights that an artifact is made from: a base with its adapters, or a merged directory."""

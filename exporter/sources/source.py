@@ -1,4 +1,4 @@
-"""What weights are made from: a base with its adapters, or a directory that was merged before."""
+"""The weights that an artifact is made from: a base with its adapters, or a merged directory."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,11 +9,12 @@ from pos2d import __version__
 from pos2d.errors import InputError, UsageError
 from pos2d.exporter.adapters import Adapter, read_adapters
 from pos2d.exporter.artifact.hf_config import end_tokens
-from pos2d.exporter.artifact.sidecars import check_companions
+from pos2d.exporter.artifact.sidecars import check_sidecars
 from pos2d.exporter.artifact.staging import sha256
 from pos2d.exporter.inputs.base import read_base
 from pos2d.exporter.inputs.checkpoint import Checkpoint, read_checkpoint, read_config
 from pos2d.manifest import read_manifest
+from pos2d.options import check_options, option
 from pos2d.spec import Align, Rope2DSpec, pair_indices_for_ratio, parse_pair_indices
 
 DEFAULT_RATIO = 0.5
@@ -21,36 +22,60 @@ DEFAULT_RATIO = 0.5
 
 @dataclass(frozen=True, slots=True)
 class TrainedPositions:
-    """The positions of the training as the flags name them; the first three exclude one another.
+    """How the training placed tokens. The trainer does not save these settings; the first three exclude one another.
+
+    ``pair_indices`` may also be given as a sequence of numbers.
 
     Raises:
-        UsageError: more than one of the three.
+        UsageError: more than one of the three, or a value out of range.
     """
 
-    rope_2d_ratio: float | None = None
-    pair_indices: str | Sequence[int] | None = None
-    no_patch_rope: bool = False
-    branch_stride: int = 128
-    align_to: Align = "left"
+    rope_2d_ratio: float | None = option(
+        None,
+        "Share of the rotary frequencies, 0 to 1, that encode branch and time instead of the position; they are the "
+        "slowest ones. Give the value of the training.",
+        minimum=0,
+        maximum=1,
+        default_text="0.5, the trainer's default",
+    )
+    pair_indices: str | Sequence[int] | None = option(
+        None,
+        "Rotary frequencies that encode branch and time, counted from 1, such as 5,6,7,8; in place of a ratio.",
+        metavar="NUMBERS",
+    )
+    no_patch_rope: bool = option(
+        False, "The adapter was trained without 2D RoPE, as an ordinary LoRA is: tokens only have a position."
+    )
+    branch_stride: int = option(
+        128, "Step between the branch positions of neighbouring branches, as in the training.", minimum=1
+    )
+    align_to: Align = option(
+        "left",
+        "Prompts of different length start in the same column (left) or end in the same column (right), as in the "
+        "training.",
+    )
 
     def __post_init__(self) -> None:
+        if isinstance(self.pair_indices, Sequence) and not isinstance(self.pair_indices, str):
+            object.__setattr__(self, "pair_indices", ",".join(map(str, self.pair_indices)))
+        check_options(self)
         if sum((self.rope_2d_ratio is not None, self.pair_indices is not None, self.no_patch_rope)) > 1:
             raise UsageError(
-                "--rope-2d-ratio, --pair-indices and --no-patch-rope exclude one another; give one of them"
+                "`rope_2d_ratio`, `pair_indices` and `no_patch_rope` exclude one another; give one of them"
             )
 
     @property
     def warnings(self) -> list[str]:
-        """What was taken because nobody said it."""
+        """A sentence if the ratio is an implicit default."""
         if (self.rope_2d_ratio, self.pair_indices, self.no_patch_rope) != (None, None, False):
             return []
         return [
-            f"no positions were named, so --rope-2d-ratio {DEFAULT_RATIO} was taken, the trainer's default; with "
-            "another than the training's several branches are nonsense (inspect --guess-ratio finds it)"
+            f"no positions were given, so the trainer's default, `rope_2d_ratio={DEFAULT_RATIO}`, is used; if the "
+            "training used another ratio, several branches give nonsense (`guess_ratio` of inspect finds it)"
         ]
 
     def resolve(self, frequencies: int) -> Rope2DSpec:
-        """The contract for a base with so many ``frequencies``; a ratio of 0.5 when nothing is said."""
+        """The positional contract for a base with this many rotary ``frequencies``."""
         if self.no_patch_rope:
             return Rope2DSpec(frequencies, (), self.branch_stride, self.align_to, visibility="isolated")
         if self.pair_indices is not None:
@@ -63,10 +88,11 @@ class TrainedPositions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """Weights, what is added to them, and how they are positioned; ``origin`` is what a manifest says of all that.
+    """A base, the adapters to add to it, and its positions.
 
-    ``options``: how weights that were merged before were summed and rounded; ``retention``: how much of their adapters
-    that rounding kept, where it was noted; ``warnings``: what was taken because nobody said it.
+    ``origin``: what a manifest says about where the weights come from. ``options``: how the weights of a merged
+    directory were summed and rounded; ``retention``: how much of its adapters that rounding retained, if it is
+    recorded. ``warnings``: a sentence for each implicit default.
     """
 
     base: Checkpoint
@@ -87,17 +113,17 @@ def from_adapters(
     revision: str | None = None,
     lora_rank: int | None = None,
 ) -> Source:
-    """A base and the adapters that were trained on it.
+    """Read a base and the adapters that were trained on it.
 
     Raises:
         UsageError, InputError, UnsafeInputError: see :func:`pos2d.exporter.inputs.base.read_base` and
             :func:`pos2d.exporter.adapters.read_adapters`.
     """
     base = read_base(base_model, revision=revision, bake_rope=not positions.no_patch_rope)
-    check_companions(base.directory)
+    check_sidecars(base.directory)
     spec = positions.resolve(base.sizes.num_frequencies)
     adapters = tuple(read_adapters([lora] if isinstance(lora, str | Path) else lora, base, lora_rank))
-    # A local path is nobody else's business; a Hub id and a commit are where to find the base again.
+    # Artifacts get published, so of a local path only the name is recorded; a Hub id and a commit locate the base.
     name = Path(base_model).name if base.revision is None else str(base_model)
     origin = {
         "base": {"name": name, "revision": base.revision, "config_sha256": sha256(base.directory / "config.json")},
@@ -109,7 +135,7 @@ def from_adapters(
 
 
 def from_merged(merged: Path) -> Source:
-    """A directory that :func:`pos2d.merge` wrote.
+    """Read a directory that :func:`pos2d.merge` wrote.
 
     Raises:
         InputError: not a merged directory, or its weights do not fit its configuration.

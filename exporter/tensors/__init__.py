@@ -1,1 +1,1 @@
-"""Every tensor of a result: where it comes from, what is added to it, and how it is rounded."""
+"""The tensors of a result: how each is computed from base and adapters, rounded, and measured."""

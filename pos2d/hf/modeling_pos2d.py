@@ -1,7 +1,7 @@
-"""Llama, Mistral, Qwen2 and Qwen3 decoders that take ``pos2d`` beside ``position_ids``.
+"""Llama, Mistral, Qwen2 and Qwen3 decoders that take ``pos2d`` as well as ``position_ids``.
 
 Every token has a position (its index in the flat sequence), a branch and a time; ``pos2d[..., 0]`` is branch and
-``pos2d[..., 1]`` is time. A model called without ``pos2d`` reads ordinary text: branch 0, time equal to position.
+``pos2d[..., 1]`` is time. A model called without ``pos2d`` reads one sequence: branch 0, time equal to position.
 Layers, attention and loading are the stock family's own; only the rotary angles and the mask differ.
 """
 

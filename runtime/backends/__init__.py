@@ -1,1 +1,1 @@
-"""What runs a decoder: torch with its caches, kernels and devices, and ONNX Runtime."""
+"""Backends that run a decoder: torch, and ONNX Runtime."""

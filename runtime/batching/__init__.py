@@ -1,1 +1,1 @@
-"""Files of prompts: their lines, and the output that grows."""
+"""Batches: the lines of the input file, their answers, and the output file."""

@@ -1,34 +1,25 @@
-"""One line of a batch: what it asks, with which options, or why it cannot be answered."""
+"""One line of a batch file: its request, or the reason why it has none."""
 
 import codecs
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from pos2d.errors import InputError, Pos2DError
-from pos2d.layout import Layout, build_layout
-from pos2d.runtime.engine.sampling import Sampling, SamplingFlags, resolve_sampling
-from pos2d.runtime.flags import part_of
-from pos2d.runtime.text.requests import (
-    Asked,
-    GenerationFlags,
-    LayoutFlags,
-    check_heeded,
-    chosen_spec,
-    encode_for,
-    group_size,
-    lay_out,
-)
-from pos2d.runtime.text.tokenization import EncodedPrompts, encode, require_chat_template, template_text
+from pos2d.options import nearest, options_of
+from pos2d.runtime.engine.sampling import Sampling, SamplingOptions, resolve_sampling
+from pos2d.runtime.text.artifact import LoadedArtifact
+from pos2d.runtime.text.chat_template import render_messages, require_chat_template
+from pos2d.runtime.text.options import LayoutOptions, RequestOptions
+from pos2d.runtime.text.requests import Request, encode_for, lay_out
+from pos2d.runtime.text.tokenization import EncodedPrompts, encode
+from pos2d.spec import Rope2DSpec
 from pos2d.text_samples import PAIRS, TEXTS
 
-if TYPE_CHECKING:
-    from pos2d.runtime.model.model import Model
-
-ASKING = ("prompt", "messages", "prompts", "branches")
-CONTEXTS = ("context", "main")
-ECHOED = ("id", "meta")
+PROMPT_KEYS = ("prompt", "messages", "prompts", "branches")
+CONTEXT_KEYS = ("context", "main")
+ECHOED_KEYS = ("id", "meta")
 SEPARATOR = "||"
 FORMS = (
     'a line is {"prompt": ...}, {"messages": [...]}, {"context": ..., "prompts": [...]}, {"branches": [...]}, or "a||b"'
@@ -37,35 +28,36 @@ FORMS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Line:
-    """A line, counted from 1. ``asked`` is what to decode, ``error`` says why there is nothing; ``echoed`` is the
-    user's own."""
+    """A line, counted from 1, with its ``request`` or an ``error``; ``echoed`` are the user's own keys."""
 
     number: int
     echoed: Mapping[str, Any]
-    asked: Asked | None = None
+    request: Request | None = None
     error: str | None = None
 
     @property
-    def is_ordinary(self) -> bool:
-        """One branch without a context: it may stand beside others, which do not see it."""
-        return self.asked is not None and len(self.asked.encoded.branches) == 1 and not self.asked.encoded.context
+    def is_single(self) -> bool:
+        """One prompt without a context, which may share a sequence with other lines without being seen by them."""
+        return self.request is not None and len(self.request.encoded.branches) == 1 and not self.request.encoded.context
 
 
-def read_line(
-    number: int, raw: bytes, model: "Model", sampling: Sampling, flags: GenerationFlags, plain: bool = False
-) -> Line:
-    """``sampling`` and ``flags`` hold where the line says nothing; ``plain`` takes what is not JSON as a prompt."""
+def parse_line(number: int, raw: bytes, artifact: LoadedArtifact, options: RequestOptions, plain: bool = False) -> Line:
+    """Read a line; ``options`` apply where the line has none. ``plain`` takes a line that is not JSON as a prompt."""
     echoed: dict[str, Any] = {}
     try:
         block = _block(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, plain)
         echoed = _echoed(block)
-        return Line(number, echoed, asked=_asked(block, model, sampling, flags))
+        return Line(number, echoed, request=_request(block, artifact, options))
     except Pos2DError as error:
         return Line(number, echoed, error=" ".join(str(error).split()))
 
 
 def _block(raw: bytes, plain: bool) -> dict[str, Any]:
-    """The line as an object; ``a||b``, in quotes or bare, is a list of branches."""
+    """The line as an object; ``a||b``, with or without quotes, is a list of branches.
+
+    Raises:
+        InputError: neither of these.
+    """
     try:
         text = raw.decode("utf-8").strip()
     except UnicodeDecodeError as error:
@@ -75,70 +67,90 @@ def _block(raw: bytes, plain: bool) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except RecursionError:
-        raise InputError("the JSON is too deep") from None
+        raise InputError("the JSON is nested too deeply") from None
     except ValueError:
         value = text if (plain or SEPARATOR in text) and not text.startswith(("{", "[")) else None
     if isinstance(value, str):
         value = {"branches": [part.strip() for part in value.split(SEPARATOR)]}
     if not isinstance(value, dict):
-        raise InputError(f"neither an object of JSON nor a text with {SEPARATOR}; {FORMS}")
+        raise InputError(f"neither a JSON object nor a text with {SEPARATOR}; {FORMS}")
     return value
 
 
 def _echoed(block: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises:
-    InputError: what cannot stand in a file of JSON again.
+    """The user's own keys, which the record repeats.
+
+    Raises:
+        InputError: values that JSON in UTF-8 cannot hold.
     """
-    echoed = {name: block[name] for name in ECHOED if name in block}
+    echoed = {name: block[name] for name in ECHOED_KEYS if name in block}
     try:
         json.dumps(echoed, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
-        raise InputError(f"{' or '.join(echoed)} cannot be written again: NaN, Infinity, or half a character") from None
+        raise InputError(
+            f"{' or '.join(echoed)} cannot be written again: it has NaN, Infinity or a lone surrogate"
+        ) from None
     return echoed
 
 
-def _asked(block: Mapping[str, Any], model: "Model", sampling: Sampling, flags: GenerationFlags) -> Asked:
-    said = _options(block)
-    # An artifact's settings are in `sampling` already; the line's own win over all of them.
-    own = resolve_sampling(model.path, part_of(SamplingFlags, said), below=asdict(sampling))
-    check_heeded(chosen_spec(model.manifest.rope_2d, flags), part_of(LayoutFlags, said))
-    place = {**flags, **part_of(LayoutFlags, said)}
-    spec = chosen_spec(model.manifest.rope_2d, cast(LayoutFlags, place))
-    asking = [name for name in ASKING if name in block]
-    if len(asking) != 1:
-        raise InputError(f"a line has one of {', '.join(ASKING)}; {FORMS}")
-    context = _context(block)
-    ignored = bool(flags.get("ignore_chat_template"))
-    if asking == ["messages"]:
-        if context is not None:
-            raise InputError("messages has its own system turn; put the context there")
-        if ignored:
-            raise InputError("messages are turns of the chat template; use prompt, or leave --ignore-chat-template out")
-        encoded = _conversation(block["messages"], model)
-    else:
-        prompts = _prompts(block[asking[0]], asking[0])
-        encoded = encode_for(model.tokenizer, prompts, context, spec, ignored)
-    return lay_out(model, encoded, spec, own, group_size(cast(LayoutFlags, place)))
+def _request(block: Mapping[str, Any], artifact: LoadedArtifact, options: RequestOptions) -> Request:
+    """The request of a line.
+
+    Raises:
+        InputError: keys, texts or lengths that cannot be used.
+        UsageError: options that cannot be used.
+    """
+    given = _options(block)
+    # The options of the batch have the artifact's generation settings in them already.
+    sampling: Sampling = resolve_sampling(artifact.path, given, defaults=asdict(options.sampling))
+    in_line = {name: given[name] for name in options_of(LayoutOptions) if name in given}
+    LayoutOptions(**in_line).check_effect(options.layout.apply_to(artifact.manifest.rope_2d))
+    layout = replace(options.layout, **in_line)
+    spec = layout.apply_to(artifact.manifest.rope_2d)
+    encoded = _encoded(block, artifact, spec, options.ignore_chat_template)
+    return lay_out(artifact, encoded, spec, sampling, layout.branches_per_sequence)
 
 
 def _options(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling and layout options of a line, as the flags of the command line would be."""
-    known = set(GenerationFlags.__annotations__) - {"ignore_chat_template"}
-    unknown = sorted(set(block) - known - {*ASKING, *CONTEXTS, *ECHOED})
+    """The options of a line.
+
+    Raises:
+        InputError: a key that no line has.
+    """
+    declared = [*options_of(SamplingOptions), *options_of(LayoutOptions)]
+    known = [*declared, *PROMPT_KEYS, *CONTEXT_KEYS, *ECHOED_KEYS]
+    unknown = [name for name in block if name not in known]
     if unknown:
-        raise InputError(f'{", ".join(unknown)} is no option; what is your own may stand under "id" and "meta"')
-    said = {name: block[name] for name in known if name in block}
-    for name in ("branch_stride", "max_branches"):
-        if said.get(name) is not None and not (isinstance(said[name], int) and not isinstance(said[name], bool)):
-            raise InputError(f"{name} {said[name]!r} must be a whole number")
-    return said
+        hints = "".join(nearest(name, known) for name in unknown)
+        raise InputError(
+            f'a line has no {", ".join(map(repr, unknown))}{hints} (your own data may stand under "id" and "meta")'
+        )
+    return {name: block[name] for name in declared if name in block}
+
+
+def _encoded(
+    block: Mapping[str, Any], artifact: LoadedArtifact, spec: Rope2DSpec, ignore_chat_template: bool
+) -> EncodedPrompts:
+    """Token ids of the line's prompts and context."""
+    keys = [name for name in PROMPT_KEYS if name in block]
+    if len(keys) != 1:
+        raise InputError(f"a line has one of {', '.join(PROMPT_KEYS)}; {FORMS}")
+    context = _context(block)
+    if keys != ["messages"]:
+        prompts = _prompts(block[keys[0]], keys[0])
+        return encode_for(artifact.tokenizer, prompts, context, spec, ignore_chat_template)
+    if context is not None:
+        raise InputError("messages has its own system turn; put the context there")
+    if ignore_chat_template:
+        raise InputError("messages need the chat template; use prompt, or leave `ignore_chat_template` out")
+    return _encoded_messages(block["messages"], artifact.tokenizer)
 
 
 def _context(block: Mapping[str, Any]) -> str | None:
-    found = [block[name] for name in CONTEXTS if block.get(name) is not None]
-    if len(found) > 1 or not all(isinstance(context, str) for context in found):
+    contexts = [block[name] for name in CONTEXT_KEYS if block.get(name) is not None]
+    if len(contexts) > 1 or not all(isinstance(context, str) for context in contexts):
         raise InputError("the context must be one text")
-    return found[0] if found else None
+    return contexts[0] if contexts else None
 
 
 def _prompts(value: Any, key: str) -> list[str]:
@@ -149,7 +161,7 @@ def _prompts(value: Any, key: str) -> list[str]:
 
 
 def _prompt(entry: Any, key: str) -> str:
-    """A text, or of the trainer's samples the part that is asked."""
+    """A text, or the question of a training sample in one of the trainer's forms."""
     if isinstance(entry, str):
         return entry
     if isinstance(entry, Mapping) and key == "branches":
@@ -159,18 +171,12 @@ def _prompt(entry: Any, key: str) -> str:
     raise InputError(f"{key} has {entry!r}, which is not a text")
 
 
-def _conversation(messages: Any, model: "Model") -> EncodedPrompts:
+def _encoded_messages(messages: Any, tokenizer: Any) -> EncodedPrompts:
     turns = messages if isinstance(messages, list) else []
     if not turns or not all(
         isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in turns
     ):
         raise InputError("messages must be a list of turns, each with a role and a content")
-    require_chat_template(model.tokenizer)
-    return EncodedPrompts([encode(model.tokenizer, template_text(model.tokenizer, turns, ask=True))], None)
-
-
-def side_by_side(lines: Sequence[Line], model: "Model") -> Layout:
-    """Ordinary lines as branches of one sequence that do not see each other; each is answered as if it were alone."""
-    branches = [line.asked.encoded.branches[0] for line in lines if line.asked is not None]
-    return build_layout(branches, model.manifest.rope_2d, visibility="isolated")
+    require_chat_template(tokenizer)
+    return EncodedPrompts([encode(tokenizer, render_messages(tokenizer, turns, add_generation_prompt=True))], None)

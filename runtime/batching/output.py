@@ -1,9 +1,9 @@
-"""The file that a batch writes: absent, or whole; what an interrupted run left is gone on with."""
+"""The output file of a batch: absent or whole, and what an interrupted run left is continued."""
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -12,14 +12,20 @@ from pos2d.errors import OutputError, StorageError
 
 try:
     import fcntl
-except ImportError:  # Windows has none: there two runs are not kept from one file
+except ImportError:  # Windows has none: two runs are not kept from writing one file there
     fcntl = None  # type: ignore[assignment]
+
+# Characters that some programs take for the end of a line, though JSON does not.
+LINE_SEPARATORS = "\x85\u2028\u2029"
 
 
 @dataclass(frozen=True, slots=True)
 class BatchOutput:
-    """``path`` appears when it is whole; until then records go to ``PATH.partial``. ``recipe`` says which run makes it:
-    it stands beside the records, and beside the output in ``PATH.run.json``, with its size."""
+    """``path`` appears when it is whole; until then records go to ``PATH.partial``.
+
+    ``recipe`` identifies the run. It is stored next to the partial file, and with the size of the finished output in
+    ``PATH.run.json``.
+    """
 
     path: Path
     recipe: Mapping[str, Any]
@@ -41,112 +47,128 @@ class BatchOutput:
         return self.path, self.partial, self.partial_note, self.note
 
     def is_finished(self, force: bool) -> bool:
-        """Whether this very run was finished before.
+        """Whether this run was finished before.
 
         Raises:
-            OutputError: another one's output, or its beginning, is there and may not be replaced.
-            StorageError: there is no directory for it.
+            OutputError: the whole or partial output of another run is there and may not be replaced.
+            StorageError: the directory of the output does not exist.
         """
         if not self.path.parent.is_dir():
-            raise StorageError(f"{self.path.parent} is no directory; make it, or write elsewhere")
+            raise StorageError(f"{self.path.parent} is not a directory; make it, or write to another one")
         if self.path.is_dir():
             raise OutputError(f"{self.path} is a directory; name a file")
         if force:
             return False
         if self.path.exists():
             finished = {"recipe": self.recipe, "bytes": self.path.stat().st_size}
-            if _read(self.note) == finished and not self.partial.exists():
+            if _read_note(self.note) == finished and not self.partial.exists():
                 return True
-            raise OutputError(f"{self.path} exists{self._other(self.note)}; --force replaces it")
-        # An empty one is nobody's: its run ended before it wrote anything.
-        if self.partial.exists() and self.partial.stat().st_size and not self._goes_on():
+            raise OutputError(f"{self.path} exists{self._difference(self.note)}; `force=True` replaces it")
+        # An empty partial file may be replaced: its run ended before it wrote a record.
+        if self.partial.exists() and self.partial.stat().st_size and not self._can_continue():
             raise OutputError(
-                f"{self.partial} is the beginning of another run{self._other(self.partial_note)}; finish that one, or "
-                "--force begins anew"
+                f"{self.partial} is the beginning of another run{self._difference(self.partial_note)}; finish that "
+                "run, or replace it with `force=True`"
             )
         return False
 
     @contextlib.contextmanager
     def opened(self, force: bool) -> Iterator[tuple[IO[bytes], int]]:
-        """A file to which records are added, and how many of them are there; it takes its place at the end.
+        """Open the partial file for more records, with the number of records in it; it becomes the output at the end.
 
         Raises:
-            OutputError: another process writes it, or has written it since :meth:`is_finished`.
+            OutputError: another process writes the output, or has written it since :meth:`is_finished`.
         """
         with self.partial.open("ab+") as file:
             self._lock(file)
             if self.path.exists() and not force:
                 self.partial.unlink()
-                raise OutputError(f"{self.path} was written by another process meanwhile; --force replaces it")
-            if not self._goes_on():
+                raise OutputError(f"{self.path} was written by another process meanwhile; `force=True` replaces it")
+            if not self._can_continue():
                 file.truncate(0)
-                _write(self.partial_note, {"recipe": self.recipe})
-            count = _cut_to_lines(file)
+                _write_note(self.partial_note, {"recipe": self.recipe})
+            count = _drop_partial_line(file)
             try:
                 yield file, count
             except (KeyboardInterrupt, SystemExit) as end:
-                end.add_note("the same command goes on from here")
+                end.add_note("the same command continues from here")
                 raise
             file.flush()
             os.fsync(file.fileno())
-            # In this order a run that ends between two of them is unfinished, and goes on, or finished.
-            _write(self.note, {"recipe": self.recipe, "bytes": file.tell()})
+            # In this order a run that ends between two steps is either finished, or unfinished and continues.
+            _write_note(self.note, {"recipe": self.recipe, "bytes": file.tell()})
             os.replace(self.partial, self.path)
             self.partial_note.unlink()
 
-    def _other(self, note: Path) -> str:
-        """What is not the same in the run that ``note`` tells of."""
-        block = _read(note)
+    def _difference(self, note: Path) -> str:
+        """What differs in the run that ``note`` describes, as part of a sentence."""
+        block = _read_note(note)
         theirs = block.get("recipe", {}) if isinstance(block, dict) else {}
         parts = [key for key in self.recipe if theirs and theirs.get(key) != self.recipe[key]]
-        named = [name for part in parts for name in _differing(part, theirs.get(part), self.recipe[part])]
-        return f", of another {', '.join(named)}" if named else ""
+        names = [name for part in parts for name in _differing(part, theirs.get(part), self.recipe[part])]
+        return f", with another {', '.join(names)}" if names else ""
 
-    def _goes_on(self) -> bool:
-        """Whether the records that are there are the beginning of this run."""
-        return bool(_read(self.partial_note) == {"recipe": self.recipe})
+    def _can_continue(self) -> bool:
+        """Whether the partial file is the beginning of this run."""
+        return bool(_read_note(self.partial_note) == {"recipe": self.recipe})
 
     def _lock(self, file: IO[bytes]) -> None:
+        """Lock the partial file until it is closed.
+
+        Raises:
+            OutputError: another process has locked it, or has made it the output before the lock was free.
+        """
         busy = OutputError(f"{self.partial} is being written by another process; let it finish")
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise busy from None
-        # The other process may have put it in its place before the lock was free.
         if not self.partial.exists() or not os.path.samestat(os.fstat(file.fileno()), self.partial.stat()):
             raise busy
 
 
+def write_records(file: IO[bytes], records: Sequence[Mapping[str, Any]]) -> None:
+    """Append records, one a line, and force them to the disk."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    for separator in LINE_SEPARATORS:
+        lines = lines.replace(separator, f"\\u{ord(separator):04x}")
+    file.write(lines.encode())
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def _differing(part: str, theirs: Any, ours: Any) -> list[str]:
-    """Names of the options that differ; other parts are their own names."""
+    """Names of the options that differ in ``part`` of a recipe; a part without options has its own name."""
     if part not in ("sampling", "options") or not isinstance(theirs, dict):
         return [part.replace("_", " ")]
     return [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
 
 
-def _read(path: Path) -> Any:
+def _read_note(path: Path) -> Any:
+    """The JSON of a note, or None if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def _write(path: Path, block: Mapping[str, Any]) -> None:
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(json.dumps(block, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+def _write_note(path: Path, block: Mapping[str, Any]) -> None:
+    """Write a note as JSON, whole or not at all."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(block, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(new, path)
 
 
-def _cut_to_lines(file: IO[bytes]) -> int:
-    """Drop a last line that was not finished; returns how many there are. The file's end is where to go on."""
+def _drop_partial_line(file: IO[bytes]) -> int:
+    """Drop a last line without its end; return the number of whole lines, with the file positioned after them."""
     file.seek(0)
-    count = whole = 0
+    count = size = 0
     for line in file:
         if not line.endswith(b"\n"):
             break
         count += 1
-        whole += len(line)
-    file.truncate(whole)
-    file.seek(whole)
+        size += len(line)
+    file.truncate(size)
+    file.seek(size)
     return count

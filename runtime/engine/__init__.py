@@ -1,1 +1,1 @@
-"""Decoding in token ids: sequences, sampling, and the protocol of a backend."""
+"""Decoding of token ids: sequences, sampling, and the protocol of a backend."""

@@ -1,4 +1,4 @@
-"""What the engine asks of a backend: one forward pass over explicit positions and an explicit mask."""
+"""The protocol of a backend: one forward pass with explicit positions and an explicit mask."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,27 +11,30 @@ Floats = npt.NDArray[np.float32]
 
 
 class KVCache(Protocol):
-    """Keys and values of the tokens so far; it grows by every forward pass that it is given to."""
+    """Keys and values of one sequence; every forward pass that gets the cache appends to it."""
 
     def reserve(self, capacity: int) -> None:
-        """Make room for ``capacity`` tokens in all."""
+        """Make room for ``capacity`` tokens in total."""
 
     def rewind(self, length: int) -> None:
-        """Forget every token from slot ``length`` on."""
+        """Drop every token from slot ``length`` on."""
 
 
 class Backend(Protocol):
-    """One loaded decoder; caches are the backend's own. ``device``: the kind of it that computes, as torch names
-    them; ``piece``: tokens of a prompt that are best read at once."""
+    """One loaded decoder. Each backend has its own kind of cache.
+
+    ``device`` is the type of device that computes, by torch's names (``cpu``, ``cuda``). ``prefill_chunk`` is the
+    number of prompt tokens that a forward pass best takes at once.
+    """
 
     device: str
-    piece: int
+    prefill_chunk: int
 
     def expect_branches(self, count: int) -> None:
-        """Say that so many branches are going to stand side by side, before what they have in common is read."""
+        """Prepare for ``count`` branches in one sequence; called before the prefix that they share is prefilled."""
 
     def new_cache(self, capacity: int) -> Any:
-        """An empty :class:`KVCache` for ``capacity`` tokens."""
+        """An empty :class:`KVCache` with room for ``capacity`` tokens."""
 
     def forward(
         self,
@@ -42,27 +45,27 @@ class Backend(Protocol):
         cache: Any | None = None,
         rows: Ints | None = None,
     ) -> Floats:
-        """Logits ``[B, S, V]``, or ``[B, R, V]`` of those tokens alone that ``rows`` ``[R]`` names.
+        """Logits ``[B, S, V]``, or ``[B, R, V]`` of the tokens that ``rows`` ``[R]`` lists.
 
-        Shapes: ``input_ids`` and ``position_ids`` ``[B, S]``, ``pos2d`` ``[B, S, 2]``, ``mask`` ``[B, S, T]`` with True
-        where attention is allowed and T the cached tokens and these.
+        Shapes: ``input_ids`` and ``position_ids`` ``[B, S]``, ``pos2d`` ``[B, S, 2]`` (branch, time), ``mask``
+        ``[B, S, T]``, True where attention is allowed; T counts the cached tokens and the S new ones.
         """
 
 
 class BatchCache(KVCache, Protocol):
-    """Keys and values of several sequences, each with its own number of tokens."""
+    """Keys and values of several sequences; ``lengths`` ``[B]`` is the number of tokens of each."""
 
     lengths: Ints
 
 
 @runtime_checkable
 class BatchBackend(Protocol):
-    """A decoder that takes several sequences of different lengths in one pass."""
+    """A decoder that takes several sequences of different lengths in one forward pass."""
 
-    piece: int
+    prefill_chunk: int
 
     def new_batch_cache(self, batch: int) -> Any:
-        """An empty :class:`BatchCache` for so many sequences."""
+        """An empty :class:`BatchCache` for ``batch`` sequences."""
 
     def forward(
         self,
@@ -74,5 +77,8 @@ class BatchBackend(Protocol):
         rows: Ints | None = None,
         counts: Ints | None = None,
     ) -> Floats:
-        """As :meth:`Backend.forward`, with ``rows`` ``[B, R]``. Only the first ``counts[b]`` new tokens of row ``b``
-        stay in the cache; a column of ``mask`` is a slot of the row's own cache, T of the longest row."""
+        """As :meth:`Backend.forward`, with ``rows`` ``[B, R]``.
+
+        Only the first ``counts[b]`` new tokens of sequence ``b`` stay in the cache; the others are padding. A column
+        of ``mask`` is a slot of the sequence's own cache, and T is that of the longest sequence.
+        """

@@ -1,50 +1,53 @@
-"""Ordinary text that stays in a cache, for everything that goes on from it: branches, or more text."""
+"""The KV cache of a prefix of later sequences: a shared context, or the turns of a conversation."""
 
 from collections.abc import Sequence
 from itertools import takewhile
 
 from pos2d.layout import build_layout
 from pos2d.runtime.engine.backend import Backend
-from pos2d.runtime.engine.decode import read_prompts
+from pos2d.runtime.engine.decode import prefill
 from pos2d.runtime.engine.sequence import check_length
 from pos2d.spec import Rope2DSpec
 
 
-class Prefix:
-    """``ids`` are the tokens whose keys and values ``cache`` holds; after an interruption it may hold more, which the
-    next call forgets. ``tokens_read`` counts what was ever encoded here."""
+class PrefixCache:
+    """``ids`` are the tokens whose keys and values ``cache`` holds from slot 0 on.
+
+    After an interrupted forward pass the cache may hold further slots; the next call drops them. ``prefilled_tokens``
+    counts all tokens that were ever prefilled into this cache.
+    """
 
     def __init__(self, backend: Backend, spec: Rope2DSpec, context_length: int) -> None:
         self._backend, self._spec, self._context_length = backend, spec, context_length
         self.cache = backend.new_cache(0)
         self.ids: list[int] = []
-        self.tokens_read = 0
+        self.prefilled_tokens = 0
 
-    def keep(self, ids: Sequence[int]) -> int:
-        """Forget everything from the first token on in which ``ids`` differ; returns how many are left."""
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids, strict=False)))
-        self.cache.rewind(shared)
-        self.ids = self.ids[:shared]
-        return shared
+    def keep_common(self, ids: Sequence[int]) -> int:
+        """Drop everything after the longest common prefix with ``ids``; return the length of that prefix."""
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids, strict=False)))
+        self.cache.rewind(common)
+        self.ids = self.ids[:common]
+        return common
 
-    def become(self, ids: Sequence[int]) -> None:
-        """Hold exactly ``ids``; only what is not there yet is read.
+    def fill(self, ids: Sequence[int]) -> None:
+        """Make the cache hold exactly ``ids``; only tokens that it does not hold yet are prefilled.
 
         Raises:
-            InputError: more positions than the model has.
+            InputError: ``ids`` take more positions than the model has.
         """
         if not ids:
-            self.keep(ids)
+            self.keep_common(ids)
             return
         layout = build_layout([ids], self._spec)
         check_length(layout, self._context_length)
-        start = self.keep(ids)
+        start = self.keep_common(ids)
         if start < len(ids):
             self.cache.reserve(len(ids))
-            read_prompts(self._backend, layout, self.cache, start)
-            self.went_on(ids, start)
+            prefill(self._backend, layout, self.cache, start)
+            self.record(ids, start)
 
-    def went_on(self, ids: Sequence[int], start: int) -> None:
-        """``ids`` are cached now; those from ``start`` on were encoded for it."""
+    def record(self, ids: Sequence[int], start: int) -> None:
+        """Note that the cache now holds ``ids``, of which the tokens from ``start`` on were prefilled."""
         self.ids = list(ids)
-        self.tokens_read += len(ids) - start
+        self.prefilled_tokens += len(ids) - start

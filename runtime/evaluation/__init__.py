@@ -1,1 +1,1 @@
-"""How one artifact is compared with another."""
+"""Comparing artifacts: logits, and the sequences that a text is evaluated in."""

@@ -1,4 +1,4 @@
-"""What every verb that holds one artifact against another shares."""
+"""Distances between the logits of two artifacts of the same model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,14 @@ Doubles = npt.NDArray[np.float64]
 
 
 def check_same_model(artifact: Path, reference: Path) -> None:
-    """Read both manifests, before any weights.
+    """Check from their manifests that two artifacts have the same base, adapters and positions.
 
     Raises:
-        InputError: either is not an artifact, or they are not the same model.
+        InputError: one of them is not an artifact, or they are not the same model.
     """
     manifests = [read_manifest(path) for path in (artifact, reference)]
-    names = ("family", "vocab_size", "rope_2d", "adapters", "base")
-    differing = [name for name in names if getattr(manifests[0], name) != getattr(manifests[1], name)]
+    fields = ("family", "vocab_size", "rope_2d", "adapters", "base")
+    differing = [name for name in fields if getattr(manifests[0], name) != getattr(manifests[1], name)]
     if differing:
         raise InputError(
             f"{artifact} and {reference} are not the same model: {', '.join(differing)} differ in their manifests"
@@ -29,25 +29,25 @@ def check_same_model(artifact: Path, reference: Path) -> None:
 
 
 def log_softmax(logits: Floats) -> Doubles:
-    """Natural logarithms of the probabilities, ``[..., V]`` to the same shape."""
-    wide: Doubles = logits.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    wide -= np.log(np.exp(wide).sum(-1, keepdims=True))
-    return wide
+    """Log-probabilities in nats, float64 ``[..., V]``, from logits ``[..., V]``."""
+    result: Doubles = logits.astype(np.float64)
+    result -= result.max(-1, keepdims=True)
+    result -= np.log(np.exp(result).sum(-1, keepdims=True))
+    return result
 
 
-def kl_divergence(expected: Doubles, found: Doubles) -> Doubles:
-    """KL(expected || found) in nats, ``[...]`` of log-probabilities ``[..., V]``."""
-    divergence: Doubles = (np.exp(expected) * (expected - found)).sum(-1)
+def kl_divergence(expected: Doubles, actual: Doubles) -> Doubles:
+    """KL(expected || actual) in nats, ``[...]``, from log-probabilities ``[..., V]``."""
+    divergence: Doubles = (np.exp(expected) * (expected - actual)).sum(-1)
     return divergence
 
 
 @dataclass(frozen=True, slots=True)
 class CaseParity:
-    """One way of running a probe.
+    """The distance between two sets of logits over ``positions`` tokens.
 
-    ``max_rel_diff`` is ``max_abs_diff`` as a share of the reference's largest logit; ``mean_kl`` is
-    KL(reference || artifact) in nats a position.
+    ``max_rel_diff`` is ``max_abs_diff`` divided by the reference's largest logit; ``mean_kl`` is
+    KL(reference || artifact) in nats per position.
     """
 
     name: str
@@ -58,15 +58,14 @@ class CaseParity:
     mean_kl: float
 
 
-def compare(name: str, expected: Floats, found: Floats) -> CaseParity:
-    """Logits ``[N, V]`` of the reference and of the artifact."""
-    p, q = log_softmax(expected), log_softmax(found)
-    difference = float(np.abs(expected - found).max())
+def compare(name: str, expected: Floats, actual: Floats) -> CaseParity:
+    """Compare logits ``[N, V]`` of the reference with those of the artifact."""
+    difference = float(np.abs(expected - actual).max())
     return CaseParity(
         name=name,
         positions=len(expected),
         max_abs_diff=difference,
         max_rel_diff=difference / float(np.abs(expected).max()),
-        top1_agreement=float((expected.argmax(-1) == found.argmax(-1)).mean()),
-        mean_kl=float(kl_divergence(p, q).mean()),
+        top1_agreement=float((expected.argmax(-1) == actual.argmax(-1)).mean()),
+        mean_kl=float(kl_divergence(log_softmax(expected), log_softmax(actual)).mean()),
     )

@@ -1,4 +1,4 @@
-"""A text as the sequences in which a model reads it: every sample alone, or several side by side."""
+"""The sequences in which a text is evaluated: one sample per sequence, or several samples side by side."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,19 +14,25 @@ from pos2d.manifest import Manifest
 from pos2d.spec import Rope2DSpec
 from pos2d.text_samples import FORMS, Branch, read_rows
 
+# A sample is cut after this many tokens, and no further samples are read after this many in all.
 SAMPLE_TOKENS = 512
 TEXT_TOKENS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
+    """One sample, with the tokens of its context before it."""
+
     text: Branch
     context: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reading:
-    """One sequence. The logits of slot ``rows[i]`` predict ``targets[i]``: int64 ``[R]``, in the order of the slots."""
+class EvalSequence:
+    """One sequence of ``samples`` samples; the logits of slot ``rows[i]`` predict the token ``targets[i]``.
+
+    ``rows`` and ``targets`` are int64 ``[R]``, in the order of the slots.
+    """
 
     layout: Layout
     samples: int
@@ -34,33 +40,36 @@ class Reading:
     targets: Ints
 
 
-def read_text(path: Path, tokenizer: Any, manifest: Manifest, branches: int) -> tuple[list[Reading], list[Reading]]:
-    """The start of a file: every sample as a sequence of its own, and ``branches`` of them in each sequence.
+def read_sequences(
+    path: Path, tokenizer: Any, manifest: Manifest, branches: int
+) -> tuple[list[EvalSequence], list[EvalSequence]]:
+    """Sequences from the start of a file: one sample in each, and ``branches`` samples in each.
 
-    Samples are cut at 512 tokens, or where ``branches`` of them fill the model; reading ends with the one that reaches
-    10,000 tokens. Side by side stand neighbours with the same context; those that do not fill a sequence are left out.
+    Samples are cut at 512 tokens, or where ``branches`` of them fill the model; reading ends with the sample that
+    reaches 10,000 tokens. Samples stand side by side if they are neighbours with the same context; groups of fewer than
+    ``branches`` are left out.
 
     Raises:
-        UsageError: ``branches`` out of range.
-        InputError: an unreadable text, one without a token to predict, or with tokens that the model does not have.
+        UsageError: ``branches`` is out of range.
+        InputError: a file that cannot be read, has no token to predict, or has tokens outside the vocabulary.
     """
-    opening = _opening(tokenizer)
-    samples = _samples(path, tokenizer, manifest, branches, len(opening))
-    alone = [_reading([sample], manifest.rope_2d, opening) for sample in samples]
-    largest = max(int(reading.layout.ids.max()) for reading in alone)
+    bos_ids = _bos_ids(tokenizer)
+    samples = _samples(path, tokenizer, manifest, branches, len(bos_ids))
+    single = [_sequence([sample], manifest.rope_2d, bos_ids) for sample in samples]
+    largest = max(int(sequence.layout.ids.max()) for sequence in single)
     if largest >= manifest.vocab_size:
         raise InputError(
             f"{path}: the artifact's tokenizer makes token {largest} of it, beyond the vocabulary of "
-            f"{manifest.vocab_size}; put the tokenizer of this model beside its weights"
+            f"{manifest.vocab_size}; put the tokenizer of this model into the artifact"
         )
-    return alone, [_reading(group, manifest.rope_2d, opening) for group in _side_by_side(samples, branches)]
+    return single, [_sequence(group, manifest.rope_2d, bos_ids) for group in _groups(samples, branches)]
 
 
-def _samples(path: Path, tokenizer: Any, manifest: Manifest, branches: int, opening: int) -> list[Sample]:
-    """The start of a file, each sample short enough to stand with ``branches`` others."""
-    longest = min(SAMPLE_TOKENS, (manifest.context_length - opening) // (branches + 1) if branches > 0 else 0)
+def _samples(path: Path, tokenizer: Any, manifest: Manifest, branches: int, bos_tokens: int) -> list[Sample]:
+    """Samples from the start of a file; one sequence has room for a context and any ``branches`` of them."""
+    longest = min(SAMPLE_TOKENS, (manifest.context_length - bos_tokens) // (branches + 1) if branches > 0 else 0)
     if longest < 2:
-        raise UsageError(f"branches {branches} must be at least 1, and so few that the model can hold them")
+        raise UsageError(f"`branches` {branches} must be at least 1, and few enough to fit in the model's positions")
     rows = read_rows(path, tokenizer, longest)
     samples: list[Sample] = []
     length = 0
@@ -74,39 +83,40 @@ def _samples(path: Path, tokenizer: Any, manifest: Manifest, branches: int, open
     return samples
 
 
-def _opening(tokenizer: Any) -> tuple[int, ...]:
-    """The special tokens that the tokenizer puts before an ordinary text."""
+def _bos_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts at the start of a text."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     marked = zip(encoded.input_ids, encoded.special_tokens_mask, strict=True)
     return tuple(token for token, _ in takewhile(lambda pair: pair[1], marked))
 
 
-def _side_by_side(samples: Sequence[Sample], branches: int) -> Iterator[list[Sample]]:
-    """Neighbours after the same context, ``branches`` at a time."""
-    for _, run in groupby(samples, key=lambda sample: sample.context):
-        alike = list(run)
-        for start in range(0, len(alike) - branches + 1, branches):
-            yield alike[start : start + branches]
+def _groups(samples: Sequence[Sample], branches: int) -> Iterator[list[Sample]]:
+    """Neighbouring samples with the same context, ``branches`` at a time."""
+    for _, neighbours in groupby(samples, key=lambda sample: sample.context):
+        same_context = list(neighbours)
+        for start in range(0, len(same_context) - branches + 1, branches):
+            yield same_context[start : start + branches]
 
 
-def _reading(samples: Sequence[Sample], spec: Rope2DSpec, opening: tuple[int, ...]) -> Reading:
-    """Lay out samples after their context; ordinary and isolated sequences start with ``opening``, as in ``run``."""
+def _sequence(samples: Sequence[Sample], spec: Rope2DSpec, bos_ids: tuple[int, ...]) -> EvalSequence:
+    """Lay out samples after their context. As in ``run``, single and isolated sequences start with ``bos_ids``."""
     texts, context = [sample.text for sample in samples], samples[0].context
     if len(samples) == 1 or spec.visibility == "isolated":
         if context:
-            context = opening + context
+            context = bos_ids + context
         else:
-            texts = [_opened(text, opening) for text in texts]
+            texts = [_with_bos(text, bos_ids) for text in texts]
     layout = build_layout([text.ids for text in texts], spec, context)
     slots = [np.flatnonzero(layout.owners == branch) for branch in range(len(texts))]
-    rows = np.concatenate([own[text.start - 1 : -1] for own, text in zip(slots, texts, strict=True)])
-    targets = np.concatenate([layout.ids[own[text.start :]] for own, text in zip(slots, texts, strict=True)])
+    pairs = list(zip(slots, texts, strict=True))
+    rows = np.concatenate([branch_slots[text.start - 1 : -1] for branch_slots, text in pairs])
+    targets = np.concatenate([layout.ids[branch_slots[text.start :]] for branch_slots, text in pairs])
     order = np.argsort(rows)
-    return Reading(layout, len(samples), rows[order], targets[order])
+    return EvalSequence(layout, len(samples), rows[order], targets[order])
 
 
-def _opened(text: Branch, opening: tuple[int, ...]) -> Branch:
-    """``text`` after ``opening``, where its chat template has not written that already."""
-    if text.ids[: len(opening)] == opening:
+def _with_bos(text: Branch, bos_ids: tuple[int, ...]) -> Branch:
+    """``text`` after ``bos_ids``, unless its chat template has put them there already."""
+    if text.ids[: len(bos_ids)] == bos_ids:
         return text
-    return Branch(opening + text.ids, len(opening) + text.start)
+    return Branch(bos_ids + text.ids, len(bos_ids) + text.start)

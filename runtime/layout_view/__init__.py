@@ -1,1 +1,1 @@
-"""Pictures of a layout."""
+"""Drawing a layout as SVG, or as text for a terminal."""

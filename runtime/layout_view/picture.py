@@ -1,4 +1,4 @@
-"""A layout as a person looks at it: rows of prompts, columns of times, and what one chosen token may attend to."""
+"""What a drawing of a layout shows: rows of prompts, columns of times, and what one chosen token attends to."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pos2d.layout import CONTEXT, Layout
 from pos2d.spec import Align, Visibility
 
-# How characters that cannot be seen are shown; the others of their kinds are a replacement character.
-SIGNS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\u2028": "⏎", "\u2029": "⏎"}
-JOINERS = "\u200c\u200d"  # hold emoji and some scripts together
-UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zs")
+# Symbols for characters that are invisible; other invisible characters become a replacement character.
+SYMBOLS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\u2028": "⏎", "\u2029": "⏎"}
+JOINERS = "\u200c\u200d"  # part of emoji and of some scripts
+INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cn", "Co", "Cs", "Zs")
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedToken:
-    """``branch`` and ``time`` are its ``pos2d``; ``visible`` says whether the chosen token may attend to it.
+    """One token: ``branch`` and ``time`` are its ``pos2d``; ``visible`` says whether the chosen token attends to it.
 
-    ``owner`` is the number of its prompt, from 0; the context's is -1.
+    ``owner`` is the number of its prompt, from 0, and -1 for the context.
     """
 
     text: str
@@ -31,6 +31,8 @@ class PlacedToken:
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """The tokens of one prompt or of the context."""
+
     name: str
     branch: int
     tokens: tuple[PlacedToken, ...]
@@ -38,9 +40,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """Tokens in the order of their slots; ``chosen`` is a slot.
+    """The tokens in the order of their slots; ``chosen`` is the slot of the token whose view is drawn.
 
-    ``branch_stride`` is absent without 2D RoPE; ``words`` says that no tokenizer was at hand.
+    ``branch_stride`` is absent without 2D RoPE; ``words`` says that words stand in for tokens.
     """
 
     visibility: Visibility
@@ -56,45 +58,48 @@ class Picture:
 
     @property
     def rows(self) -> list[Row]:
-        """The context where there is one, then every prompt."""
-        found = []
+        """The context if there is one, then every prompt."""
+        rows = []
         for owner in sorted({token.owner for token in self.tokens}):
-            own = tuple(token for token in self.tokens if token.owner == owner)
+            tokens = tuple(token for token in self.tokens if token.owner == owner)
             name = "context" if owner == CONTEXT else f"prompt {owner + 1}"
-            found.append(Row(name, own[0].branch, own))
-        return found
+            rows.append(Row(name, tokens[0].branch, tokens))
+        return rows
 
     @property
     def headline(self) -> str:
-        seen = sum(token.visible for token in self.tokens)
-        return f"“{clipped(shown(self.tokens[self.chosen].text))}” sees {seen} of {len(self.tokens)} tokens"
+        visible = sum(token.visible for token in self.tokens)
+        chosen = clipped(printable(self.tokens[self.chosen].text))
+        return f"“{chosen}” attends to {visible} of {len(self.tokens)} tokens"
 
     @property
     def rule(self) -> str:
         if self.visibility == "columnar":
-            return "columnar: a token sees itself and all earlier columns, those of other prompts too"
+            return "columnar: a token attends to itself and to all earlier columns, also those of other prompts"
         context = " and the context" if self.tokens[0].owner == CONTEXT else ""
-        return f"isolated: a token sees itself and what stands before it in its own prompt{context}"
+        return f"isolated: a token attends to itself and to the tokens before it in its prompt{context}"
 
     @property
     def place(self) -> str:
         token = self.tokens[self.chosen]
-        return f"it stands at position {token.position}, branch {token.branch}, time {token.time}"
+        return f"it is at position {token.position}, branch {token.branch}, time {token.time}"
 
     @property
     def facts(self) -> str:
         stride = "no 2D RoPE" if self.branch_stride is None else f"branch stride {self.branch_stride}"
-        aligned = f"aligned {self.align_to}" if self.visibility == "columnar" else "positions as if each were alone"
-        return f"{stride}; {aligned}" + ("; words stand for tokens" if self.words else "")
+        aligned = (
+            f"aligned {self.align_to}" if self.visibility == "columnar" else "positions as if each prompt were alone"
+        )
+        return f"{stride}; {aligned}" + ("; words in place of tokens" if self.words else "")
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """What it shows, in words."""
+        """What the picture shows, in sentences."""
         return self.headline, self.rule, self.place, self.facts
 
 
-def placed(layout: Layout, texts: Sequence[str], chosen: int) -> tuple[PlacedToken, ...]:
-    """Every token of a layout, seen from the one in slot ``chosen``; ``texts`` are in the order of the slots."""
+def placed_tokens(layout: Layout, texts: Sequence[str], chosen: int) -> tuple[PlacedToken, ...]:
+    """Every token of a layout, with what the one in slot ``chosen`` attends to; ``texts`` are in slot order."""
     visible = layout.mask(chosen)[0]
     return tuple(
         PlacedToken(
@@ -110,23 +115,23 @@ def placed(layout: Layout, texts: Sequence[str], chosen: int) -> tuple[PlacedTok
     )
 
 
-def shown(text: str) -> str:
-    """``text`` with a sign for every character that could not be seen, or that would change how others are."""
-    return "".join(_sign(character) for character in text)
+def printable(text: str) -> str:
+    """``text`` with a symbol for every character that is invisible or would change how others are displayed."""
+    return "".join(_printable(character) for character in text)
 
 
-def _sign(character: str) -> str:
-    if character in SIGNS:
-        return SIGNS[character]
-    if character in JOINERS or unicodedata.category(character) not in UNSEEN:
+def _printable(character: str) -> str:
+    if character in SYMBOLS:
+        return SYMBOLS[character]
+    if character in JOINERS or unicodedata.category(character) not in INVISIBLE_CATEGORIES:
         return character
     if unicodedata.category(character) == "Zs":
-        return SIGNS[" "]
+        return SYMBOLS[" "]
     return chr(0x2400 + ord(character)) if character < " " else "\ufffd"
 
 
 def clipped(text: str, room: int = 20) -> str:
-    """``text`` in at most ``room`` cells of a terminal, with an ellipsis where it was longer."""
+    """``text`` in at most ``room`` terminal cells, with an ellipsis if it is longer."""
     from rich.text import Text
 
     line = Text(text)
@@ -135,11 +140,11 @@ def clipped(text: str, room: int = 20) -> str:
 
 
 def bands(widths: Sequence[int], room: int) -> list[range]:
-    """Neighbouring columns that together fit ``room``, as often as it takes; each band has at least one column."""
-    found, start, used = [], 0, 0
+    """Split columns of these widths into bands that each fit ``room``; a band has at least one column."""
+    result, start, used = [], 0, 0
     for column, width in enumerate(widths):
         if column > start and used + width > room:
-            found.append(range(start, column))
+            result.append(range(start, column))
             start, used = column, 0
         used += width
-    return [*found, range(start, len(widths))]
+    return [*result, range(start, len(widths))]

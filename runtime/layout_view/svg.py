@@ -1,4 +1,4 @@
-"""A picture of a layout as SVG: no scripts, nothing from outside, colours for light and dark pages."""
+"""A picture of a layout as SVG, without scripts or external files, in colours for light and dark pages."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from html import escape
 
 from rich.cells import cell_len
 
-from pos2d.runtime.layout_view.picture import Picture, PlacedToken, Row, bands, clipped, shown
+from pos2d.runtime.layout_view.picture import Picture, PlacedToken, Row, bands, clipped, printable
 
-PAGE = 1180  # wider pictures continue in a further band, so that their letters stay readable on a page
+PAGE = 1180  # wider pictures continue in another band, so that letters stay readable on a page
 PAD = 24
 TOP = 94
-LETTER = 9  # a cell of the tokens' 15 px monospace
+LETTER = 9  # the width of a character in the tokens' 15 px monospace
 BOX, GAP = 46, 8
 HEADER, STEP, BAND_GAP = 30, BOX + 12, 18
 NARROWEST = 46
-KEY = 610  # the line that says what the boxes mean
+KEY = 610  # the width of the legend
 
 STYLE = """
 text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: #1f2328 }
@@ -53,7 +53,7 @@ text { fill: #e6edf3 }
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """Sizes in pixels: of the heads of the rows, of every column with its gap, and of the whole."""
+    """Widths in pixels: ``head`` of the row labels, ``widths`` of the columns with their gaps, ``width`` of it all."""
 
     picture: Picture
     rows: list[Row]
@@ -63,7 +63,10 @@ class Sheet:
 
 
 def draw_svg(picture: Picture) -> str:
-    """The whole file. Tokens are groups of class ``seen``, ``unseen`` or ``chosen`` with their numbers as data."""
+    """The SVG file as text.
+
+    Every token is a group of class ``seen``, ``unseen`` or ``chosen`` with its slot and positions as data attributes.
+    """
     sheet = _measured(picture)
     parts = [
         _text(PAD, 42, picture.headline, "headline"),
@@ -74,7 +77,7 @@ def draw_svg(picture: Picture) -> str:
         rows = [row for row in sheet.rows if any(token.time in columns for token in row.tokens)]
         parts += _band(sheet, rows, columns, y)
         y += HEADER + STEP * len(rows) + BAND_GAP
-    parts += _key(y)
+    parts += _legend(y)
     parts += [_text(PAD, y + 54, picture.place, "words"), _text(PAD, y + 78, picture.facts, "words")]
     height = y + 78 + PAD
     return "\n".join(
@@ -90,12 +93,12 @@ def draw_svg(picture: Picture) -> str:
 
 
 def _measured(picture: Picture) -> Sheet:
-    """A column is as wide as its widest token; letters of the words around the grid are guessed from above."""
+    """Columns are as wide as their widest token; the widths of other texts are estimated generously."""
     rows = picture.rows
     head = 26 + 9 * max(len(line) for row in rows for line in (row.name, f"branch {row.branch}"))
     widths = [NARROWEST + GAP] * picture.columns
     for token in picture.tokens:
-        letters = max(cell_len(clipped(shown(token.text))), len(str(token.position)))
+        letters = max(cell_len(clipped(printable(token.text))), len(str(token.position)))
         widths[token.time] = max(widths[token.time], LETTER * letters + 18 + GAP)
     grid = max(sum(widths[time] for time in columns) for columns in bands(widths, PAGE - 2 * PAD - head))
     words = max(11 * cell_len(picture.headline), 8 * max(map(len, picture.lines[1:])))
@@ -103,7 +106,7 @@ def _measured(picture: Picture) -> Sheet:
 
 
 def _band(sheet: Sheet, rows: list[Row], columns: range, y: int) -> Iterator[str]:
-    """Neighbouring columns: their times, and below every row that has tokens there."""
+    """One band of columns: their times, and below them every row that has tokens in these columns."""
     starts, x = {}, PAD + sheet.head
     for time in columns:
         starts[time] = x
@@ -124,21 +127,21 @@ def _band(sheet: Sheet, rows: list[Row], columns: range, y: int) -> Iterator[str
 def _token(token: PlacedToken, sheet: Sheet, x: int, y: int) -> str:
     kind = "chosen" if token.slot == sheet.picture.chosen else "seen" if token.visible else "unseen"
     width = sheet.widths[token.time] - GAP
-    whole = escape(shown(token.text))
+    full_text = escape(printable(token.text))
     return (
         f'<g class="token {kind}" data-slot="{token.slot}" data-position="{token.position}" '
         f'data-branch="{token.branch}" data-time="{token.time}" data-owner="{token.owner}">'
-        f"<title>{whole}: position {token.position}, branch {token.branch}, time {token.time}</title>"
+        f"<title>{full_text}: position {token.position}, branch {token.branch}, time {token.time}</title>"
         f'<rect x="{x}" y="{y}" width="{width}" height="{BOX}"/>'
-        f'<text x="{x + width // 2}" y="{y + 21}">{escape(clipped(shown(token.text)))}</text>'
+        f'<text x="{x + width // 2}" y="{y + 21}">{escape(clipped(printable(token.text)))}</text>'
         f'<text class="small" x="{x + width // 2}" y="{y + 38}">{token.position}</text></g>'
     )
 
 
-def _key(y: int) -> Iterator[str]:
-    """What the boxes mean; the classes of tokens colour these too."""
+def _legend(y: int) -> Iterator[str]:
+    """The meaning of the colours; its boxes have the classes of tokens."""
     x = PAD
-    for kind, words in (("chosen", "the chosen token"), ("seen", "what it sees"), ("unseen", "not seen")):
+    for kind, words in (("chosen", "chosen token"), ("seen", "visible to it"), ("unseen", "not visible")):
         yield f'<g class="token {kind}"><rect x="{x}" y="{y + 8}" width="24" height="18"/></g>'
         yield _text(x + 34, y + 22, words, "words")
         x += 34 + 8 * len(words) + 14

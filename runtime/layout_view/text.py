@@ -1,42 +1,42 @@
-"""A picture of a layout as lines for a terminal, readable without colours."""
+"""A picture of a layout as text for a terminal, readable without colours."""
 
 from rich.cells import cell_len
 from rich.text import Text
 
-from pos2d.runtime.layout_view.picture import Picture, PlacedToken, Row, bands, clipped, shown
+from pos2d.runtime.layout_view.picture import Picture, PlacedToken, Row, bands, clipped, printable
 
-CHOSEN, SEEN, UNSEEN, QUIET = "bold black on yellow", "bold cyan", "dim", "dim"
+CHOSEN, SEEN, UNSEEN, FAINT = "bold black on yellow", "bold cyan", "dim", "dim"
 GAP = 2
 LONGEST = 20
 
 
 def draw_text(picture: Picture, width: int) -> Text:
-    """Blocks of columns that fit ``width`` cells, then what they show in words.
+    """Bands of columns that fit ``width`` cells, then sentences about what they show.
 
-    Of every token the first line has the text, in brackets where it is the chosen one, after ● where that one sees it
-    and after ○ where not; the second line has its position.
+    A token takes two lines. The first has its text, in brackets for the chosen token, after ● for one that the chosen
+    token attends to, and after ○ for any other; the second has its position.
     """
     rows = picture.rows
     head = max(len(line) for row in rows for line in _head(row)) + GAP
     room = max(1, min(LONGEST, width - head - 2))
     widths = [len(str(time)) + 2 for time in range(picture.columns)]
     for token in picture.tokens:
-        inside = max(cell_len(clipped(shown(token.text), room)), len(str(token.position)))
+        inside = max(cell_len(clipped(printable(token.text), room)), len(str(token.position)))
         widths[token.time] = max(widths[token.time], inside + 2)
     lines = []
     for columns in bands([wide + GAP for wide in widths], width - head + GAP):
-        lines.append(_line("time", QUIET, {time: (f"  {time}", QUIET) for time in columns}, head, widths))
+        lines.append(_line("time", FAINT, {time: (f"  {time}", FAINT) for time in columns}, head, widths))
         for row in rows:
-            own = {token.time: token for token in row.tokens if token.time in columns}
-            if own:
-                texts = {time: _marked(token, picture.chosen, room) for time, token in own.items()}
-                positions = {time: (f"  {token.position}", QUIET) for time, token in own.items()}
+            in_band = {token.time: token for token in row.tokens if token.time in columns}
+            if in_band:
+                texts = {time: _marked(token, picture.chosen, room) for time, token in in_band.items()}
+                positions = {time: (f"  {token.position}", FAINT) for time, token in in_band.items()}
                 name, branch = _head(row)
-                lines.append(_line(name, "bold", _full(texts, columns), head, widths))
-                lines.append(_line(branch, QUIET, _full(positions, columns), head, widths))
+                lines.append(_line(name, "bold", _filled(texts, columns), head, widths))
+                lines.append(_line(branch, FAINT, _filled(positions, columns), head, widths))
         lines.append(Text())
-    key = "[ ] chosen   ● seen   ○ not seen   below: position"
-    lines += _wrapped(key, QUIET, width)
+    legend = "[ ] chosen   ● visible to it   ○ not visible   below: position"
+    lines += _wrapped(legend, FAINT, width)
     for number, words in enumerate(picture.lines):
         lines += _wrapped(words, "" if number else "bold", width)
     return Text("\n").join(lines)
@@ -47,18 +47,18 @@ def _head(row: Row) -> tuple[str, str]:
 
 
 def _marked(token: PlacedToken, chosen: int, room: int) -> tuple[str, str]:
-    text = clipped(shown(token.text), room)
+    text = clipped(printable(token.text), room)
     if token.slot == chosen:
         return f"[{text}]", CHOSEN
     return (f"● {text}", SEEN) if token.visible else (f"○ {text}", UNSEEN)
 
 
-def _full(cells: dict[int, tuple[str, str]], columns: range) -> dict[int, tuple[str, str]]:
+def _filled(cells: dict[int, tuple[str, str]], columns: range) -> dict[int, tuple[str, str]]:
     return {time: cells.get(time, ("", "")) for time in columns}
 
 
 def _line(name: str, style: str, cells: dict[int, tuple[str, str]], head: int, widths: list[int]) -> Text:
-    """One line: a head, then the cells of a block's columns, each as wide as its column."""
+    """One line: the row's label, then the cells of a band's columns, each as wide as its column."""
     line = Text.assemble((name, style), " " * (head - len(name)))
     for time, (text, look) in cells.items():
         line.append(text, look).append(" " * (widths[time] - cell_len(text) + GAP))
@@ -67,7 +67,7 @@ def _line(name: str, style: str, cells: dict[int, tuple[str, str]], head: int, w
 
 
 def _wrapped(words: str, style: str, width: int) -> list[Text]:
-    """Lines of whole words, the later ones indented."""
+    """Lines of whole words; all but the first are indented."""
     lines = [""]
     for word in words.split(" "):
         longer = f"{lines[-1]} {word}" if lines[-1].strip() else lines[-1] + word

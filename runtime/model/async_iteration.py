@@ -1,4 +1,4 @@
-"""Generation in a thread, heard in an event loop."""
+"""Iterating over a blocking iterator from an event loop, with the work in a thread."""
 
 import asyncio
 import threading
@@ -10,18 +10,18 @@ T = TypeVar("T")
 
 
 async def iterate_in(worker: ThreadPoolExecutor, make: Callable[[], Iterator[T]]) -> AsyncIterator[T]:
-    """What an iterator yields that is made and driven in ``worker``.
+    """The items of an iterator that ``make`` creates; both run in ``worker``.
 
-    When the listener leaves, by ``break``, an exception or cancellation, the iterator is closed after the item at hand.
+    If the reader leaves early, by ``break``, an exception or cancellation, the iterator stops after its current item.
     """
     loop = asyncio.get_running_loop()
     items: asyncio.Queue[T | None] = asyncio.Queue()
-    left = threading.Event()
+    reader_left = threading.Event()
 
     def drive() -> None:
         try:
             for item in make():
-                if left.is_set():
+                if reader_left.is_set():
                     return
                 loop.call_soon_threadsafe(items.put_nowait, item)
         finally:
@@ -32,6 +32,6 @@ async def iterate_in(worker: ThreadPoolExecutor, make: Callable[[], Iterator[T]]
     try:
         while (item := await items.get()) is not None:
             yield item
-        await driven  # raises what went wrong there
+        await driven  # raises the error that ended the iterator, if one did
     finally:
-        left.set()
+        reader_left.set()

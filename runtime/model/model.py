@@ -1,112 +1,102 @@
-"""A loaded artifact: logits and generation, in token ids and in texts, the same for every backend."""
+"""A loaded artifact: logits and generation, from token ids and from texts, the same for every backend."""
 
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pos2d.errors import InputError, UsageError
 from pos2d.layout import Ints, build_layout, columnar_mask
-from pos2d.manifest import Manifest
-from pos2d.runtime.engine.backend import Backend, Floats
+from pos2d.options import takes_options
+from pos2d.runtime.engine.backend import Floats
 from pos2d.runtime.engine.decode import decode
 from pos2d.runtime.engine.sampler import Sampler
-from pos2d.runtime.engine.sampling import SamplingFlags, resolve_sampling
+from pos2d.runtime.engine.sampling import SamplingOptions, resolve_sampling
 from pos2d.runtime.engine.sequence import Column
-from pos2d.runtime.flags import check_known
 from pos2d.runtime.model.async_iteration import iterate_in
+from pos2d.runtime.text.artifact import LoadedArtifact
 from pos2d.runtime.text.completions import Completion, Event, collect
 from pos2d.runtime.text.conversation import Conversation
-from pos2d.runtime.text.requests import GenerationFlags, prepare, stream
-from pos2d.runtime.text.tokenization import load_tokenizer
+from pos2d.runtime.text.options import LayoutOptions, PromptOptions, request_options
+from pos2d.runtime.text.requests import prepare_request, stream_events
 from pos2d.spec import Visibility
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
-    """What :func:`pos2d.load` returns: texts through ``generate``, ``stream`` and ``chat``, ids through the rest."""
+class Model(LoadedArtifact):
+    """The result of :func:`pos2d.load`: ``generate``, ``stream`` and ``chat`` take texts, the other methods token ids.
 
-    path: Path
-    manifest: Manifest = field(repr=False)
-    backend: Backend = field(repr=False)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The artifact's own; read when it is first asked for."""
-        return load_tokenizer(self.path)
+    Options are keywords; those that are not given are the artifact's.
+    """
 
     @cached_property
     def _worker(self) -> ThreadPoolExecutor:
-        """Where the asynchronous variants run, one after the other."""
+        """The thread in which the asynchronous methods run, one call after the other."""
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="pos2d")
 
-    def generate(
-        self, prompts: str | Sequence[str], context: str | None = None, **options: Unpack[GenerationFlags]
-    ) -> list[Completion]:
-        """Answer prompts side by side; the arguments are those of :meth:`stream`."""
-        asked = [prompts] if isinstance(prompts, str) else list(prompts)
-        return collect(self.stream(asked, context, **options), asked)
+    @takes_options(SamplingOptions, LayoutOptions, PromptOptions)
+    def generate(self, prompts: str | Sequence[str], context: str | None = None, **options: Any) -> list[Completion]:
+        """Answer one or several prompts; the arguments are those of :meth:`stream`."""
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return collect(self.stream(texts, context, **options), texts)
 
-    def stream(
-        self, prompts: str | Sequence[str], context: str | None = None, **options: Unpack[GenerationFlags]
-    ) -> Iterator[Event]:
-        """The same, token by token while it is written; ``Event.branch`` counts the prompts.
+    @takes_options(SamplingOptions, LayoutOptions, PromptOptions)
+    def stream(self, prompts: str | Sequence[str], context: str | None = None, **options: Any) -> Iterator[Event]:
+        """Answer prompts token by token; ``Event.branch`` counts the prompts.
 
         Args:
-            prompts: one is ordinary text, several are branches of one sequence, or of several after ``max_branches``.
-            context: read once, and seen by all prompts; the system turn of a chat template.
-            options: the fields of :class:`pos2d.runtime.text.requests.GenerationFlags`; what is left out is the
-            artifact's.
+            prompts: one is a single sequence; several are branches of one sequence, or of several sequences with at
+                most ``max_branches`` each.
+            context: text that all prompts see, prefilled once; the system message of a chat template.
 
         Raises:
-            InputError: no tokenizer, no or an empty prompt, prompts longer than the model.
+            InputError: no tokenizer, no prompt or an empty one, prompts longer than the model.
             UsageError: a value out of range.
         """
-        asked = prepare(self, [prompts] if isinstance(prompts, str) else list(prompts), context, options)
-        return stream(self, asked)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return stream_events(self, prepare_request(self, texts, context, request_options(self.path, options)))
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[SamplingFlags]) -> Completion:
-        """The next turn after ``messages``, each with its ``role`` and ``content``; the last one is the user's.
+    @takes_options(SamplingOptions)
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Completion:
+        """The answer to ``messages``, each with its ``role`` and ``content``; the last one is the user's.
 
-        :meth:`conversation` keeps what was read of earlier turns.
+        :meth:`conversation` keeps the KV cache of earlier turns.
 
         Raises:
-            InputError: no chat template, or messages that it does not take.
+            InputError: no chat template, or messages that it does not accept.
             UsageError: a value out of range.
         """
-        return collect(self._turn(messages, options), [messages[-1]["content"]])[0]
+        return collect(self._next_turn(messages, options), [messages[-1]["content"]])[0]
 
-    def conversation(
-        self, messages: Sequence[Mapping[str, str]] = (), **options: Unpack[GenerationFlags]
-    ) -> Conversation:
-        """A conversation that goes on from ``messages``; its cache stays from turn to turn."""
-        return Conversation(self, messages, options)
+    @takes_options(SamplingOptions, LayoutOptions, PromptOptions)
+    def conversation(self, messages: Sequence[Mapping[str, str]] = (), **options: Any) -> Conversation:
+        """A conversation that continues ``messages``, with one KV cache for all turns."""
+        return Conversation(self, messages, request_options(self.path, options))
 
+    @takes_options(SamplingOptions, LayoutOptions, PromptOptions)
     async def agenerate(
-        self, prompts: str | Sequence[str], context: str | None = None, **options: Unpack[GenerationFlags]
+        self, prompts: str | Sequence[str], context: str | None = None, **options: Any
     ) -> list[Completion]:
-        """:meth:`generate`, without keeping the event loop waiting."""
-        asked = [prompts] if isinstance(prompts, str) else list(prompts)
-        return collect([event async for event in self.astream(asked, context, **options)], asked)
+        """:meth:`generate`, without blocking the event loop."""
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return collect([event async for event in self.astream(texts, context, **options)], texts)
 
-    def astream(
-        self, prompts: str | Sequence[str], context: str | None = None, **options: Unpack[GenerationFlags]
-    ) -> AsyncIterator[Event]:
-        """:meth:`stream`, without keeping the event loop waiting; leaving it early ends the writing."""
+    @takes_options(SamplingOptions, LayoutOptions, PromptOptions)
+    def astream(self, prompts: str | Sequence[str], context: str | None = None, **options: Any) -> AsyncIterator[Event]:
+        """:meth:`stream`, without blocking the event loop; leaving it early stops the generation."""
         return iterate_in(self._worker, lambda: self.stream(prompts, context, **options))
 
-    async def achat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[SamplingFlags]) -> Completion:
-        """:meth:`chat`, without keeping the event loop waiting."""
-        events = iterate_in(self._worker, lambda: self._turn(messages, options))
+    @takes_options(SamplingOptions)
+    async def achat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Completion:
+        """:meth:`chat`, without blocking the event loop."""
+        events = iterate_in(self._worker, lambda: self._next_turn(messages, options))
         return collect([event async for event in events], [messages[-1]["content"]])[0]
 
-    def _turn(self, messages: Sequence[Mapping[str, str]], options: SamplingFlags) -> Iterator[Event]:
-        check_known(SamplingFlags, options)
+    def _next_turn(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> Iterator[Event]:
         *earlier, last = messages or [{}]
         return self.conversation(earlier, **options).ask(last)
 
@@ -116,11 +106,11 @@ class Model:
         position_ids: npt.ArrayLike | None = None,
         pos2d: npt.ArrayLike | None = None,
     ) -> Floats:
-        """Logits float32 ``[B, S, V]`` of one pass without a cache.
+        """Logits float32 ``[B, S, V]`` of one forward pass without a cache.
 
         Shapes: ``input_ids`` and ``position_ids`` ``[B, S]`` (or ``[S]``), ``pos2d`` ``[B, S, 2]`` (branch, time).
-        Positions left out are 0, 1, 2, …; without ``pos2d`` the sequence is one branch of ordinary text. The mask is
-        columnar: a token sees itself and every token of an earlier time.
+        ``position_ids`` default to 0, 1, 2, …; without ``pos2d`` every sequence is one branch. The mask is columnar: a
+        token sees itself and every token of an earlier time.
 
         Raises:
             InputError: shapes that do not fit, token ids outside the vocabulary, or more positions than the model has.
@@ -134,11 +124,12 @@ class Model:
             pairs = np.stack([np.zeros_like(positions), positions], axis=-1)
         else:
             pairs = _for_batch(pos2d, (*ids.shape, 2), "pos2d")
-        longest = 1 + int(max(positions.max(), pairs[..., 1].max()))
-        if longest > self.manifest.context_length:
-            raise InputError(f"the input takes {longest} positions, the model has {self.manifest.context_length}")
+        length = 1 + int(max(positions.max(), pairs[..., 1].max()))
+        if length > self.manifest.context_length:
+            raise InputError(f"the input takes {length} positions, the model has {self.manifest.context_length}")
         return self.backend.forward(ids, positions, pairs, columnar_mask(pairs[..., 1]))
 
+    @takes_options(SamplingOptions)
     def generate_ids(
         self,
         branches: Sequence[Sequence[int]],
@@ -147,23 +138,24 @@ class Model:
         eos_token_ids: Collection[int] | int | None = None,
         ignore_eos: bool = False,
         visibility: Visibility | None = None,
-        **sampling: Unpack[SamplingFlags],
+        **options: Any,
     ) -> list[list[int]]:
         """New token ids of every branch, without the end token; the arguments are those of :meth:`stream_ids`."""
-        new: list[list[int]] = [[] for _ in branches]
+        new_ids: list[list[int]] = [[] for _ in branches]
         for column in self.stream_ids(
             branches,
             context_ids,
             eos_token_ids=eos_token_ids,
             ignore_eos=ignore_eos,
             visibility=visibility,
-            **sampling,
+            **options,
         ):
-            for ids, token in zip(new, column.tokens, strict=True):
+            for ids, token in zip(new_ids, column.tokens, strict=True):
                 if token is not None:
                     ids.append(token)
-        return new
+        return new_ids
 
+    @takes_options(SamplingOptions)
     def stream_ids(
         self,
         branches: Sequence[Sequence[int]],
@@ -172,52 +164,43 @@ class Model:
         eos_token_ids: Collection[int] | int | None = None,
         ignore_eos: bool = False,
         visibility: Visibility | None = None,
-        **sampling: Unpack[SamplingFlags],
+        **options: Any,
     ) -> Iterator[Column]:
-        """Decode prompts side by side with a cache, one column of tokens a step. Nothing is text here.
+        """Decode prompts with a cache, one column of tokens a step. No text is involved.
+
+        Greedy unless ``options`` say otherwise, whatever the artifact's generation settings are.
 
         Args:
-            branches: prompts as token ids; one is ordinary text, several are branches of one sequence.
-            context_ids: tokens that all branches see, before them.
-            eos_token_ids: in place of the artifact's end tokens; ``ignore_eos`` decodes past them.
-            visibility: in place of the artifact's own.
-            sampling: the fields of :class:`pos2d.runtime.Sampling`; greedy where nothing is said, whatever the
-            artifact's
-                generation settings are.
+            branches: prompts as token ids; one is a single sequence, several are branches of one sequence.
+            context_ids: tokens before the branches, which all of them see.
+            eos_token_ids: end tokens in place of the artifact's; ``ignore_eos`` decodes past them.
+            visibility: in place of the artifact's.
 
         Raises:
-            InputError: no or an empty prompt, ids outside the vocabulary, prompts longer than the model.
-            UsageError: a number out of range, or texts that end answers.
+            InputError: no prompt or an empty one, ids outside the vocabulary, prompts longer than the model.
+            UsageError: a value out of range, or texts that end answers.
         """
-        check_known(SamplingFlags, sampling)
-        options = resolve_sampling(self.path, sampling, below={})
-        if options.stop or options.end_token:
-            raise UsageError("stop and end_token are texts; use stream() or generate(), or eos_token_ids")
+        sampling = resolve_sampling(self.path, options, defaults={})
+        if sampling.stop or sampling.end_token:
+            raise UsageError("`stop` and `end_token` are texts; use stream() or generate(), or `eos_token_ids`")
         layout = build_layout(branches, self.manifest.rope_2d, context_ids, visibility)
         self.check_ids(layout.ids)
         ends = self.manifest.eos_token_ids if eos_token_ids is None else eos_token_ids
         end_tokens = {ends} if isinstance(ends, int) else set(ends)
-        writers = [
-            Sampler(options, (branch,), () if ignore_eos else end_tokens, [*(context_ids or ()), *ids])
+        samplers = [
+            Sampler(sampling, (branch,), () if ignore_eos else end_tokens, [*(context_ids or ()), *ids])
             for branch, ids in enumerate(branches)
         ]
-        return decode(self.backend, layout, writers, context_length=self.manifest.context_length)
-
-    def check_ids(self, ids: Ints) -> None:
-        """Raises:
-        InputError: none, or some that the model does not have.
-        """
-        if ids.size == 0:
-            raise InputError("the input has no tokens")
-        if ids.min() < 0 or ids.max() >= self.manifest.vocab_size:
-            raise InputError(
-                f"token ids {ids.min()} to {ids.max()} are outside the vocabulary of {self.manifest.vocab_size}"
-            )
+        return decode(self.backend, layout, samplers, context_length=self.manifest.context_length)
 
 
 def _for_batch(values: npt.ArrayLike, shape: tuple[int, ...], name: str) -> Ints:
-    """``values`` of the whole batch, or of one sequence that stands for all."""
+    """``values`` with ``shape`` ``[B, ...]``; those of one sequence are repeated for the whole batch.
+
+    Raises:
+        InputError: another shape.
+    """
     array = np.asarray(values, dtype=np.int64)
     if array.shape not in (shape, shape[1:], (1, *shape[1:])):
-        raise InputError(f"{name} has shape {array.shape}, expected {shape}")
+        raise InputError(f"`{name}` has shape {array.shape}, expected {shape}")
     return np.ascontiguousarray(np.broadcast_to(array, shape))

@@ -1,1 +1,1 @@
-"""From texts to token ids and back: chat templates, completions, conversations."""
+"""From text to text: tokenizer and chat template, requests, completions and conversations."""

@@ -1,144 +1,107 @@
-"""Many prompts over one context: laid out in as many sequences as they need, the context read once."""
+"""A request: prompts over one context, laid out in as many sequences as they need; the context is prefilled once."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 
-from pos2d.errors import UsageError
 from pos2d.layout import Layout, build_layout
-from pos2d.runtime.engine.prefix_cache import Prefix
-from pos2d.runtime.engine.sampling import Sampling, SamplingFlags, resolve_sampling
+from pos2d.runtime.engine.prefix_cache import PrefixCache
+from pos2d.runtime.engine.sampling import Sampling
 from pos2d.runtime.engine.sequence import check_length
-from pos2d.runtime.flags import check_known, part_of
-from pos2d.runtime.text.completions import Event, answer, end_token_ids
+from pos2d.runtime.text.artifact import LoadedArtifact
+from pos2d.runtime.text.completions import Event
+from pos2d.runtime.text.options import RequestOptions
+from pos2d.runtime.text.text_decode import decode_text, end_token_ids
 from pos2d.runtime.text.tokenization import EncodedPrompts, encode_prompts
-from pos2d.spec import Align, Rope2DSpec, Visibility
-
-if TYPE_CHECKING:
-    from pos2d.runtime.model.model import Model
-
-MAX_BRANCHES = 16
-
-
-class LayoutFlags(TypedDict, total=False):
-    """How prompts stand side by side, None for what the artifact was trained with.
-
-    ``visibility``: whether they see each other's earlier columns (``columnar``) or each only itself (``isolated``).
-    ``align_to``: where prompts of different length line up. ``branch_stride``: branch value between neighbours.
-    ``max_branches``: prompts of one sequence; more wait for the next one, over the same context.
-    """
-
-    visibility: Visibility | None
-    align_to: Align | None
-    branch_stride: int | None
-    max_branches: int | None
-
-
-class GenerationFlags(SamplingFlags, LayoutFlags, total=False):
-    """The options of an answer and of its place; ``ignore_chat_template`` takes texts as they are."""
-
-    ignore_chat_template: bool
-
-
-def chosen_spec(spec: Rope2DSpec, flags: LayoutFlags) -> Rope2DSpec:
-    """The artifact's positions, but for what the flags say.
-
-    Raises:
-        InputError: a value out of range.
-    """
-    said: dict[str, Any] = {name: flags.get(name) for name in ("visibility", "align_to", "branch_stride")}
-    return replace(spec, **{name: value for name, value in said.items() if value is not None})
-
-
-def check_heeded(spec: Rope2DSpec, flags: LayoutFlags) -> None:
-    """``spec`` is the artifact's.
-
-    Raises:
-        UsageError: a flag that would change nothing here.
-    """
-    if flags.get("branch_stride") is not None and not spec.is_2d:
-        raise UsageError("--branch-stride does nothing in an artifact without 2D RoPE; leave it out")
-    if flags.get("align_to") is not None and (flags.get("visibility") or spec.visibility) == "isolated":
-        raise UsageError("--align-to moves nothing where prompts are isolated; leave it out, or add columnar")
-
-
-def group_size(flags: LayoutFlags) -> int:
-    """Raises:
-    UsageError: less than one branch.
-    """
-    size = flags.get("max_branches")
-    if size is not None and size < 1:
-        raise UsageError(f"max_branches {size} must be at least 1")
-    return size or MAX_BRANCHES
+from pos2d.spec import Rope2DSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Asked:
-    """Prompts that were checked: at most ``size`` of them stand in one sequence, after their context."""
+class Request:
+    """Prompts that were checked and laid out: ``layouts`` are the sequences, each with the context before its prompts.
+
+    ``spec`` has the positions of these layouts.
+    """
 
     encoded: EncodedPrompts
     layouts: tuple[Layout, ...]
     spec: Rope2DSpec
     sampling: Sampling
-    size: int
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(map(len, self.encoded.branches)) + len(self.encoded.context or ())
 
 
-def prepare(model: "Model", prompts: Sequence[str], context: str | None, flags: GenerationFlags) -> Asked:
-    """Everything that can be wrong with :meth:`pos2d.runtime.Model.stream` is found here."""
-    check_known(GenerationFlags, flags)
-    sampling = resolve_sampling(model.path, part_of(SamplingFlags, flags))
-    check_heeded(model.manifest.rope_2d, flags)
-    spec = chosen_spec(model.manifest.rope_2d, flags)
-    encoded = encode_for(model.tokenizer, prompts, context, spec, bool(flags.get("ignore_chat_template")))
-    return lay_out(model, encoded, spec, sampling, group_size(flags))
+def prepare_request(
+    artifact: LoadedArtifact, prompts: Sequence[str], context: str | None, options: RequestOptions
+) -> Request:
+    """Encode and lay out ``prompts``; everything that can be wrong with them is found here.
+
+    Raises:
+        InputError: no tokenizer, no prompt or an empty one, or prompts that are longer than the model.
+        UsageError: options that this artifact cannot use.
+    """
+    options.layout.check_effect(artifact.manifest.rope_2d)
+    spec = options.layout.apply_to(artifact.manifest.rope_2d)
+    encoded = encode_for(artifact.tokenizer, prompts, context, spec, options.ignore_chat_template)
+    return lay_out(artifact, encoded, spec, options.sampling, options.layout.branches_per_sequence)
 
 
 def encode_for(
     tokenizer: Any, prompts: Sequence[str], context: str | None, spec: Rope2DSpec, ignore_chat_template: bool
 ) -> EncodedPrompts:
-    """Token ids of prompts that will stand as ``spec`` says; see
+    """Token ids of prompts that are laid out as ``spec`` says; see
     :func:`pos2d.runtime.text.tokenization.encode_prompts`."""
     return encode_prompts(
         tokenizer,
         prompts,
         context,
         chat=bool(tokenizer.chat_template) and not ignore_chat_template,
-        ordinary=len(prompts) == 1 or spec.visibility == "isolated",
+        add_special_tokens=len(prompts) == 1 or spec.visibility == "isolated",
     )
 
 
-def lay_out(model: "Model", encoded: EncodedPrompts, spec: Rope2DSpec, sampling: Sampling, size: int) -> Asked:
-    """Raises:
-    InputError: a sequence that is longer than the model.
-    UsageError: an end token that the tokenizer does not have.
+def lay_out(
+    artifact: LoadedArtifact, encoded: EncodedPrompts, spec: Rope2DSpec, sampling: Sampling, branches_per_sequence: int
+) -> Request:
+    """Lay out encoded prompts.
+
+    Raises:
+        InputError: token ids outside the vocabulary, or a sequence that is longer than the model.
+        UsageError: an end token that the tokenizer does not have.
     """
-    end_token_ids(model.tokenizer, sampling)
-    firsts = range(0, len(encoded.branches), size)
-    layouts = tuple(build_layout(encoded.branches[first : first + size], spec, encoded.context) for first in firsts)
+    end_token_ids(artifact.tokenizer, sampling)
+    size = branches_per_sequence
+    groups = (encoded.branches[first : first + size] for first in range(0, len(encoded.branches), size))
+    layouts = tuple(build_layout(branches, spec, encoded.context) for branches in groups)
     for layout in layouts:
-        model.check_ids(layout.ids)
-        check_length(layout, model.manifest.context_length)
-    return Asked(encoded, layouts, spec, sampling, size)
+        artifact.check_ids(layout.ids)
+        check_length(layout, artifact.manifest.context_length)
+    return Request(encoded, layouts, spec, sampling)
 
 
-def stream(model: "Model", asked: Asked, prefix: Prefix | None = None, turn: Sequence[int] = ()) -> Generator[Event]:
-    """One sequence after the other; the context is read once and stays in ``prefix``.
+def stream_columns(
+    artifact: LoadedArtifact, request: Request, prefix: PrefixCache | None = None, turn: Sequence[int] = ()
+) -> Generator[list[Event]]:
+    """Decode the sequences of a request one after the other; yield the events of every column.
 
-    Random numbers are those of ``turn`` and the branch.
+    ``Event.branch`` counts the prompts of the request. The context is prefilled into ``prefix`` and stays there.
+    ``turn`` and the branch identify the random numbers of an answer.
     """
-    context = asked.encoded.context or []
-    model.backend.expect_branches(max(len(layout.last) for layout in asked.layouts))
-    prefix = prefix or Prefix(model.backend, asked.spec, model.manifest.context_length)
+    context = request.encoded.context or []
+    artifact.backend.expect_branches(max(len(layout.last) for layout in request.layouts))
+    prefix = prefix or PrefixCache(artifact.backend, request.spec, artifact.manifest.context_length)
     first = 0
-    for layout in asked.layouts:
-        prefix.become(context)
+    for layout in request.layouts:
+        prefix.fill(context)
         branches = range(first, first + len(layout.last))
-        streams = [(*turn, branch) for branch in branches]
-        samplings = [asked.sampling] * len(branches)
-        for event in answer(model, layout, samplings, streams, prefix.cache, len(context)):
-            yield replace(event, branch=branches[event.branch])
+        random_streams = [(*turn, branch) for branch in branches]
+        samplings = [request.sampling] * len(branches)
+        for events in decode_text(artifact, layout, samplings, random_streams, prefix.cache, len(context)):
+            yield [replace(event, branch=branches[event.branch]) for event in events]
         first = branches.stop
+
+
+def stream_events(
+    artifact: LoadedArtifact, request: Request, prefix: PrefixCache | None = None, turn: Sequence[int] = ()
+) -> Generator[Event]:
+    """The events of :func:`stream_columns`, one by one."""
+    for events in stream_columns(artifact, request, prefix, turn):
+        yield from events

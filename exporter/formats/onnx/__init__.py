@@ -1,1 +1,1 @@
-"""ONNX decoders over one file of weights."""
+"""ONNX decoder graphs that share one weight file."""

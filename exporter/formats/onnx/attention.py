@@ -1,130 +1,145 @@
-"""The three ways in which the graphs attend over a cache that is written in place.
+"""How each graph variant computes attention over a KV cache that is written in place.
 
-All need buffers ``[batch, kv_heads, capacity, head_dim]``, bound as past and as present at once; without that, ONNX
-Runtime copies them.
+The cache buffers, ``[batch, kv_heads, capacity, head_dim]``, are bound as past and as present at once; otherwise ONNX
+Runtime copies them in every pass.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from pos2d.exporter.formats.onnx.graph_builder import INT32, INT64, MICROSOFT, GraphTape
+from pos2d.exporter.formats.onnx.graph_builder import INT32, INT64, MICROSOFT, GraphBuilder
 from pos2d.families import Dimensions
+from pos2d.onnx_io import (
+    ATTENTION_MASK,
+    CACHE_LENGTHS,
+    CACHE_PARTS,
+    SEQLENS_K,
+    TOTAL_SEQUENCE_LENGTH,
+    GraphName,
+    past_name,
+    present_name,
+)
 
-Graph = Literal["causal", "general", "batch"]
 
+class AttentionVariant(ABC):
+    """The inputs of a graph variant that attention needs, and the attention nodes of every layer."""
 
-class Attending(ABC):
-    """One graph's inputs for attention, and its node of every layer."""
+    head_dim_multiple = 1  # the kernels need a head_dim that is a multiple of this
+    opset = 21  # ONNX Runtime's CUDA provider has all operators of the graph in the versions that this opset names
 
-    head_dims = 1  # these have to be multiples of it
-    opset = 21  # where ONNX Runtime's CUDA kernels know every operator of the graph in the version that it names
-
-    def __init__(self, tape: GraphTape, sizes: Dimensions) -> None:
-        self.tape, self.sizes = tape, sizes
+    def __init__(self, builder: GraphBuilder, sizes: Dimensions) -> None:
+        self.builder, self.sizes = builder, sizes
 
     @abstractmethod
-    def __call__(self, number: int, queries: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
-        """What layer ``number`` mixes, ``[batch, sequence, heads * head_dim]``, from new queries, keys and values."""
+    def __call__(self, layer: int, queries: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
+        """Attention of ``layer``: ``[batch, sequence, heads * head_dim]`` from the new tokens' queries, keys and
+        values, ``[batch, sequence, width]``, over them and the cache."""
 
-    def past(self, number: int) -> list[ir.Value]:
-        return [self.tape.input(f"past_key_values.{number}.{kind}", self.tape.dtype, self._shape) for kind in KINDS]
+    def past(self, layer: int) -> list[ir.Value]:
+        """Add the inputs for the cached keys and values of a layer."""
+        return [self.builder.input(past_name(layer, part), self.builder.dtype, self._shape) for part in CACHE_PARTS]
 
-    def present(self, number: int, values: list[ir.Value]) -> None:
-        for kind, value in zip(KINDS, values, strict=True):
-            self.tape.output(value, f"present.{number}.{kind}", self._shape)
+    def present(self, layer: int, cache: list[ir.Value]) -> None:
+        """Make the keys and values of a layer outputs."""
+        for part, value in zip(CACHE_PARTS, cache, strict=True):
+            self.builder.output(value, present_name(layer, part), self._shape)
 
     @property
     def _shape(self) -> list[int | str]:
         return ["batch", self.sizes.kv_heads, "capacity", self.sizes.head_dim]
 
 
-KINDS = ("key", "value")
+class Causal(AttentionVariant):
+    """Every token attends to all tokens before it. Without a mask ONNX Runtime uses its flash attention kernels."""
 
+    head_dim_multiple = 8
 
-class Causal(Attending):
-    """One branch a row: every token sees all before it. No mask, so that ONNX Runtime's flash kernels apply."""
+    def __init__(self, builder: GraphBuilder, sizes: Dimensions) -> None:
+        super().__init__(builder, sizes)
+        self.last_index = builder.input(SEQLENS_K, INT32, ["batch"])
+        self.total_length = builder.input(TOTAL_SEQUENCE_LENGTH, INT32, [])
 
-    head_dims = 8
+    def __call__(self, layer: int, queries: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
+        return self.group_query_attention(layer, [queries, keys, values], None)
 
-    def __init__(self, tape: GraphTape, sizes: Dimensions) -> None:
-        super().__init__(tape, sizes)
-        self.last = tape.input("seqlens_k", INT32, ["batch"])
-        self.total = tape.input("total_sequence_length", INT32, [])
-
-    def __call__(self, number: int, queries: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
-        return self.group_query(number, [queries, keys, values], None)
-
-    def group_query(self, number: int, new: list[ir.Value], bias: ir.Value | None) -> ir.Value:
-        masked: list[ir.Value | None] = [] if bias is None else [None, None, None, bias]
-        mixed, *present = self.tape.ops(
+    def group_query_attention(self, layer: int, new: list[ir.Value], bias: ir.Value | None) -> ir.Value:
+        """Attention with an optional additive mask; ``new`` are queries, keys and values."""
+        mask: list[ir.Value | None] = [] if bias is None else [None, None, None, bias]
+        attention, *present = self.builder.ops(
             "GroupQueryAttention",
-            [*new, *self.past(number), self.last, self.total, *masked],
+            [*new, *self.past(layer), self.last_index, self.total_length, *mask],
             3,
             MICROSOFT,
             num_heads=self.sizes.heads,
             kv_num_heads=self.sizes.kv_heads,
             scale=self.sizes.head_dim**-0.5,
-            # The mask alone decides, because in a step a token may see one that stands after it.
+            # Only the mask decides: within a step a token may attend to one that comes after it in the sequence.
             **({} if bias is None else {"causal": 0}),
         )
-        self.present(number, present)
-        return mixed
+        self.present(layer, present)
+        return attention
 
 
 class General(Causal):
-    """Any mask over the cache and the new tokens of one sequence."""
+    """One sequence, with any mask over its cache and its new tokens."""
 
-    def __init__(self, tape: GraphTape, sizes: Dimensions) -> None:
-        Attending.__init__(self, tape, sizes)
-        mask = tape.input("attention_mask", ir.DataType.BOOL, ["batch", 1, "sequence", "total"])
-        self.last = tape.input("seqlens_k", INT32, ["batch"])
-        self.bias = bias_of(tape, mask)
-        axis = tape.constant("total_axis", np.array(3, dtype=np.int64))
-        self.total = tape.op("Cast", [tape.op("Gather", [tape.op("Shape", [self.bias]), axis])], to=INT32)
+    def __init__(self, builder: GraphBuilder, sizes: Dimensions) -> None:
+        AttentionVariant.__init__(self, builder, sizes)
+        mask = builder.input(ATTENTION_MASK, ir.DataType.BOOL, ["batch", 1, "sequence", "total"])
+        self.last_index = builder.input(SEQLENS_K, INT32, ["batch"])
+        self.bias = additive_mask(builder, mask)
+        axis = builder.constant("total_axis", np.array(3, dtype=np.int64))
+        length = builder.op("Gather", [builder.op("Shape", [self.bias]), axis])
+        self.total_length = builder.op("Cast", [length], to=INT32)
 
-    def __call__(self, number: int, queries: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
-        return self.group_query(number, [queries, keys, values], self.bias)
+    def __call__(self, layer: int, queries: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
+        return self.group_query_attention(layer, [queries, keys, values], self.bias)
 
 
-class Batch(Attending):
-    """Any mask for several sequences, each with its own number of tokens in the cache."""
+class Batch(AttentionVariant):
+    """Several sequences; each has its mask and its number of cached tokens."""
 
     opset = 24
 
-    def __init__(self, tape: GraphTape, sizes: Dimensions) -> None:
-        super().__init__(tape, sizes)
-        mask = tape.input("attention_mask", ir.DataType.BOOL, ["batch", 1, "sequence", "capacity"])
-        self.lengths = tape.input("cache_lengths", INT64, ["batch"])
-        self.bias = bias_of(tape, mask)
+    def __init__(self, builder: GraphBuilder, sizes: Dimensions) -> None:
+        super().__init__(builder, sizes)
+        mask = builder.input(ATTENTION_MASK, ir.DataType.BOOL, ["batch", 1, "sequence", "capacity"])
+        self.cache_lengths = builder.input(CACHE_LENGTHS, INT64, ["batch"])
+        self.bias = additive_mask(builder, mask)
 
-    def __call__(self, number: int, queries: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
-        sizes, past = self.sizes, self.past(number)
-        new = [self.split(x, sizes.kv_heads) for x in (keys, values)]
-        written = [
-            self.tape.op("TensorScatter", [room, x, self.lengths], axis=-2) for room, x in zip(past, new, strict=True)
+    def __call__(self, layer: int, queries: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
+        builder, sizes, past = self.builder, self.sizes, self.past(layer)
+        new = [self.heads_first(x, sizes.kv_heads) for x in (keys, values)]
+        present = [
+            builder.op("TensorScatter", [cached, x, self.cache_lengths], axis=-2)
+            for cached, x in zip(past, new, strict=True)
         ]
-        mixed = self.tape.op(
-            "Attention", [self.split(queries, sizes.heads), *written, self.bias], scale=sizes.head_dim**-0.5
+        attention = builder.op(
+            "Attention", [self.heads_first(queries, sizes.heads), *present, self.bias], scale=sizes.head_dim**-0.5
         )
-        self.present(number, written)
-        joined = self.tape.constant("join_heads", np.array([0, 0, -1], dtype=np.int64))
-        return self.tape.op("Reshape", [self.tape.op("Transpose", [mixed], perm=[0, 2, 1, 3]), joined])
+        self.present(layer, present)
+        joined = builder.join_heads_shape()
+        return builder.op("Reshape", [builder.op("Transpose", [attention], perm=[0, 2, 1, 3]), joined])
 
-    def split(self, x: ir.Value, count: int) -> ir.Value:
-        """``[batch, count, sequence, head_dim]``."""
-        shape = self.tape.constant(f"split_{count}", np.array([0, 0, count, self.sizes.head_dim], dtype=np.int64))
-        return self.tape.op("Transpose", [self.tape.op("Reshape", [x, shape])], perm=[0, 2, 1, 3])
-
-
-def bias_of(tape: GraphTape, mask: ir.Value) -> ir.Value:
-    """What is added to the scores: 0 where the mask allows, and the lowest finite value where it does not."""
-    kind = tape.dtype.numpy()
-    allowed = tape.constant("allowed", np.array(0, dtype=kind))
-    return tape.op("Where", [mask, allowed, tape.constant("forbidden", np.array(np.finfo(kind).min, dtype=kind))])
+    def heads_first(self, x: ir.Value, heads: int) -> ir.Value:
+        """``[batch, sequence, heads * head_dim]`` as ``[batch, heads, sequence, head_dim]``."""
+        shape = self.builder.split_heads_shape(heads, self.sizes.head_dim)
+        return self.builder.op("Transpose", [self.builder.op("Reshape", [x, shape])], perm=[0, 2, 1, 3])
 
 
-ATTENDING: Mapping[Graph, type[Attending]] = {"causal": Causal, "general": General, "batch": Batch}
+def additive_mask(builder: GraphBuilder, mask: ir.Value) -> ir.Value:
+    """The bias for attention scores: 0 where ``mask`` is true, else the lowest finite value.
+
+    Minus infinity would make a row in which nothing is allowed NaN.
+    """
+    dtype = builder.dtype.numpy()
+    allowed = builder.constant("allowed", np.array(0, dtype=dtype))
+    return builder.op(
+        "Where", [mask, allowed, builder.constant("forbidden", np.array(np.finfo(dtype).min, dtype=dtype))]
+    )
+
+
+ATTENTION_VARIANTS: Mapping[GraphName, type[AttentionVariant]] = {"causal": Causal, "general": General, "batch": Batch}

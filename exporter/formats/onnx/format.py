@@ -1,130 +1,188 @@
-"""ONNX decoders that take ``pos2d``, with a KV cache written in place: three graphs over one file of weights."""
+"""ONNX decoders that take ``pos2d`` and write their KV cache in place: three graphs that share one weight file."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from pos2d.errors import UsageError
+from pos2d.exporter.artifact.closing_check import closing_check
 from pos2d.exporter.artifact.hf_config import model_config
-from pos2d.exporter.formats.onnx.weight_layout import (
-    DATA_FILE,
-    MIN_BLOCK,
-    GraphWeights,
-    embedding_block,
-    lay_out_weights,
-)
+from pos2d.exporter.formats.onnx.weight_layout import MIN_BLOCK, WeightLayout, embedding_block, lay_out
 from pos2d.exporter.formats.onnx.weight_writer import write_weights
-from pos2d.exporter.formats.wanted import Wanted
+from pos2d.exporter.formats.options import ExportOptions
 from pos2d.exporter.inputs.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
-from pos2d.exporter.quantisation.allocation import spend
+from pos2d.exporter.quantisation.allocation import allocate_bits
 from pos2d.exporter.quantisation.module_names import named_modules
-from pos2d.exporter.quantisation.totals import QuantTotals
 from pos2d.exporter.sources.source import Source
-from pos2d.exporter.tensors.plan import MergePlan, plan_merge
-from pos2d.graph_recipe import BITS, DEFAULT_BLOCKS, UNCALIBRATED_BLOCK, GraphQuant, GraphRecipe
+from pos2d.exporter.tensors.tensor_plan import PlannedTensor, plan_tensors
+from pos2d.onnx_io import DATA_FILE, GRAPH_FILES, GraphFile, GraphInfo, GraphName, GraphTensor
+from pos2d.recipes import BITS, BLOCK_SIZES, DEFAULT_BLOCKS, UNCALIBRATED_BLOCK, GraphQuant, GraphRecipe
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-GRAPH_FILES = {"causal": "model_causal.onnx", "general": "model.onnx", "batch": "model_batch.onnx"}
-# The head decides between tokens: "int4" has 8 bits there (benchmarks/nbits.py has what 4 would cost).
+OPTIONS = (
+    "quant",
+    "block_size",
+    "skip_modules",
+    "float_activations",
+    "target_size",
+    "dtype",
+    "no_verify",
+    "no_calibration",
+)
+DTYPES = ("float32", "float16")
+# The head decides between tokens: "int4" gives it 8 bits (benchmarks/nbits.py has what 4 would cost).
 SENSITIVE = (LM_HEAD,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OnnxPlan:
-    weights: GraphWeights
+    """The layout of the weight file, and the ``tensors`` that are written into it, by name."""
+
+    layout: WeightLayout
+    tensors: Mapping[str, PlannedTensor]
     recipe: GraphRecipe | None
-    dtype: str
 
     @property
     def nbytes(self) -> int:
-        return self.weights.nbytes
+        return self.layout.nbytes
 
 
-def plan_onnx(source: Source, wanted: Wanted) -> OnnxPlan:
-    """Lay out the result.
+def refuse(options: ExportOptions) -> None:
+    """Check the options of an ONNX export.
 
     Raises:
-        UsageError: a module that is not there, none that is left to quantise, or a size that is too small.
+        UsageError: values that graphs do not have, or options that do nothing without another.
     """
-    merged = plan_merge(source.base, source.adapters, "float32")
-    dtype = "float32" if wanted.dtype == "auto" else wanted.dtype
-    recipe = None if wanted.quant is None else _recipe(source.base, merged, wanted)
-    if recipe is not None and wanted.target_size is not None:
-        recipe = spend(source, merged, recipe, dtype, wanted.target_size)
-    return OnnxPlan(lay_out_weights(merged, source.base.sizes, dtype, recipe), recipe, dtype)
+    if options.quant != "none" and options.quant not in get_args(GraphQuant):
+        raise UsageError(f"`format='onnx'` takes `quant` {', '.join(get_args(GraphQuant))}, or none")
+    if options.dtype not in ("auto", *DTYPES):
+        raise UsageError(f"`format='onnx'` takes `dtype` {' or '.join(DTYPES)}")
+    needs_quant = options.block_size, options.skip_modules, options.float_activations, options.no_calibration
+    if options.quant == "none" and any(needs_quant):
+        raise UsageError(
+            "`block_size`, `skip_modules`, `float_activations` and `no_calibration` belong to `quant`; say how to "
+            "quantise, or leave them out"
+        )
+    if options.block_size is not None and options.block_size not in BLOCK_SIZES:
+        raise UsageError(f"`block_size` {options.block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
+    if (options.target_size is not None) != (options.quant == "auto"):
+        raise UsageError("`quant='auto'` and `target_size` belong together: bits are chosen to fill that size")
 
 
-def write_onnx(source: Source, plan: OnnxPlan, target: Path) -> tuple[dict[str, Any], QuantTotals]:
-    """Write graphs and weights into ``target``; returns what a manifest says of the graphs.
+def plan(source: Source, options: ExportOptions) -> OnnxPlan:
+    """Choose the bits of every layer, and lay out the weight file.
+
+    Raises:
+        UsageError: modules that do not exist or leave nothing to quantise, or a size that is too small.
+        InputError: values that are not finite, where bits are chosen by what the layers lose.
+    """
+    merged = plan_tensors(source.base, source.adapters, "float32")
+    tensors = {tensor.name: tensor for tensor in merged.tensors}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    dtype = "float32" if options.dtype == "auto" else options.dtype
+
+    def layout_of(recipe: GraphRecipe | None) -> WeightLayout:
+        return lay_out(shapes, source.base.sizes, dtype, recipe)
+
+    recipe = None if options.quant == "none" else _recipe(source.base, merged.tied, options)
+    if recipe is not None and options.target_size is not None:
+        recipe = allocate_bits(source, merged, recipe, dtype, options.target_size, lambda r: layout_of(r).nbytes)
+    return OnnxPlan(layout_of(recipe), tensors, recipe)
+
+
+def write(source: Source, plan: OnnxPlan, target: Path) -> dict[str, Any]:
+    """Write weights and graphs into ``target``; returns the manifest's fields for them.
 
     Raises:
         InputError: see :func:`pos2d.exporter.formats.onnx.weight_writer.write_weights`.
     """
+    calibrated = plan.recipe is not None and plan.recipe.calibrated
+    totals = write_weights(source, plan.layout, plan.tensors, target, calibrated=calibrated)
+    return {
+        "dtype": plan.layout.dtype,
+        "graph": _write_graphs(source, plan, target),
+        "graph_quant": plan.recipe,
+        "ledger": None if plan.recipe is None else {"totals": asdict(totals)},
+    }
+
+
+def check(staging: Path, source: Source, plan: OnnxPlan) -> Mapping[str, Any] | None:
+    """Compare the graphs with the merged directory that they were made from, quantised ones with float activations.
+
+    Float graphs that were made from a base and adapters have no merged directory to compare with.
+
+    Raises:
+        ParityError: they differ by more than they may.
+    """
+    if plan.recipe is not None:
+        return closing_check(staging, None)
+    return None if source.adapters else closing_check(staging, source.base.directory)
+
+
+def _write_graphs(source: Source, plan: OnnxPlan, target: Path) -> GraphInfo:
     import onnx_ir as ir
 
-    from pos2d.exporter.formats.onnx.attention import ATTENDING
+    from pos2d.exporter.formats.onnx.attention import ATTENTION_VARIANTS
     from pos2d.exporter.formats.onnx.decoder import build_decoder
 
-    calibrated = plan.recipe is not None and plan.recipe.calibrated
-    totals = write_weights(source, plan.weights, target, calibrated=calibrated)
     sizes = source.base.sizes
-    inv_freq, scaling = _frequencies(source, plan.weights.tied)
-    graphs = {}
-    for name, attending in ATTENDING.items():
-        if sizes.head_dim % attending.head_dims:
+    inv_freq, scaling = _frequencies(source, plan.layout.tied)
+    graphs: dict[GraphName, GraphFile] = {}
+    for name, variant in ATTENTION_VARIANTS.items():
+        if sizes.head_dim % variant.head_dim_multiple:
             continue
-        model = build_decoder(sizes, source.spec, inv_freq, scaling, plan.weights, plan.recipe, attending)
+        model = build_decoder(sizes, source.spec, inv_freq, scaling, plan.layout, plan.recipe, variant)
         ir.save(model, target / GRAPH_FILES[name])
-        graphs[name] = {"file": GRAPH_FILES[name], **_describe(model)}
-    return {"data": DATA_FILE, "sizes": asdict(sizes) | {"tied": plan.weights.tied}, "graphs": graphs}, totals
+        graphs[name] = _describe(model, GRAPH_FILES[name])
+    return GraphInfo(DATA_FILE, replace(sizes, tied=plan.layout.tied), graphs)
 
 
-def _recipe(base: Checkpoint, plan: MergePlan, wanted: Wanted) -> GraphRecipe:
+def _recipe(base: Checkpoint, tied: bool, options: ExportOptions) -> GraphRecipe:
     modules = list(base.linear_shapes())
-    skipped = named_modules(wanted.skip_modules or "", modules, "--skip-modules")
-    if plan.tied and embedding_block(base.tensors[EMBEDDING].shape[1]) < MIN_BLOCK:
+    skipped = named_modules(options.skip_modules or "", modules, "`skip_modules`")
+    if tied and embedding_block(base.tensors[EMBEDDING].shape[1]) < MIN_BLOCK:
         skipped = (*skipped, LM_HEAD)
-    quant = cast(GraphQuant, wanted.quant)
+    quant = cast(GraphQuant, options.quant)
     bits = {module: BITS[quant] for module in modules if module not in skipped}
     if not bits:
-        raise UsageError(f"--skip-modules {wanted.skip_modules} leaves nothing to quantise")
+        raise UsageError(f"`skip_modules={options.skip_modules!r}` leaves nothing to quantise")
     bits |= {module: 8 for module in SENSITIVE if module in bits}
-    floating = named_modules(wanted.float_activations, modules, "--float-activations")
-    wide = [module for module in floating if bits.get(module) == 8]
-    if wide:
+    floating = named_modules(options.float_activations, modules, "`float_activations`")
+    eight_bit = [module for module in floating if bits.get(module) == 8]
+    if eight_bit:
         raise UsageError(
-            f"--float-activations: {wide[0]} has 8 bits, which are a hundred times slower so; leave it as it is with "
-            "--skip-modules instead"
+            f"`float_activations`: {eight_bit[0]} has 8 bits, with which float activations are a hundred times slower; "
+            "leave the layer unquantised with `skip_modules` instead"
         )
-    block = wanted.block_size or (UNCALIBRATED_BLOCK if wanted.no_calibration else DEFAULT_BLOCKS[quant])
-    kept = tuple(module for module in floating if module in bits)
-    return GraphRecipe(quant, block, bits, kept, calibrated=not wanted.no_calibration)
+    block = options.block_size or (UNCALIBRATED_BLOCK if options.no_calibration else DEFAULT_BLOCKS[quant])
+    float_activations = tuple(module for module in floating if module in bits)
+    return GraphRecipe(quant, block, bits, float_activations, calibrated=not options.no_calibration)
 
 
 def _frequencies(source: Source, tied: bool) -> "tuple[np.ndarray, float]":
-    """Inverse frequencies ``[F]`` and attention scaling, as the torch model computes them."""
+    """Inverse frequencies, float32 ``[F]``, and the attention scaling, both as the torch model computes them."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    # The other families' class is the same code.
+    # The classes of the other families have the same code.
     rotary = LlamaRotaryEmbedding(model_config(source.base, source.spec, tied))
     return rotary.inv_freq.numpy(), float(rotary.attention_scaling)
 
 
-def _describe(model: "ir.Model") -> Mapping[str, Any]:
-    """Opsets, number of nodes, every input and output with its type and shape (strings are named ones)."""
+def _describe(model: "ir.Model", file: str) -> GraphFile:
+    """What the manifest says of a graph."""
 
-    def describe(value: "ir.Value") -> dict[str, Any]:
-        dims = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ()]
-        dtype = value.dtype.numpy().name if value.dtype is not None else "unknown"
-        return {"name": value.name, "dtype": dtype, "shape": dims}
+    def describe(value: "ir.Value") -> GraphTensor:
+        shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ())
+        return GraphTensor(str(value.name), value.dtype.numpy().name if value.dtype is not None else "unknown", shape)
 
-    return {
-        "opsets": dict(model.opset_imports),
-        "nodes": len(model.graph),
-        "inputs": [describe(value) for value in model.graph.inputs],
-        "outputs": [describe(value) for value in model.graph.outputs],
-    }
+    return GraphFile(
+        file=file,
+        opsets=dict(model.opset_imports),
+        nodes=len(model.graph),
+        inputs=tuple(map(describe, model.graph.inputs)),
+        outputs=tuple(map(describe, model.graph.outputs)),
+    )

@@ -6,10 +6,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from pos2d.exporter.inputs.checkpoint import TensorPlace
+from pos2d.exporter.files.tensor_places import TensorPlace
 
 MICROSOFT = "com.microsoft"
 INT32, INT64 = ir.DataType.INT32, ir.DataType.INT64
+# By safetensors' name and by torch's name.
 TYPES = {
     "F32": ir.DataType.FLOAT,
     "F16": ir.DataType.FLOAT16,
@@ -21,45 +22,56 @@ TYPES = {
 Attribute = int | float | ir.DataType | Sequence[int]
 
 
-class GraphTape:
-    """``dtype`` is the type of activations and cache, and of every output."""
+class GraphBuilder:
+    """Nodes in the order in which they were added; ``dtype`` is the type of activations, KV cache and all outputs."""
 
     def __init__(self, dtype: str) -> None:
         self.dtype = TYPES[dtype]
-        self._tape = Tape()
+        self._nodes = Tape()
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._initializers: dict[str, ir.Value] = {}
 
     def op(self, kind: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Attribute) -> ir.Value:
-        return self._tape.op(kind, inputs, attributes, domain=domain)
+        """Add a node and return its output."""
+        return self._nodes.op(kind, inputs, attributes, domain=domain)
 
     def ops(
         self, kind: str, inputs: Sequence[ir.Value | None], outputs: int, domain: str = "", **attributes: Attribute
     ) -> Sequence[ir.Value]:
-        """A node with several outputs."""
-        return self._tape.op_multi_out(kind, inputs, attributes, num_outputs=outputs, domain=domain)
+        """Add a node with several outputs and return them."""
+        return self._nodes.op_multi_out(kind, inputs, attributes, num_outputs=outputs, domain=domain)
 
     def split(self, x: ir.Value, widths: Sequence[int]) -> Sequence[ir.Value]:
-        """Parts of the last axis."""
+        """Split the last axis of ``x`` into parts of these widths."""
         sizes = self.constant(f"split_{'_'.join(map(str, widths))}", np.array(widths, dtype=np.int64))
         return self.ops("Split", [x, sizes], len(widths), axis=-1)
 
+    def split_heads_shape(self, heads: int, head_dim: int) -> ir.Value:
+        """The shape with which Reshape makes ``[batch, sequence, heads, head_dim]``."""
+        return self.constant(f"split_{heads}", np.array([0, 0, heads, head_dim], dtype=np.int64))
+
+    def join_heads_shape(self) -> ir.Value:
+        """The shape with which Reshape makes ``[batch, sequence, heads * head_dim]``."""
+        return self.constant("join_heads", np.array([0, 0, -1], dtype=np.int64))
+
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """Add an input of the graph."""
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
         self._inputs.append(value)
         return value
 
     def output(self, value: ir.Value, name: str, shape: Sequence[int | str], *, first: bool = False) -> None:
+        """Make ``value`` an output of the graph, before all others if ``first``, else after them."""
         value.name, value.type, value.shape = name, ir.TensorType(self.dtype), ir.Shape(shape)
         self._outputs.insert(0 if first else len(self._outputs), value)
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """A small tensor, in the graph's own file."""
+        """An initialiser that is stored in the graph's file; equal names must have equal values."""
         return self._initializer(ir.tensor(array, name=name))
 
-    def stored(self, name: str, place: TensorPlace, shape: tuple[int, ...] = ()) -> ir.Value:
-        """A tensor of the file of weights; ``shape`` is another one over the same bytes."""
+    def weight(self, name: str, place: TensorPlace, shape: tuple[int, ...] = ()) -> ir.Value:
+        """An initialiser in the weight file; ``shape`` is another shape for the same bytes, with at most one -1."""
         if -1 in shape:
             shape = (shape[0], place.elements // shape[0])
         tensor = ir.ExternalTensor(
@@ -68,10 +80,11 @@ class GraphTape:
         return self._initializer(tensor)
 
     def model(self, opset: int, ir_version: int) -> ir.Model:
+        """The finished model."""
         graph = ir.Graph(
             self._inputs,
             self._outputs,
-            nodes=self._tape.nodes,
+            nodes=self._nodes.nodes,
             initializers=list(self._initializers.values()),
             opset_imports={"": opset, MICROSOFT: 1},
             name="pos2d_decoder",

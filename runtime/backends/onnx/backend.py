@@ -1,7 +1,8 @@
-"""ONNX artifacts on ONNX Runtime, driven by the inputs and outputs that the manifest names."""
+"""ONNX artifacts on ONNX Runtime."""
 
 from collections.abc import Collection
 from copy import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,62 +11,73 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from pos2d.errors import InputError, UsageError
-from pos2d.footprint import GRAPH_ROWS
 from pos2d.layout import Bools, Ints
 from pos2d.manifest import Manifest
+from pos2d.memory_costs import GRAPH_PREFILL_CHUNK
+from pos2d.onnx_io import (
+    ATTENTION_MASK,
+    CACHE_LENGTHS,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_ROWS,
+    PAST_PREFIX,
+    POS2D,
+    POSITION_IDS,
+    SEQLENS_K,
+    TOTAL_SEQUENCE_LENGTH,
+    GraphName,
+)
 from pos2d.runtime.backends.memory import check_memory
 from pos2d.runtime.backends.onnx import cuda as onnx_cuda
-from pos2d.runtime.backends.onnx.fixed_steps import MOST_TOKENS, Arrays, unrecorded
-from pos2d.runtime.backends.onnx.kv_cache import PAST, OnnxCache
+from pos2d.runtime.backends.onnx.fixed_steps import MAX_STEP_TOKENS, Arrays, without_capture
+from pos2d.runtime.backends.onnx.kv_cache import OnnxCache
 from pos2d.runtime.backends.onnx.sessions import BATCH, CAUSAL, GENERAL, OnnxGraphs
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.backend import Floats
 
 
 class OnnxBackend:
-    """One decoder on the CPU or a CUDA card."""
+    """One decoder on the CPU or a CUDA GPU.
 
-    # Fewer than the others read at once: what a piece need not attend to is not even computed.
-    piece = GRAPH_ROWS
+    Raises:
+        UsageError: an option that this artifact cannot use.
+        InputError: a graph that cannot be loaded.
+        StorageError: not enough memory.
+    """
+
+    # Smaller than the torch backend's chunks, because what a chunk cannot attend to is not computed here.
+    prefill_chunk = GRAPH_PREFILL_CHUNK
 
     def __init__(self, directory: Path, manifest: Manifest, options: LoadOptions) -> None:
-        if options.dtype not in ("auto", manifest.dtype):
-            raise UsageError(
-                f"dtype {options.dtype!r}: this ONNX artifact computes in {manifest.dtype}; leave --dtype out"
-            )
-        if options != LoadOptions(device=options.device, dtype=options.dtype):
-            raise UsageError(
-                f"{directory} is an ONNX artifact; --quant, --int8-kernel, --attn-implementation, --device-map and "
-                "--max-memory are for merged and bnb ones"
-            )
+        _check_options(directory, manifest, options)
         self.device = _device(options.device, manifest.dtype)
         if self.device == "cuda":
-            onnx_cuda.check_card()
+            onnx_cuda.check_gpu()
         self.fixed_steps = self.device == "cuda"
-        self._unrecorded = unrecorded()
+        self._without_capture = without_capture()
         check_memory(directory, manifest, manifest.dtype)
-        graph = manifest.graph or {}
-        self.graphs = OnnxGraphs(directory, graph["graphs"], self.device)
+        assert manifest.graph is not None
+        self.graphs = OnnxGraphs(directory, manifest.graph.graphs, self.device)
         self._context_length = manifest.context_length
-        self._vocab = manifest.vocab_size
+        self._vocab_size = manifest.vocab_size
         self._dtype = manifest.dtype
-        inputs = graph["graphs"][BATCH]["inputs"]
-        self._cache_shapes = {i["name"]: i["shape"] for i in inputs if i["name"].startswith(PAST)}
+        inputs = manifest.graph.graphs[BATCH].inputs
+        self._cache_shapes = {i.name: i.shape for i in inputs if i.name.startswith(PAST_PREFIX)}
 
     def expect_branches(self, count: int) -> None:
         self.graphs.expect(CAUSAL if count == 1 else GENERAL)
 
     def with_float_activations(self, kinds: Collection[str]) -> "OnnxBackend":
-        """The same decoder, but with float activations in the quantised layers of ``kinds``; for comparison, slow."""
-        other = copy(self)
-        other.graphs = self.graphs.with_float_activations(kinds)
-        return other
+        """The same decoder with float activations in the quantised layers of ``kinds``; slow, for comparisons."""
+        backend = copy(self)
+        backend.graphs = self.graphs.with_float_activations(kinds)
+        return backend
 
     def new_cache(self, capacity: int) -> OnnxCache:
         return self._cache(capacity, 1)
 
     def new_batch_cache(self, batch: int) -> OnnxCache:
-        # Of several rows the whole buffers are read, so they grow as they fill.
+        # The batch graph reads whole buffers, so they start empty and grow as they fill.
         return self._cache(0, batch)
 
     def _cache(self, capacity: int, batch: int) -> OnnxCache:
@@ -84,28 +96,19 @@ class OnnxBackend:
         batch, new = input_ids.shape
         cache = self._cache(new, batch) if cache is None else cache
         self._check_positions(position_ids, pos2d)
-        total = cache.length + new
-        cache.reserve(total)
-        name, session = self.graphs.session(_least(mask, cache))
+        cache.reserve(cache.length + new)
+        variant, session = self.graphs.session(_cheapest_variant(mask, cache))
         rows = np.arange(new) if rows is None else rows
-        fixed = self.fixed_steps and name != BATCH and rows.shape[-1] == new <= MOST_TOKENS
+        fixed = self.fixed_steps and variant != BATCH and rows.shape[-1] == new <= MAX_STEP_TOKENS
+        width = cache.capacity if fixed or variant == BATCH else cache.length + new
         feeds: dict[str, npt.NDArray[Any]] = {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            "pos2d": pos2d,
-            "logits_rows": np.broadcast_to(rows, (batch, rows.shape[-1])),
+            INPUT_IDS: input_ids,
+            POSITION_IDS: position_ids,
+            POS2D: pos2d,
+            LOGITS_ROWS: np.broadcast_to(rows, (batch, rows.shape[-1])),
+            **_attention_feeds(variant, mask, cache, new, width),
         }
-        width = cache.capacity if fixed or name == BATCH else total
-        if name == BATCH:
-            feeds["cache_lengths"] = cache.lengths
-        else:
-            feeds["seqlens_k"] = (cache.lengths + new - 1).astype(np.int32)
-        if name == CAUSAL:
-            feeds["total_sequence_length"] = np.array(width, dtype=np.int32)
-        else:
-            missing = width - mask.shape[2]
-            feeds["attention_mask"] = (np.pad(mask, ((0, 0), (0, 0), (0, missing))) if missing else mask)[:, None]
-        logits = np.empty((batch, rows.shape[-1], self._vocab), dtype=self._dtype)
+        logits = np.empty((batch, rows.shape[-1], self._vocab_size), dtype=self._dtype)
         if fixed:
             self.graphs.steps.run(feeds, cache, logits)
         else:
@@ -115,25 +118,46 @@ class OnnxBackend:
 
     def _run(self, session: ort.InferenceSession, feeds: Arrays, cache: OnnxCache, logits: npt.NDArray[Any]) -> None:
         binding = self.graphs.binding(cache)
-        kept = {key: np.ascontiguousarray(value) for key, value in feeds.items()}
-        for key, value in kept.items():
-            binding.bind_cpu_input(key, value)
-        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
-        session.run_with_iobinding(binding, self._unrecorded)
+        inputs = {name: np.ascontiguousarray(array) for name, array in feeds.items()}  # alive during the run
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
+        binding.bind_output(LOGITS, "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        session.run_with_iobinding(binding, self._without_capture)
 
     def _check_positions(self, position_ids: Ints, pos2d: Ints) -> None:
-        """Raises:
-        InputError: a token stands beyond the model's length.
+        """Check that every token is within the model's context length.
+
+        Raises:
+            InputError: a position or time is too large.
         """
         last = max(int(position_ids.max()), int(pos2d[..., 1].max()))
         if last >= self._context_length:
             raise InputError(
-                f"a token stands at position {last}, the model has {self._context_length}; shorten the prompts"
+                f"a token is at position {last}, the model has {self._context_length} positions; shorten the prompts"
             )
 
 
-def _least(mask: Bools, cache: OnnxCache) -> str:
-    """The least general graph for a pass."""
+def _check_options(directory: Path, manifest: Manifest, options: LoadOptions) -> None:
+    """Check that only options were given that ONNX artifacts have.
+
+    Raises:
+        UsageError: another type than the graph's, or an option of torch artifacts.
+    """
+    if options.dtype not in ("auto", manifest.dtype):
+        raise UsageError(
+            f"`dtype` {options.dtype!r}: this ONNX artifact computes in {manifest.dtype}; leave `dtype` out"
+        )
+    allowed = asdict(LoadOptions(device=options.device, dtype=options.dtype))
+    inapplicable = [f"`{name}`" for name, value in asdict(options).items() if value != allowed[name]]
+    if inapplicable:
+        raise UsageError(
+            f"{directory} is an ONNX artifact and does not take {', '.join(inapplicable)}; leave that out, or load a "
+            "merged or bnb artifact"
+        )
+
+
+def _cheapest_variant(mask: Bools, cache: OnnxCache) -> GraphName:
+    """The cheapest graph variant that can compute a pass with this mask."""
     batch, new, total = mask.shape
     if batch > 1:
         return BATCH
@@ -144,14 +168,33 @@ def _least(mask: Bools, cache: OnnxCache) -> str:
     return CAUSAL if total == past + new and np.array_equal(mask[0], causal) else GENERAL
 
 
-def _device(asked: str, dtype: str) -> str:
-    """``cpu`` or ``cuda``.
+def _attention_feeds(
+    variant: GraphName, mask: Bools, cache: OnnxCache, new: int, width: int
+) -> dict[str, npt.NDArray[Any]]:
+    """The inputs that say what attention may read: lengths, and the mask padded to ``width`` slots."""
+    feeds: dict[str, npt.NDArray[Any]] = {}
+    if variant == BATCH:
+        feeds[CACHE_LENGTHS] = cache.lengths
+    else:
+        feeds[SEQLENS_K] = (cache.lengths + new - 1).astype(np.int32)
+    if variant == CAUSAL:
+        feeds[TOTAL_SEQUENCE_LENGTH] = np.array(width, dtype=np.int32)
+    else:
+        missing = width - mask.shape[2]
+        feeds[ATTENTION_MASK] = (np.pad(mask, ((0, 0), (0, 0), (0, missing))) if missing else mask)[:, None]
+    return feeds
+
+
+def _device(name: str, dtype: str) -> str:
+    """``cpu`` or ``cuda``, for a graph of type ``dtype``.
 
     Raises:
-        UsageError: another device, or a card for a graph that its kernels cannot compute.
+        UsageError: another device, or a GPU for a graph that ONNX Runtime's CUDA kernels cannot compute.
     """
-    if asked not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device {asked!r}: ONNX artifacts run on cpu or cuda")
-    if asked == "cuda" and dtype != "float16":
-        raise UsageError(f"device cuda needs a float16 graph, this one is {dtype}; export it with --dtype float16")
-    return "cuda" if asked == "cuda" else "cpu"
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"`device` {name!r}: ONNX artifacts run on cpu or cuda")
+    if name == "cuda" and dtype != "float16":
+        raise UsageError(
+            f"`device='cuda'` needs a float16 graph, this one is {dtype}; export it with `dtype='float16'`"
+        )
+    return "cuda" if name == "cuda" else "cpu"

@@ -1,4 +1,4 @@
-"""The graphs of an ONNX artifact as sessions: one at a time, because each has its weights packed for itself."""
+"""ONNX Runtime sessions over the graph variants of an artifact, one at a time: each packs all weights for itself."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -8,75 +8,83 @@ from weakref import WeakKeyDictionary
 import onnxruntime as ort
 
 from pos2d.errors import InputError
+from pos2d.onnx_io import GraphFile, GraphName
 from pos2d.runtime.backends.onnx import cuda as onnx_cuda
 from pos2d.runtime.backends.onnx.fixed_steps import FixedSteps
 from pos2d.runtime.backends.onnx.float_activations import with_float_activations
 from pos2d.runtime.backends.onnx.kv_cache import OnnxCache
 
-# From the least to the most general: each can do what those before it do, a little slower.
-CAUSAL, GENERAL, BATCH = "causal", "general", "batch"
-LADDER = (CAUSAL, GENERAL, BATCH)
-# Products are cut into more pieces than there are threads: these then end together.
-SETTINGS = {"session.dynamic_block_base": "4"}
-# Where ONNX Runtime looks for the weights of a graph that it gets as bytes.
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+CAUSAL: GraphName = "causal"
+GENERAL: GraphName = "general"
+BATCH: GraphName = "batch"
+# From the cheapest to the most general: each can do what those before it do, a little slower.
+VARIANTS = (CAUSAL, GENERAL, BATCH)
+# Products are cut into more blocks than there are threads, so that all threads finish at about the same time.
+SESSION_CONFIG = {"session.dynamic_block_base": "4"}
+# The directory of the weights of a graph that is given to ONNX Runtime as bytes.
+WEIGHTS_DIRECTORY = "session.model_external_initializers_file_folder_path"
 
 
 class OnnxGraphs:
-    """``graphs``: of a manifest. ``device``: ``cpu`` or ``cuda``. ``floating``: kinds of layers with float activations.
+    """The graph variants of an artifact on ``device``, ``cpu`` or ``cuda``.
+
+    ``graphs`` are the manifest's; ``float_kinds`` are the kinds of layers that compute with float activations.
 
     Raises:
         InputError: a graph that cannot be loaded.
-        UsageError: a card that cannot be used.
+        UsageError: a GPU that cannot be used.
     """
 
-    def __init__(self, directory: Path, graphs: Mapping[str, Any], device: str, floating: Collection[str] = ()) -> None:
-        self._directory, self._graphs, self._device, self._floating = directory, graphs, device, floating
-        self._rung = -1
+    def __init__(
+        self, directory: Path, graphs: Mapping[GraphName, GraphFile], device: str, float_kinds: Collection[str] = ()
+    ) -> None:
+        self._directory, self._graphs, self._device, self._float_kinds = directory, graphs, device, float_kinds
         self._session: ort.InferenceSession | None = None
-        # By cache, with its capacity at the time: what is bound once need not be bound for every step.
+        # Indices in VARIANTS: of the session that is or was loaded last, and of what has been announced.
+        self._variant = -1
+        self._expected = 0
+        # By cache, with the capacity that was bound: buffers are bound once and not for every step.
         self._bindings: WeakKeyDictionary[OnnxCache, tuple[int, Any]] = WeakKeyDictionary()
         self._steps: FixedSteps | None = None
-        self.expected = 0
 
     def with_float_activations(self, kinds: Collection[str]) -> "OnnxGraphs":
-        """The same graphs, none loaded yet, with accuracy level 0 in the layers of ``kinds``."""
-        other = OnnxGraphs(self._directory, self._graphs, self._device, kinds)
-        other.expected = self.expected
-        return other
+        """The same graphs with accuracy level 0 in the layers of ``kinds``; no session is loaded yet."""
+        graphs = OnnxGraphs(self._directory, self._graphs, self._device, kinds)
+        graphs._expected = self._expected
+        return graphs
 
     @property
-    def current(self) -> str | None:
-        """The name of the graph that is loaded."""
-        return LADDER[self._rung] if self._session is not None else None
+    def current(self) -> GraphName | None:
+        """The variant whose session is loaded."""
+        return VARIANTS[self._variant] if self._session is not None else None
 
-    def session(self, least: str) -> tuple[str, ort.InferenceSession]:
-        """The least general graph that can do what ``least`` does and what was expected or asked before, by name."""
-        rung = max(self._rung, self.expected, LADDER.index(least))
-        while LADDER[rung] not in self._graphs:  # GroupQueryAttention does not have every width of heads
-            rung += 1
-        if self._session is None or rung > self._rung:
+    def session(self, needed: GraphName) -> tuple[GraphName, ort.InferenceSession]:
+        """The cheapest variant that can do what ``needed`` does and everything that was expected or needed before."""
+        variant = max(self._variant, self._expected, VARIANTS.index(needed))
+        while VARIANTS[variant] not in self._graphs:  # GroupQueryAttention does not support every head size
+            variant += 1
+        if self._session is None or variant > self._variant:
             self.release()
-            self._session, self._rung = self._load(LADDER[rung]), rung
-        return LADDER[rung], self._session
+            self._session, self._variant = self._load(VARIANTS[variant]), variant
+        return VARIANTS[variant], self._session
 
     def release(self) -> None:
-        """Give back the memory of the session; the next one is loaded when it is needed."""
+        """Free the memory of the session; the next call that needs one loads it again."""
         self._session, self._steps = None, None
         self._bindings.clear()
 
     def binding(self, cache: OnnxCache) -> Any:
-        """The buffers of ``cache``, bound to the session that is loaded."""
-        known = self._bindings.get(cache)
-        if known is None or known[0] != cache.capacity:
+        """An I/O binding of the loaded session to the buffers of ``cache``."""
+        bound = self._bindings.get(cache)
+        if bound is None or bound[0] != cache.capacity:
             binding = self._loaded.io_binding()
             cache.bind(binding)
-            known = self._bindings[cache] = (cache.capacity, binding)
-        return known[1]
+            bound = self._bindings[cache] = (cache.capacity, binding)
+        return bound[1]
 
     @property
     def steps(self) -> FixedSteps:
-        """The recorded steps of the session that is loaded."""
+        """The captured decode steps of the loaded session."""
         if self._steps is None:
             self._steps = FixedSteps(self._loaded, self._device)
         return self._steps
@@ -86,28 +94,28 @@ class OnnxGraphs:
         assert self._session is not None
         return self._session
 
-    def expect(self, name: str) -> None:
-        """Say that a graph will be wanted, so that none is loaded in vain before it."""
-        self.expected = max(self.expected, LADDER.index(name))
+    def expect(self, variant: GraphName) -> None:
+        """Announce that ``variant`` will be needed, so that no cheaper one is loaded first."""
+        self._expected = max(self._expected, VARIANTS.index(variant))
 
-    def _load(self, name: str) -> ort.InferenceSession:
-        path = self._directory / self._graphs[name]["file"]
-        settings = ort.SessionOptions()
-        settings.log_severity_level = 3
-        for entry, value in SETTINGS.items():
-            settings.add_session_config_entry(entry, value)
-        on_card = self._device == "cuda"
-        if on_card:
-            settings.add_session_config_entry(onnx_cuda.RECORDED, "1")
-        chosen = [(onnx_cuda.PROVIDER, onnx_cuda.OPTIONS)] if on_card else ["CPUExecutionProvider"]
+    def _load(self, variant: GraphName) -> ort.InferenceSession:
+        path = self._directory / self._graphs[variant].file
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        for key, value in SESSION_CONFIG.items():
+            options.add_session_config_entry(key, value)
+        on_gpu = self._device == "cuda"
+        if on_gpu:
+            options.add_session_config_entry(onnx_cuda.RECORD_ASSIGNMENT, "1")
+        providers = [(onnx_cuda.PROVIDER, onnx_cuda.PROVIDER_OPTIONS)] if on_gpu else ["CPUExecutionProvider"]
         try:
             graph: Path | bytes = path
-            if self._floating:
-                graph = with_float_activations(path, self._floating)
-                settings.add_session_config_entry(WEIGHTS_FOLDER, str(self._directory))
-            session = ort.InferenceSession(graph, settings, providers=chosen)
+            if self._float_kinds:
+                graph = with_float_activations(path, self._float_kinds)
+                options.add_session_config_entry(WEIGHTS_DIRECTORY, str(self._directory))
+            session = ort.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # ONNX Runtime has no public error class
             raise InputError(f"{path} cannot be loaded: {error}; export it again") from None
-        if on_card:
+        if on_gpu:
             onnx_cuda.check_session(session)
         return session

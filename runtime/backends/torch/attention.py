@@ -1,4 +1,4 @@
-"""Attention over columns: a mask of its own for every step, and several query heads for each head of the cache."""
+"""Attention with an explicit mask for every pass, and several query heads for each head of the KV cache."""
 
 from typing import Any
 
@@ -20,15 +20,15 @@ def columns_attention(
 ) -> tuple[torch.Tensor, None]:
     """``[B, S, H, D]`` from query ``[B, H, S, D]``, keys and values ``[B, K, T, D]`` and a mask ``[B, 1, S, T]``.
 
-    The H / K query heads that share a head of the cache are folded into its rows, so that the cache is read where it
-    lies: repeating it for every query head, as stock attention does, copies all of it in every step.
+    The H / K query heads that share a KV head become further rows of that head, so that the cache is read in place.
+    Stock attention repeats it for every query head, which copies all of it in every step.
     """
-    batch, heads, length, width = query.shape
+    batch, heads, length, head_dim = query.shape
     groups = heads // key.shape[1]
-    rows = query.reshape(batch, key.shape[1], groups * length, width)
+    rows = query.reshape(batch, key.shape[1], groups * length, head_dim)
     mask = attention_mask if length == 1 else attention_mask.repeat(1, 1, groups, 1)
-    found = functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    return found.reshape(batch, heads, length, width).transpose(1, 2), None
+    outputs = functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    return outputs.reshape(batch, heads, length, head_dim).transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, columns_attention)

@@ -1,4 +1,4 @@
-"""Merged and bitsandbytes directories on torch, with the model classes of this package (no code of theirs is run)."""
+"""Merged and bitsandbytes artifacts on torch, with this package's model classes; no code of the artifact is run."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,16 +10,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pos2d.errors import UsageError
-from pos2d.footprint import PREFILL_ROWS
 from pos2d.layout import Bools, Ints
 from pos2d.manifest import Manifest
-from pos2d.quiet import quietly
-from pos2d.recipe import QuantRecipe
+from pos2d.memory_costs import TORCH_PREFILL_CHUNK
+from pos2d.recipes import BnbRecipe
 from pos2d.runtime.backends.memory import check_memory
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.backends.torch.attention import NAME as COLUMNS
+from pos2d.runtime.backends.torch.bitsandbytes_library import errors_only
 from pos2d.runtime.backends.torch.cuda_graphs import GraphedCache, Tensors
-from pos2d.runtime.backends.torch.devices import Homes, one_device, place_of, spread
+from pos2d.runtime.backends.torch.devices import DeviceMap, device_lookup, infer_device_map, one_device
 from pos2d.runtime.backends.torch.kv_cache import FixedCache, GrowingCache
 from pos2d.runtime.backends.torch.linears import bnb_layers
 from pos2d.runtime.backends.torch.loading import HEAD, empty_decoder, fill_decoder, sized_decoder, stored_tensors
@@ -27,28 +27,31 @@ from pos2d.runtime.engine.backend import Floats
 
 
 class TorchBackend:
-    """One decoder on one device, or spread over several: ``homes`` says which of its modules are where."""
+    """One decoder on one device, or on several by a device map."""
 
-    piece = PREFILL_ROWS
+    prefill_chunk = TORCH_PREFILL_CHUNK
 
-    def __init__(self, model: PreTrainedModel, homes: Homes) -> None:
+    def __init__(self, model: PreTrainedModel, device_map: DeviceMap) -> None:
         self._model = model
-        self._device = place_of(homes)("model.embed_tokens")
+        self._device = device_lookup(device_map)("model.embed_tokens")
         self.device = self._device.type
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
         foreign = bnb_layers(model)
-        self._talks = bool(foreign)
-        # bitsandbytes' int8 looks at its activations to choose what it does, which a graph cannot.
-        alone = homes == {"": self._device} and self._device.type == "cuda"
-        self._graphed = alone and "Linear8bitLt" not in foreign
+        self._uses_bitsandbytes = bool(foreign)
+        # bitsandbytes' int8 layer branches on the values of its activations, which a CUDA graph cannot capture.
+        on_one_gpu = device_map == {"": self._device} and self._device.type == "cuda"
+        self._uses_cuda_graphs = on_one_gpu and "Linear8bitLt" not in foreign
 
     @classmethod
     def load(cls, directory: Path, manifest: Manifest, options: LoadOptions) -> Self:
-        """Raises as :func:`pos2d.load`."""
+        """Load an artifact.
+
+        Raises: as :func:`pos2d.load`.
+        """
         recipe = _recipe(directory, manifest, options)
         if options.int8_kernel != "auto" and (recipe is None or recipe.name != "8bit"):
             raise UsageError(
-                f"--int8-kernel is for 8 bits, which {directory} does not have; leave it out, or use --quant 8bit"
+                f"`int8_kernel` is for 8 bits, which {directory} does not have; leave it out, or use `quant='8bit'`"
             )
         device = one_device(options.device)
         dtype = _compute_dtype(manifest, options, recipe, device)
@@ -56,9 +59,10 @@ class TorchBackend:
             check_memory(directory, manifest, str(dtype).removeprefix("torch."), options.quant)
         attention = COLUMNS if options.attn_implementation == "sdpa" else "eager"
         model = empty_decoder(directory, manifest.family, attention)
-        homes: Homes = {"": device}
+        device_map: DeviceMap = {"": device}
         if options.device_map is not None:
-            homes = spread(sized_decoder(directory, manifest.family, recipe, dtype), options.max_memory)
+            sized = sized_decoder(directory, manifest.family, recipe, dtype)
+            device_map = infer_device_map(sized, options.max_memory)
         fill_decoder(
             model,
             stored_tensors(directory, manifest),
@@ -66,19 +70,19 @@ class TorchBackend:
             stored=manifest.quant is not None,
             kernel=options.int8_kernel,
             dtype=dtype,
-            place=place_of(homes),
+            device_of=device_lookup(device_map),
         )
-        if len(set(homes.values())) > 1:
+        if len(set(device_map.values())) > 1:
             from accelerate import dispatch_model
 
-            model = dispatch_model(model, device_map=homes)
-        return cls(model, homes)
+            model = dispatch_model(model, device_map=device_map)
+        return cls(model, device_map)
 
     def expect_branches(self, count: int) -> None:
-        """Nothing: one model does it all."""
+        """Do nothing: the model runs any number of branches."""
 
     def new_cache(self, capacity: int) -> Cache:
-        return GraphedCache(capacity) if self._graphed else GrowingCache(capacity)
+        return GraphedCache(capacity) if self._uses_cuda_graphs else GrowingCache(capacity)
 
     @torch.inference_mode()
     def forward(
@@ -98,7 +102,8 @@ class TorchBackend:
             **({} if rows is None else {"logits_to_keep": rows}),
         }
         tensors = {name: torch.tensor(values, device=self._device) for name, values in inputs.items()}
-        with quietly("bitsandbytes") if self._talks else nullcontext():  # it tells of every cast of every layer
+        # bitsandbytes logs every cast of every layer.
+        with errors_only() if self._uses_bitsandbytes else nullcontext():
             if isinstance(cache, FixedCache):
                 logits = self._forward_fixed(cache, tensors)
             else:
@@ -107,11 +112,11 @@ class TorchBackend:
         return result
 
     def _forward_fixed(self, cache: FixedCache, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """A pass over a cache whose unfilled slots are masked; short ones, which are steps, run as graphs on a card."""
+        """One pass over a cache whose unfilled slots are masked; on a GPU, decode steps run as CUDA graphs."""
 
-        def step(given: Tensors) -> torch.Tensor:
-            names = {name: tensor for name, tensor in given.items() if name != "slots"}
-            logits: torch.Tensor = self._model(**names, past_key_values=cache, use_cache=True).logits
+        def step(inputs: Tensors) -> torch.Tensor:
+            arguments = {name: tensor for name, tensor in inputs.items() if name != "slots"}
+            logits: torch.Tensor = self._model(**arguments, past_key_values=cache, use_cache=True).logits
             return logits
 
         count = tensors["input_ids"].shape[1]
@@ -127,23 +132,28 @@ class TorchBackend:
         return logits
 
 
-def _recipe(directory: Path, manifest: Manifest, options: LoadOptions) -> QuantRecipe | None:
+def _recipe(directory: Path, manifest: Manifest, options: LoadOptions) -> BnbRecipe | None:
+    """How the model is quantised: as the artifact is, or while it is loaded.
+
+    Raises:
+        UsageError: the artifact is quantised in another way.
+    """
     if manifest.quant is None:
-        return None if options.quant is None else QuantRecipe(options.quant, (HEAD,))
+        return None if options.quant is None else BnbRecipe(options.quant, (HEAD,))
     if options.quant not in (None, manifest.quant.name):
         raise UsageError(
-            f"{directory} is quantised to {manifest.quant.name}; --quant {options.quant} needs a merged one"
+            f"{directory} is quantised to {manifest.quant.name}; `quant='{options.quant}'` needs a merged artifact"
         )
     return manifest.quant
 
 
 def _compute_dtype(
-    manifest: Manifest, options: LoadOptions, recipe: QuantRecipe | None, device: torch.device
+    manifest: Manifest, options: LoadOptions, recipe: BnbRecipe | None, device: torch.device
 ) -> torch.dtype:
     if options.dtype != "auto":
         chosen: torch.dtype = getattr(torch, options.dtype)
         return chosen
-    # The packed int8 product of CPUs is one of bfloat16.
+    # On CPUs the packed int8 product takes bfloat16 activations.
     packed = recipe is not None and recipe.name == "8bit" and device.type == "cpu" and options.int8_kernel != "bnb"
     stored: torch.dtype = getattr(torch, manifest.dtype)
     return torch.bfloat16 if packed else stored

@@ -1,4 +1,4 @@
-"""Where a model goes: one device, or all of them."""
+"""Which device a model runs on, or how its modules are divided among several."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,17 +7,19 @@ import torch
 from transformers import PreTrainedModel
 
 from pos2d.errors import StorageError, UsageError
+from pos2d.units import parse_size
 
-Place = Callable[[str], torch.device]
-# Module name to device, as accelerate names it; what a module has not, those inside it may.
-Homes = dict[str, Any]
+# accelerate's device map: module name to device. A module without an entry is where the module around it is.
+DeviceMap = dict[str, Any]
+# The device of a module, by the module's name.
+DeviceOf = Callable[[str], torch.device]
 
 
 def one_device(name: str) -> torch.device:
-    """torch's device of that name; ``auto`` is a CUDA card, Apple's GPU, or the CPU.
+    """The torch device called ``name``; ``auto`` is a CUDA GPU, Apple's GPU, or the CPU, in this order.
 
     Raises:
-        UsageError: there is no such device here.
+        UsageError: this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -26,12 +28,12 @@ def one_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"device {name!r} cannot be used here: {reason}; use --device cpu") from None
+        raise UsageError(f"`device` {name!r} cannot be used here: {reason}; use `device='cpu'`") from None
     return device
 
 
-def spread(model: PreTrainedModel, max_memory: str | None) -> Homes:
-    """For an empty ``model`` whose parameters have their final types and sizes.
+def infer_device_map(model: PreTrainedModel, max_memory: str | None) -> DeviceMap:
+    """A device map over all GPUs and the CPU, for an empty model whose parameters have their final types and sizes.
 
     Raises:
         UsageError: ``max_memory`` cannot be read.
@@ -39,47 +41,47 @@ def spread(model: PreTrainedModel, max_memory: str | None) -> Homes:
     """
     from accelerate import infer_auto_device_map
 
-    found: Homes = infer_auto_device_map(
-        model, max_memory=parse_max_memory(max_memory), no_split_module_classes=model._no_split_modules
+    device_map: DeviceMap = infer_auto_device_map(
+        model,
+        max_memory=None if max_memory is None else parse_max_memory(max_memory),
+        no_split_module_classes=model._no_split_modules,
     )
-    homeless = [module for module, device in found.items() if device == "disk"]
-    if homeless:
+    unplaced = [module for module, device in device_map.items() if device == "disk"]
+    if unplaced:
         raise StorageError(
-            f"{len(homeless)} parts of the model, {homeless[0]} the first, fit no device; raise --max-memory, or use a "
-            "smaller --quant"
+            f"{len(unplaced)} modules, the first of them {unplaced[0]}, fit no device; raise `max_memory`, or use a "
+            "smaller `quant`"
         )
-    return found
+    return device_map
 
 
-def place_of(homes: Homes) -> Place:
-    """The device of a module: its own, or that of the nearest module around it that has one."""
+def device_lookup(device_map: DeviceMap) -> DeviceOf:
+    """A function from a module's name to its device: that of its entry, or of the nearest enclosing module's."""
 
-    def place(module: str) -> torch.device:
-        while module not in homes and module:
+    def device_of(module: str) -> torch.device:
+        while module not in device_map and module:
             module = module.rpartition(".")[0]
-        return torch.device(homes[module])
+        return torch.device(device_map[module])
 
-    return place
+    return device_of
 
 
-def parse_max_memory(text: str | None) -> dict[int | str, str] | None:
-    """``0=8GB,cpu=16GB`` as accelerate takes it.
+def parse_max_memory(text: str) -> dict[int | str, int]:
+    """Bytes by device, as accelerate takes them, from a text such as ``0=8GB,cpu=16GB``.
 
     Raises:
-        UsageError: something else.
+        UsageError: ``text`` has another form.
     """
-    if text is None:
-        return None
-    from accelerate.utils import convert_file_size_to_int
-
-    found: dict[int | str, str] = {}
-    for part in text.split(","):
-        device, mark, size = (piece.strip() for piece in part.partition("="))
+    limits: dict[int | str, int] = {}
+    for entry in text.split(","):
+        device, _, size = (part.strip() for part in entry.partition("="))
         try:
-            convert_file_size_to_int(size)
-        except ValueError:
-            mark = ""
-        if not mark or not (device.isdecimal() or device in ("cpu", "mps")):
-            raise UsageError(f"--max-memory {text!r}: {part!r} is not a card's number or cpu and a size, such as 0=8GB")
-        found[int(device) if device.isdecimal() else device] = size
-    return found
+            if not (device.isdecimal() or device in ("cpu", "mps")):
+                raise UsageError
+            limits[int(device) if device.isdecimal() else device] = parse_size(size, "max_memory")
+        except UsageError:
+            raise UsageError(
+                f"`max_memory` {text!r}: {entry!r} is not a device (a GPU's number, cpu or mps) and a size, "
+                "such as 0=8GB"
+            ) from None
+    return limits

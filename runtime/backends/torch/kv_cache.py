@@ -5,46 +5,58 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values ``[B, K, T, D]``: views of buffers with room for more, which double when full.
+    """Keys and values ``[B, K, T, D]`` of one layer: views of buffers with ``capacity`` slots, which double when full.
 
-    A cache that is as long as its content would be copied as a whole for every token.
+    If buffers were exactly as long as their content, every new token would copy all of it.
     """
 
-    capacity = 0
-    _rooms: tuple[torch.Tensor, ...] = ()
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self._buffers: tuple[torch.Tensor, ...] = ()
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Pair:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> KeysValues:
         past = self.get_seq_length()
         length = past + key_states.shape[-2]
-        if not self._rooms:
-            self._rooms = tuple(_room(states, 0, max(length, self.capacity)) for states in (key_states, value_states))
-        elif length > self._rooms[0].shape[-2]:
-            self._rooms = tuple(_room(states, past, max(2 * length, self.capacity)) for states in self._rooms)
-        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
-            room[:, :, past:length] = states
-        self.keys, self.values = (room[:, :, :length] for room in self._rooms)
+        new = (key_states, value_states)
+        if not self._buffers:
+            self._buffers = tuple(_enlarged(states, 0, max(length, self.capacity)) for states in new)
+        elif length > self._buffers[0].shape[-2]:
+            self._buffers = tuple(_enlarged(buffer, past, max(2 * length, self.capacity)) for buffer in self._buffers)
+        for buffer, states in zip(self._buffers, new, strict=True):
+            buffer[:, :, past:length] = states
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         return self.keys, self.values
 
     def rewind(self, length: int) -> None:
-        if self._rooms:
-            self.keys, self.values = (room[:, :, :length] for room in self._rooms)
+        if self._buffers:
+            self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
 
 class GrowingCache(Cache):  # type: ignore[misc]
-    """Attention reads what is filled; room for ``capacity`` tokens is reserved at once."""
+    """A cache whose attention reads only the filled slots; every layer reserves ``capacity`` slots at once."""
 
     def __init__(self, capacity: int) -> None:
-        # Layers are made by the library, one at a time: what they have in common stands in their class.
-        self._kind: type[GrowingLayer] = type("GrowingLayer", (GrowingLayer,), {"capacity": capacity})
-        super().__init__(layer_class_to_replicate=self._kind)
+        super().__init__(layers=[])
+        self.capacity = capacity
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> KeysValues:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(GrowingLayer(self.capacity))
+        layer: GrowingLayer = self.layers[layer_idx]
+        return layer.update(key_states, value_states)
 
     def reserve(self, capacity: int) -> None:
-        self._kind.capacity = max(self._kind.capacity, capacity)
+        self.capacity = max(self.capacity, capacity)
+        for layer in self.layers:
+            layer.capacity = self.capacity
 
     def rewind(self, length: int) -> None:
         for layer in self.layers:
@@ -52,10 +64,10 @@ class GrowingCache(Cache):  # type: ignore[misc]
 
 
 class FixedCache(Cache):  # type: ignore[misc]
-    """Buffers ``[B, K, capacity, D]`` that attention always reads whole, so that every step has the same shapes.
+    """Buffers ``[B, K, capacity, D]`` that attention always reads as a whole, so that every step has the same shapes.
 
-    ``slots`` ``[S]`` says where the tokens of the next forward pass go; what lies beyond ``length`` must be masked.
-    Buffers begin as zeros: a masked slot counts nothing, but not a number times nothing is still not a number.
+    ``slots`` ``[S]`` are those that the next forward pass writes; slots from ``length`` on must be masked. Buffers
+    start as zeros, because a masked slot is multiplied by 0, and 0 times NaN is NaN.
     """
 
     is_compileable = False
@@ -69,10 +81,10 @@ class FixedCache(Cache):  # type: ignore[misc]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
-    ) -> Pair:
+    ) -> KeysValues:
         if layer_idx not in self._buffers:
-            batch, heads, _, width = key_states.shape
-            shape = (batch, heads, self.capacity, width)
+            batch, heads, _, head_dim = key_states.shape
+            shape = (batch, heads, self.capacity, head_dim)
             self._buffers[layer_idx] = (key_states.new_zeros(shape), value_states.new_zeros(shape))
         keys, values = self._buffers[layer_idx]
         keys.index_copy_(2, self.slots, key_states)
@@ -83,27 +95,27 @@ class FixedCache(Cache):  # type: ignore[misc]
         return self.length
 
     def reserve(self, capacity: int) -> None:
-        """Buffers of another size are others: what was recorded over the old ones is of no use any more."""
+        """Enlarge the buffers if ``capacity`` exceeds theirs; they then have other addresses."""
         if capacity > self.capacity:
             self.capacity = max(capacity, 2 * self.capacity)
             self._buffers = {
-                layer: tuple(_zero_room(states, self.length, self.capacity) for states in pair)
-                for layer, pair in self._buffers.items()
+                layer: tuple(_enlarged_with_zeros(buffer, self.length, self.capacity) for buffer in buffers)
+                for layer, buffers in self._buffers.items()
             }
 
     def rewind(self, length: int) -> None:
         self.length = min(self.length, length)
 
 
-def _zero_room(buffer: torch.Tensor, filled: int, length: int) -> torch.Tensor:
-    room = _room(buffer, filled, length)
-    room[:, :, filled:] = 0
-    return room
+def _enlarged_with_zeros(buffer: torch.Tensor, filled: int, capacity: int) -> torch.Tensor:
+    enlarged = _enlarged(buffer, filled, capacity)
+    enlarged[:, :, filled:] = 0
+    return enlarged
 
 
-def _room(states: torch.Tensor, filled: int, length: int) -> torch.Tensor:
-    """A buffer of ``length``, with what is ``filled`` of ``states``."""
-    batch, heads, _, width = states.shape
-    room = states.new_empty(batch, heads, length, width)
-    room[:, :, :filled] = states[:, :, :filled]
-    return room
+def _enlarged(buffer: torch.Tensor, filled: int, capacity: int) -> torch.Tensor:
+    """A buffer ``[B, K, capacity, D]`` with the first ``filled`` slots of ``buffer``, and the others uninitialised."""
+    batch, heads, _, head_dim = buffer.shape
+    enlarged = buffer.new_empty(batch, heads, capacity, head_dim)
+    enlarged[:, :, :filled] = buffer[:, :, :filled]
+    return enlarged

@@ -1,4 +1,4 @@
-"""Linear layers over quantised weights, in the formats of bitsandbytes: on torch's own kernels, or on its own."""
+"""Linear layers over weights in the formats of bitsandbytes, with torch's kernels or those of bitsandbytes."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -9,60 +9,58 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pos2d.bnb_format import INT8_STEPS, OUTLIER_THRESHOLD, BnbQuant, quantise_rows
 from pos2d.errors import InputError
-from pos2d.int8 import STEPS, quantise_rows
-from pos2d.quiet import bitsandbytes
-from pos2d.recipe import OUTLIER_THRESHOLD, Quant
 from pos2d.runtime.backends.options import Int8Kernel
+from pos2d.runtime.backends.torch.bitsandbytes_library import bitsandbytes
 
-# Names of a quantised layer's tensors in a file, after the layer's own.
-STORED_PARTS: dict[Quant, tuple[str, ...]] = {
-    "8bit": ("weight", "SCB", "weight_format"),
-    "nf4": ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"),
-}
-# torch's packed int8 product is done row by row; from here on widening the weights first is faster (measured on two
-# x86-64 cores with AVX-512, where the two meet between 16 and 24 rows).
-PACKED_ROWS = 16
-# It reads beyond the end of rows that are not whole vectors, and computes nonsense or fails (torch 2.13).
-PACKED_INPUTS = 16
+# torch's packed int8 product works row by row; for more rows than this, converting the weights first is faster
+# (measured on two x86-64 cores with AVX-512: the two are equally fast at 16 to 24 rows).
+PACKED_MAX_ROWS = 16
+# Its rows must be multiples of the vector width: otherwise it reads past their ends, and gives wrong results or fails
+# (torch 2.13).
+PACKED_INPUT_MULTIPLE = 16
 
 Tensors = Mapping[str, torch.Tensor]
 Bias = torch.Tensor | None
 
 
 class Int8Linear(nn.Module):
-    """``x @ (weight * scale / 127)^T + bias``: int8 ``[out, in]``, float32 ``[out]``; only the weights are quantised.
+    """``x @ (weight * scale / 127)^T + bias`` with int8 ``[out, in]`` and float32 ``[out]``; activations are not
+    quantised.
 
-    Few bfloat16 rows on a CPU go through torch's packed int8 product, whose scales are bfloat16 too, and few rows of a
-    half type on a CUDA card through our kernel. Anything else is multiplied with the weights widened to the type of
-    ``x``: as whole steps, which it holds exactly, or scaled where that is float16.
+    A few bfloat16 rows on a CPU go through torch's packed int8 product, whose scales are bfloat16 as well; a few rows
+    of a 16-bit type on a CUDA GPU go through our Triton kernel. In all other cases the weights are first converted to
+    the type of ``x``: as integers, which it represents exactly, or already scaled for float16.
     """
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor, bias: Bias) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.steps = nn.Parameter(scales.float() / STEPS, requires_grad=False)
+        self.steps = nn.Parameter(scales.float() / INT8_STEPS, requires_grad=False)
         self.packed_steps = nn.Parameter(self.steps.bfloat16(), requires_grad=False)
         self.bias = _parameter(bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        few = len(rows) <= PACKED_ROWS
-        if few and x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[-1] % PACKED_INPUTS == 0:
-            found = torch._weight_int8pack_mm(rows, self.weight, self.packed_steps)
-        elif few and x.device.type == "cuda" and x.dtype != torch.float32 and (product := _cuda_product()) is not None:
-            found = product(rows, self.weight, self.steps)
-        elif x.dtype == torch.float16:  # which cannot hold sums of whole steps
-            found = functional.linear(rows, (self.weight * self.steps[:, None]).to(x.dtype))
+        few = len(rows) <= PACKED_MAX_ROWS
+        if few and x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[-1] % PACKED_INPUT_MULTIPLE == 0:
+            outputs = torch._weight_int8pack_mm(rows, self.weight, self.packed_steps)
+        elif (
+            few and x.device.type == "cuda" and x.dtype != torch.float32 and (product := _triton_product()) is not None
+        ):
+            outputs = product(rows, self.weight, self.steps)
+        elif x.dtype == torch.float16:  # sums of unscaled integers would overflow
+            outputs = functional.linear(rows, (self.weight * self.steps[:, None]).to(x.dtype))
         else:
-            found = functional.linear(rows, self.weight.to(x.dtype)) * self.steps.to(x.dtype)
+            outputs = functional.linear(rows, self.weight.to(x.dtype)) * self.steps.to(x.dtype)
         if self.bias is not None:
-            found = found + self.bias
-        return found.reshape(*x.shape[:-1], -1)
+            outputs = outputs + self.bias
+        return outputs.reshape(*x.shape[:-1], -1)
 
 
 def bnb_int8_linear(weight: torch.Tensor, scales: torch.Tensor, bias: Bias) -> nn.Module:
-    """bitsandbytes' own layer over int8 ``[out, in]`` and float32 ``[out]``; it quantises the activations as well."""
+    """A layer of bitsandbytes over int8 ``[out, in]`` and float32 ``[out]``; it quantises the activations as well."""
     layers = bitsandbytes().nn
     layer: Any = layers.Linear8bitLt(
         weight.shape[1], weight.shape[0], False, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta"
@@ -73,19 +71,23 @@ def bnb_int8_linear(weight: torch.Tensor, scales: torch.Tensor, bias: Bias) -> n
 
 
 class Nf4Linear(nn.Module):
-    """``x @ W^T + bias`` with W widened from a parameter of bitsandbytes for every product: slow, and exact."""
+    """``x @ W^T + bias``; W is dequantised from a parameter of bitsandbytes for every product, which is slow and
+    exact."""
 
     def __init__(self, weight: Any, bias: Bias) -> None:
         super().__init__()
         self.weight, self.bias = weight, _parameter(bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = bitsandbytes().functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
-        return functional.linear(x, wide.to(x.dtype), self.bias)
+        weight = bitsandbytes().functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
+        return functional.linear(x, weight.to(x.dtype), self.bias)
 
 
 def nf4_linear(weight: Any, bias: Bias, dtype: torch.dtype) -> nn.Module:
-    """A layer over a parameter of bitsandbytes: its own, but for float32, which it rounds to bfloat16 on some CPUs."""
+    """A layer over an nf4 parameter of bitsandbytes.
+
+    It is bitsandbytes' layer for 16-bit types and ours for float32, which theirs rounds to bfloat16 on some CPUs.
+    """
     if dtype == torch.float32:
         return Nf4Linear(weight, bias)
     layer: Any = bitsandbytes().nn.Linear4bit(1, 1, False, dtype, quant_type="nf4", device="meta")
@@ -93,8 +95,8 @@ def nf4_linear(weight: Any, bias: Bias, dtype: torch.dtype) -> nn.Module:
     return layer  # type: ignore[no-any-return]
 
 
-def stored_linear(tensors: Tensors, quant: Quant, kernel: Int8Kernel, dtype: torch.dtype) -> nn.Module:
-    """A layer from the tensors of a quantised file, by their names after the module's."""
+def stored_linear(tensors: Tensors, quant: BnbQuant, kernel: Int8Kernel, dtype: torch.dtype) -> nn.Module:
+    """A layer from stored quantised tensors; the keys of ``tensors`` are their names without the module's name."""
     bias = tensors["bias"].to(dtype) if "bias" in tensors else None
     if quant == "8bit":
         return _int8(kernel, tensors["weight"].device)(tensors["weight"], tensors["SCB"], bias)
@@ -105,11 +107,11 @@ def stored_linear(tensors: Tensors, quant: Quant, kernel: Int8Kernel, dtype: tor
     return nf4_linear(weight, bias, dtype)
 
 
-def quantised_linear(tensors: Tensors, quant: Quant, kernel: Int8Kernel, dtype: torch.dtype) -> nn.Module:
-    """A layer from a weight ``[out, in]`` in full precision.
+def quantised_linear(tensors: Tensors, quant: BnbQuant, kernel: Int8Kernel, dtype: torch.dtype) -> nn.Module:
+    """Quantise a weight ``[out, in]``, and its bias if there is one, into a layer.
 
     Raises:
-        InputError: values that are not finite.
+        InputError: the weight has values that are not finite.
     """
     weight = tensors["weight"]
     bias = tensors["bias"].to(dtype) if "bias" in tensors else None
@@ -122,13 +124,13 @@ def quantised_linear(tensors: Tensors, quant: Quant, kernel: Int8Kernel, dtype: 
 
 
 def bnb_layers(model: nn.Module) -> set[str]:
-    """Names of the classes of bitsandbytes in a model."""
+    """The class names of those layers of a model that are bitsandbytes' classes."""
     return {type(layer).__name__ for layer in model.modules() if type(layer).__module__.startswith("bitsandbytes.")}
 
 
 @cache
-def _cuda_product() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
-    """The kernel for a few rows, where there is Triton to compile it."""
+def _triton_product() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """The kernel for a few rows on a CUDA GPU; None if Triton, which compiles it, is not installed."""
     if find_spec("triton") is None:
         return None
     from pos2d.runtime.backends.torch.triton_int8 import int8_product
@@ -137,10 +139,13 @@ def _cuda_product() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torc
 
 
 def _int8(kernel: Int8Kernel, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, Bias], nn.Module]:
-    """``auto``: weights alone, which is faster where it was measured and rounds less; bitsandbytes on a card without
-    Triton, which its kernel is written in."""
+    """The function that makes an 8-bit layer.
+
+    ``auto`` is ``weight-only``, which rounds less and was faster wherever it was measured; on a CUDA GPU without Triton
+    it is ``bnb``.
+    """
     if kernel == "auto":
-        kernel = "bnb" if device.type == "cuda" and _cuda_product() is None else "weight-only"
+        kernel = "bnb" if device.type == "cuda" and _triton_product() is None else "weight-only"
     return bnb_int8_linear if kernel == "bnb" else Int8Linear
 
 

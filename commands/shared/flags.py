@@ -1,0 +1,175 @@
+"""Flags of the command line: made from the groups of options that the library declares, and those that verbs share."""
+
+import re
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pos2d.commands.shared.help import SectionedOption
+from pos2d.errors import InputError, UsageError
+from pos2d.options import Option, options_of
+
+QUOTES = "'\""
+Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
+
+
+def with_flags(*decorators: Decorator) -> Decorator:
+    """Several flags as one decorator, in the order in which help shows them."""
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+def flags_of(group: type[Any], section: str, *, without: Collection[str] = ()) -> Decorator:
+    """A flag for every option of a group but those in ``without``, in a section of the help page."""
+    declared = (option for name, option in options_of(group).items() if name not in without)
+    return with_flags(*(flag_of(option, section) for option in declared))
+
+
+def flag_of(option: Option, section: str) -> Decorator:
+    """One flag. click checks choices and the kind of value; the library checks ranges and what belongs together."""
+    names = [flag_name(option.name), *option.flags, option.name]
+    text = in_terms_of_flags(option.help)
+    section = option.section or section
+    if option.kind is bool:
+        return click.option(*names, is_flag=True, default=False, help=text, cls=SectionedOption, section=section)
+    default = option.default_text
+    if default is None and option.default not in (None, "", ()):
+        default = f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
+    return click.option(
+        *names,
+        type=click.Choice(option.choices) if option.choices else str if option.kind is tuple else option.kind,
+        multiple=option.kind is tuple,
+        default=None,
+        metavar=option.metavar,
+        help=text if default is None else f"{text}  [default: {default}]",
+        cls=SectionedOption,
+        section=section,
+    )
+
+
+def flag_name(option: str) -> str:
+    """``--lora-rank`` of ``lora_rank``."""
+    return f"--{option.replace('_', '-')}"
+
+
+def in_terms_of_flags(message: str) -> str:
+    """Say a message of the library, which names parameters in backticks, in the words of the command line.
+
+    ``lora_rank`` becomes ``--lora-rank``, ``quant='int8'`` becomes ``--quant int8`` and ``force=True`` becomes
+    ``--force``; other text in backticks stays as it is.
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match[1], match[2]
+        return flag_name(name) if value in (None, "True") else f"{flag_name(name)} {value.strip(QUOTES)}"
+
+    return re.sub(r"`([a-z][a-z0-9_]*)(?:=([^`]*))?`", flag, message)
+
+
+def whole_numbers(_context: click.Context, _option: click.Parameter, value: str) -> tuple[int, ...]:
+    """Read ``1,8,16``."""
+    try:
+        return tuple(int(part) for part in value.replace(",", " ").split())
+    except ValueError:
+        raise click.BadParameter(f"{value!r} must be whole numbers, such as 1,8,16") from None
+
+
+def text_or_file(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    """Read the file that ``@FILE`` names; other texts stand for themselves."""
+    if value is None or not value.startswith("@"):
+        return value
+    try:
+        text = Path(value[1:]).read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{value[1:]} cannot be read as text: {error}") from None
+    if not text.strip():
+        raise InputError(f"{value[1:]} is empty; leave it out, or put some text there")
+    return text
+
+
+def text_or_standard_input(
+    _context: click.Context, _option: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Read standard input in place of ``-``."""
+    if "-" in values and sys.stdin is None:
+        raise InputError("standard input is closed; `prompt='-'` reads it")
+    if values.count("-") > 1:
+        raise UsageError("`prompt='-'` reads standard input, which can be read once; give it once")
+    try:
+        return tuple(sys.stdin.read().rstrip("\n") if value == "-" else value for value in values)
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not text in UTF-8: {error}") from None
+
+
+json_flag = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+output_flag = click.option("-o", "--output", required=True, metavar="OUT", help="Directory to write.")
+force_flag = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+context_flag = click.option(
+    "--context",
+    "--system-prompt",
+    metavar="TEXT|@FILE",
+    callback=text_or_file,
+    help="Text before all prompts, or @FILE to read it from a file. It is prefilled once, and it is the system "
+    "message if the model has a chat template.",
+)
+
+
+def prompt_flag(**settings: Any) -> Decorator:
+    """``-p``, which has one meaning in every command; ``settings`` are click's."""
+    text = "Prompt. Repeat the flag for several prompts, which are the branches of one sequence."
+    reads = " The prompt - is read from standard input." if "callback" in settings else ""
+    return click.option("-p", "--prompt", multiple=True, metavar="TEXT", help=text + reads, **settings)
+
+
+def revision_flag(section: str = "Options") -> Decorator:
+    """The revision of a base model from the Hub."""
+    return click.option(
+        "--revision",
+        metavar="COMMIT",
+        help="Git commit, tag or branch of a base model on the Hub.  [default: the newest]",
+        cls=SectionedOption,
+        section=section,
+    )
+
+
+def base_flags(section: str, *, required: bool) -> Decorator:
+    """The flags that name a base model and its adapters."""
+    return with_flags(
+        click.option(
+            "--base-model",
+            required=required,
+            metavar="DIR_OR_HUB_ID",
+            help="Base model that the adapter was trained on: a directory, or a name on the Hugging Face Hub.",
+            cls=SectionedOption,
+            section=section,
+        ),
+        revision_flag(section),
+        click.option(
+            "--lora",
+            "--lora-path",
+            "lora",
+            required=required,
+            multiple=True,
+            metavar="PATH[=WEIGHT]",
+            help="Adapter: the trainer's .pth file or a PEFT directory. Repeat the flag to merge the sum of several; "
+            "WEIGHT scales what an adapter adds.  [default weight: 1]",
+            cls=SectionedOption,
+            section=section,
+        ),
+        click.option(
+            "--lora-rank",
+            type=int,
+            help="Refuse adapters of another rank than this.  [default: any rank]",
+            cls=SectionedOption,
+            section=section,
+        ),
+    )

@@ -1,0 +1,183 @@
+"""The text form of what ``inspect`` returns: lines of a label and a value, and the table of a guess."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pos2d.commands.shared.tables import table
+from pos2d.exporter.adapters.adapter import first_names
+from pos2d.exporter.inspect import Fit, InspectReport
+from pos2d.exporter.inspection.adapter_facts import AdapterFacts, ModuleKind
+from pos2d.exporter.inspection.known_bases import KNOWN_BASES
+from pos2d.exporter.inspection.model_facts import ArtifactFacts, BaseFacts
+from pos2d.exporter.inspection.ranking import Guess, Score
+from pos2d.spec import spans
+
+Row = tuple[str, str]
+MOST_SCORES = 20
+
+
+def inspect_text(report: InspectReport) -> str:
+    """Aligned lines without colour, the path first."""
+    rows: list[Row] = [("what", report.what)]
+    if report.base:
+        rows += _base(report.base)
+    if report.artifact:
+        rows += _artifact(report.artifact)
+    if report.adapter:
+        rows += _adapter(report.adapter)
+        if report.guess is None:
+            rows.append(("not in it", "ratio, stride and alignment of the training; --guess-ratio finds the first two"))
+    if report.fit:
+        rows += _fit(report.fit)
+    lines = [report.path, *aligned(rows)]
+    return "\n".join([*lines, "", *_guess(report.guess)] if report.guess else lines)
+
+
+def aligned(rows: Iterable[Row]) -> list[str]:
+    """Lines with all labels in one column; a label that repeats is left out."""
+    rows = list(rows)
+    width = max(len(label) for label, _ in rows)
+    shown = [("" if n and rows[n - 1][0] == label else label, text) for n, (label, text) in enumerate(rows)]
+    return [f"  {label.ljust(width)}  {text}".rstrip() for label, text in shown]
+
+
+def _adapter(facts: AdapterFacts) -> Iterable[Row]:
+    yield "file", f"{facts.file}, {size(facts.bytes)}, {facts.parameters:,} parameters, {types(facts.dtypes)}"
+    if facts.sha256:
+        yield "sha256", facts.sha256
+    if facts.ranks:
+        scales = "" if facts.scales == (1.0,) else f"{listed(f'{scale:g}' for scale in facts.scales)} * "
+        yield "rank", f"{listed(facts.ranks)}, delta = {scales}B @ A"
+    for name, modules in facts.modules.items():
+        yield "modules", f"{name} {listed(modules.shapes)} in {_layers(modules, facts.layers)}"
+    if facts.other_modules:
+        yield "modules", f"{first_names(list(facts.other_modules))}, outside the layers"
+    for key, value in facts.settings.items():
+        yield "settings", f"{key} {listed(value) if isinstance(value, list) else value}"
+    if facts.untrained:
+        yield "untrained", f"B is zero, so nothing changes: {first_names(list(facts.untrained))}"
+    if facts.not_finite:
+        yield "not finite", f"NaN or infinite values, the training diverged: {first_names(list(facts.not_finite))}"
+    for name in facts.fits:
+        yield "fits", f"{name}, by its shapes"
+    if not facts.fits:
+        yield "fits", f"none of the {len(KNOWN_BASES)} well-known sizes; --base-model tries any other"
+
+
+def _layers(modules: ModuleKind, layers: int) -> str:
+    if not modules.missing_layers:
+        return f"all {layers} layers"
+    return (
+        f"{modules.layers} of {layers} layers, not in {first_names([str(layer) for layer in modules.missing_layers])}"
+    )
+
+
+def _base(facts: BaseFacts) -> Iterable[Row]:
+    shards = f"{facts.shards} file{'s' if facts.shards > 1 else ''}"
+    yield "family", f"{facts.family}, {facts.parameters:,} parameters"
+    yield "weights", f"{size(facts.bytes)} in {shards}, {types(facts.dtypes)}"
+    yield "layers", f"{facts.layers}, hidden {facts.hidden}, MLP {facts.intermediate}"
+    yield "heads", f"{facts.heads} of {facts.head_dim}, {facts.kv_heads} for keys and values"
+    yield "rope", f"{facts.head_dim // 2} frequencies, {pairs(facts.rope)}"
+    yield "context", f"{facts.context_length:,} positions"
+    yield "vocabulary", f"{facts.vocab:,}, head {'tied to the embedding' if facts.tied else 'not tied'}"
+    yield "end tokens", listed(facts.eos_token_ids) or "none"
+    covers = listed(facts.trainer_covers)
+    yield (
+        "trainer",
+        (
+            f"its LoRA covers {covers} (the square linear layers)"
+            if covers
+            else "its LoRA covers nothing: no linear layer is square, so such a base cannot be trained with it"
+        ),
+    )
+
+
+def _artifact(facts: ArtifactFacts) -> Iterable[Row]:
+    rope = facts.rope_2d
+    axes = [rope["axes"].count(axis) for axis in (0, 1, 2)]
+    yield "kind", f"{facts.kind}, {facts.family}, {facts.dtype}, made by version {facts.tool_version}"
+    if facts.quant:
+        yield "quantised", f"{facts.quant['name']}, but for {first_names(facts.quant['skip_modules']) or 'nothing'}"
+    if rope["pair_indices"]:
+        yield "2D RoPE", f"frequencies {spans(rope['pair_indices'])} of {len(rope['axes'])}"
+        yield "2D RoPE", f"{axes[0]} are rotated by position, {axes[1]} by branch, {axes[2]} by time"
+    else:
+        yield "2D RoPE", f"none: all {axes[0]} frequencies are rotated by position"
+    yield "layout", f"stride {rope['branch_stride']}, align {rope['align_to']}, {rope['visibility']}"
+    yield "base", pairs(facts.base)
+    for adapter in facts.adapters:
+        yield "adapter", pairs(adapter)
+    yield "context", f"{facts.context_length:,} positions, vocabulary {facts.vocab:,}"
+    yield "end tokens", listed(facts.eos_token_ids) or "none"
+    if facts.totals:
+        yield "totals", pairs(facts.totals)
+    if facts.parity:
+        yield "parity", pairs({key: value for key, value in facts.parity.items() if key != "cases"})
+    yield "files", f"{size(facts.bytes)} in {len(facts.files)}"
+    for name, count in facts.files.items():
+        yield "files", f"{name} {size(count)}"
+
+
+def _fit(fit: Fit) -> Iterable[Row]:
+    yield "base model", f"{fit.base}: it fits" if fit.fits else f"{fit.base}: it does not fit"
+
+
+def _guess(guess: Guess) -> list[str]:
+    scores = [_score(score, lowest=score is guess.scores[0]) for score in guess.scores[:MOST_SCORES]]
+    shown = table(("ratio", "pairs", "stride", "nats/token", "difference", ""), scores)
+    summary = (
+        f"{guess.tokens:,} tokens of {guess.branches} branches in {guess.sequences} sequences, {guess.seconds:.0f} s; "
+        f"each branch alone, without 2D RoPE: {guess.separate.loss:.3f} nats/token"
+    )
+    return [shown, "", summary, *_verdict(guess)]
+
+
+def _score(score: Score, *, lowest: bool) -> tuple[str, ...]:
+    ratio, stride = ("none", "-") if score.ratio is None else (f"{score.ratio:g}", str(score.branch_stride))
+    difference = f"{score.difference:.3f} ± {score.standard_error:.3f}"
+    mark = "lowest" if lowest else "tied" if score.tied else ""
+    return ratio, str(score.pairs), stride, f"{score.loss:.3f}", difference, mark
+
+
+def _verdict(guess: Guess) -> Iterable[str]:
+    """The flags to use, and how reliable they are."""
+    default = "" if guess.best is guess.scores[0] else " (tied with the lowest loss, and the trainer's default)"
+    yield f"merge flags: {guess.merge_flags}{default}"
+    if guess.separate_is_better:
+        yield (
+            "not reliable: the loss of each branch alone, without 2D RoPE, is lower still, so the adapter was trained "
+            "on branches side by side too little, on other text, or not at all (then merge with --no-patch-rope)"
+        )
+        return
+    if not guess.ratio_is_clear:
+        yield "the text does not tell apart the ratios that are tied; one with longer branches may"
+    if not guess.stride_is_clear:
+        yield "the text does not tell apart the strides that are tied, so the choice hardly matters for it"
+
+
+def size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,} bytes"
+
+
+def listed(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+def types(dtypes: Mapping[str, int]) -> str:
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return listed(f"{count} tensors {dtype}" for dtype, count in dtypes.items())
+
+
+def pairs(block: Mapping[str, Any]) -> str:
+    """Keys and values, without those that are None; numbers are short, and hashes are their first digits."""
+    return listed(f"{key} {_value(value)}" for key, value in block.items() if value is not None)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, str) and len(value) == 64:
+        return value[:12]
+    return listed(value) if isinstance(value, list | tuple) else str(value)

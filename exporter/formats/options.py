@@ -1,0 +1,79 @@
+"""The options of an export that say what is written."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pos2d.options import check_options, option
+
+FormatName = Literal["onnx", "bnb"]
+# Headings of help pages, for options that one format takes.
+ONNX, BITSANDBYTES = "For --format onnx", "For --format bnb"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What :func:`pos2d.export` writes; a format says in its ``OPTIONS`` which of these it takes.
+
+    Raises:
+        UsageError: a value of another type, or one that does not exist.
+    """
+
+    format: FormatName = option("onnx", "onnx: decoder graphs with a KV cache. bnb: a bitsandbytes checkpoint.")
+    quant: Literal["none", "int8", "int4", "auto", "8bit", "nf4"] = option(
+        "none",
+        "Precision of the linear layers. onnx: none, int8, int4, or auto, which mixes 4 and 8 bits and needs "
+        "`target_size`. bnb: 8bit or nf4; one of the two is required.",
+    )
+    skip_modules: str | None = option(
+        None,
+        "Linear layers that are not quantised: full names (lm_head), last parts of names (down_proj) or whole layers "
+        "of the decoder (model.layers.0), separated by commas.",
+        metavar="NAMES",
+        default_text="none of onnx, lm_head of bnb",
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(
+        "auto",
+        "Type of the weights that are not quantised. onnx: float32 (auto) or float16, also for activations and KV "
+        "cache. bnb: auto keeps the type of each weight.",
+    )
+    block_size: int | None = option(
+        None,
+        "Quantisation block size: the number of inputs that share one scale (16, 32, 64, 128 or 256).",
+        default_text="128 for int4 with calibration, else 32",
+        section=ONNX,
+    )
+    float_activations: str = option(
+        "",
+        "4-bit layers whose inputs stay in floating point; the inputs of all other quantised layers are rounded to 8 "
+        "bits. They are slower, and some models need them to pass the final check. Layers are named as for "
+        "`skip_modules`.",
+        metavar="NAMES",
+        default_text="none",
+        section=ONNX,
+    )
+    target_size: str | None = option(
+        None,
+        "Largest size of the weight file for `quant='auto'`, such as 90MB. All layers start at 4 bits, and the most "
+        "sensitive ones get 8 bits as long as the file stays within this size.",
+        metavar="SIZE",
+        section=ONNX,
+    )
+    no_calibration: bool = option(
+        False,
+        "Round every weight to the nearest value. Without this option, quantised graphs are calibrated with GPTQ on "
+        "random tokens and tokens that the model samples, which is slower and more accurate.",
+        section=ONNX,
+    )
+    no_verify: bool = option(
+        False, "Skip the final check of the written graphs, which is what verify does.", section=ONNX
+    )
+    max_shard_size: str | None = option(
+        None,
+        "Largest size of one weight file, such as 5GB.",
+        metavar="SIZE",
+        default_text="5GB",
+        section=BITSANDBYTES,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)

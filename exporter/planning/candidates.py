@@ -1,0 +1,182 @@
+"""Every format that a base or an artifact can be run in, with its footprint and the commands that make it."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from pos2d.bnb_format import BnbQuant
+from pos2d.dtypes import ITEM_BYTES
+from pos2d.exporter.artifact.sidecars import SIDECARS
+from pos2d.exporter.files.tensor_places import torch_name
+from pos2d.exporter.inputs.checkpoint import Checkpoint, read_config
+from pos2d.exporter.planning.footprint import (
+    HEADER_ENTRY_BYTES,
+    Footprint,
+    Format,
+    Workload,
+    cpu_memory,
+    disk_bytes,
+    gpu_memory,
+)
+from pos2d.exporter.planning.graph_footprint import default_layout
+from pos2d.families import Dimensions, expected_tensors
+from pos2d.manifest import Manifest, read_manifest
+from pos2d.onnx_io import DATA_FILE
+from pos2d.recipes import BITS, BnbRecipe
+
+# Types of merges, the trainer's bfloat16 before float16.
+MERGE_DTYPES = ("float32", "bfloat16", "float16")
+GRAPH_FORMATS = tuple(Format("onnx", "float32", quant) for quant in (None, *BITS))
+# What the user fills in.
+ADAPTER, RATIO, PROMPT = "YOUR_ADAPTER", "YOUR_RATIO", "YOUR_PROMPT"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One format of the model: ``disk`` bytes of its directory, ``ram`` on the CPU, ``vram`` on a GPU if it runs there.
+
+    ``commands`` make it, or run it if it exists already.
+    """
+
+    name: str
+    form: Format
+    disk: int
+    ram: Footprint
+    vram: Footprint | None
+    note: str
+    commands: tuple[str, ...]
+
+    def fits(self, memory_available: int, gpu_bytes: int | None) -> bool:
+        """Whether it fits on the GPU, if there is one and the format runs there, or else in memory."""
+        if gpu_bytes is not None and self.vram is not None:
+            return self.vram.peak <= gpu_bytes
+        return self.ram.peak <= memory_available
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """The model's dimensions, the work that it is planned for, and whether the commands are for a GPU."""
+
+    sizes: Dimensions
+    work: Workload
+    on_gpu: bool
+
+    def candidate(
+        self, form: Format, disk: int, command: Sequence[str], note: str = "", extra_weight_bytes: int = 0
+    ) -> Candidate:
+        """A format with its footprint; ``extra_weight_bytes``: see :func:`cpu_memory`."""
+        on_cpu_only = form.kind == "onnx"
+        return Candidate(
+            name=form.name,
+            form=form,
+            disk=disk,
+            ram=cpu_memory(self.sizes, form, self.work, extra_weight_bytes=extra_weight_bytes),
+            vram=None if on_cpu_only else gpu_memory(self.sizes, form, self.work),
+            note=note or ("runs on the CPU only" if on_cpu_only else ""),
+            commands=(shlex.join(command),),
+        )
+
+
+def candidates_of_base(base: Checkpoint, model: str, run: PlannedRun) -> list[Candidate]:
+    """Merges in every dtype, the base's included, then all exports."""
+    base_dtype = linear_dtype(base)
+    sidecars = [base.directory / name for name in SIDECARS if (base.directory / name).is_file()]
+    sidecar_bytes = sum(path.stat().st_size for path in sidecars)
+    base_bytes = sum(place.nbytes + HEADER_ENTRY_BYTES for place in base.tensors.values())
+    # No file says which positions an adapter was trained with, and any others give a broken model, so the user must.
+    inputs = ["--base-model", model, "--lora", ADAPTER, "--rope-2d-ratio", RATIO]
+    merge = ["pos2d", "merge", *inputs]
+    merges = []
+    for dtype in sorted({base_dtype, *MERGE_DTYPES}, key=lambda dtype: _dtype_rank(dtype, base_dtype)):
+        form = Format("merged", dtype)
+        if dtype == base_dtype:
+            merges.append(run.candidate(form, base_bytes + sidecar_bytes, [*merge, "-o", "merged"], "the base's dtype"))
+        else:
+            command = [*merge, "--dtype", dtype, "-o", "merged"]
+            merges.append(run.candidate(form, disk_bytes(base.sizes, form) + sidecar_bytes, command))
+    return [*merges, *_exports(inputs, base_dtype, sidecar_bytes, run)]
+
+
+def candidates_of_artifact(directory: Path, run: PlannedRun) -> list[Candidate]:
+    """The artifact itself, in every dtype that it can compute in; if it is a merged one, also all exports."""
+    manifest = read_manifest(directory)
+    command = ["pos2d", "run", str(directory), "--prompt", PROMPT]
+    if manifest.kind == "onnx":
+        return [_existing_graph(manifest, command, run)]
+    command += ["--device", "cuda" if run.on_gpu else "cpu"]
+    if manifest.quant is not None:
+        # On the CPU, 8-bit layers are computed in bfloat16, whatever the other weights are stored in.
+        dtype = "bfloat16" if manifest.quant.name == "8bit" and not run.on_gpu else manifest.dtype
+        return [
+            run.candidate(Format("bnb", dtype, manifest.quant.name), manifest.total_bytes, command, "this artifact")
+        ]
+    as_stored = run.candidate(Format("merged", manifest.dtype), manifest.total_bytes, command, "this artifact")
+    converted = [
+        run.candidate(
+            Format("merged", dtype),
+            manifest.total_bytes,
+            [*command, "--dtype", dtype],
+            f"this artifact, computed in {dtype}",
+        )
+        for dtype in MERGE_DTYPES
+        if dtype != manifest.dtype
+    ]
+    sidecar_bytes = sum(facts["bytes"] for name, facts in manifest.files.items() if name in SIDECARS)
+    return [as_stored, *converted, *_exports([str(directory)], manifest.dtype, sidecar_bytes, run)]
+
+
+def artifact_sizes(directory: Path) -> tuple[Dimensions, str]:
+    """The dimensions of an artifact, and its description.
+
+    Raises:
+        InputError: see :func:`pos2d.manifest.read_manifest`; a configuration or graph that cannot be read.
+    """
+    manifest = read_manifest(directory)
+    description = f"{manifest.kind} artifact, {manifest.dtype}"
+    if manifest.graph is not None:
+        return manifest.graph.sizes, description
+    return Dimensions.from_config(read_config(directory), str(directory / "config.json")), description
+
+
+def linear_dtype(base: Checkpoint) -> str:
+    """torch's name of the dtype of the linear weights, which is that of a merge without `dtype`."""
+    return next(torch_name(place.dtype) for name, place in base.tensors.items() if name.endswith("_proj.weight"))
+
+
+def _dtype_rank(dtype: str, base_dtype: str) -> tuple[int, bool, int]:
+    """Sort key: wide dtypes first, then the base's."""
+    return -ITEM_BYTES[dtype], dtype != base_dtype, MERGE_DTYPES.index(dtype)
+
+
+def _exports(inputs: Sequence[str], stored_dtype: str, sidecar_bytes: int, run: PlannedRun) -> Iterator[Candidate]:
+    """What ``export`` can make of ``inputs``; ``sidecar_bytes``: tokenizer and settings, which are copied."""
+    for form in (*_bnb_formats(stored_dtype, run.sizes), *GRAPH_FORMATS):
+        output = form.kind if form.quant is None else f"{form.kind}-{form.quant}"
+        command = ["pos2d", "export", *inputs, *_export_flags(form, stored_dtype), "-o", output]
+        yield run.candidate(form, disk_bytes(run.sizes, form) + sidecar_bytes, command)
+
+
+def _existing_graph(manifest: Manifest, command: Sequence[str], run: PlannedRun) -> Candidate:
+    """An ONNX artifact; some of its layers may be quantised in another way than its format says."""
+    form = Format("onnx", manifest.dtype, manifest.graph_quant.name if manifest.graph_quant is not None else None)
+    predicted = default_layout(run.sizes, form.dtype, form.graph_quant).nbytes
+    # Half precision runs on a GPU, where it has not been measured.
+    note = "this artifact; runs on the CPU only" if form.item_bytes == 4 else "this artifact; not measured on a GPU"
+    extra = manifest.files[DATA_FILE]["bytes"] - predicted
+    return run.candidate(form, manifest.total_bytes, command, note, extra_weight_bytes=extra)
+
+
+def _export_flags(form: Format, stored_dtype: str) -> list[str]:
+    quant = [] if form.quant is None else ["--quant", form.quant]
+    if form.kind == "onnx":
+        return quant
+    return ["--format", form.kind, *quant, *(["--dtype", form.dtype] if form.dtype != stored_dtype else [])]
+
+
+def _bnb_formats(stored_dtype: str, sizes: Dimensions) -> list[Format]:
+    """The bitsandbytes formats of these layers; weights that are not quantised are stored in 16 bits."""
+    dtype = stored_dtype if ITEM_BYTES[stored_dtype] == 2 else "bfloat16"
+    shapes = {name: shape for name, shape in expected_tensors(sizes).items() if name.endswith("_proj.weight")}
+    return [Format("bnb", dtype, quant) for quant in get_args(BnbQuant) if not BnbRecipe(quant).unsupported(shapes)]

@@ -1,0 +1,64 @@
+"""Manifests of older releases: those that can be read are brought up to date, the others are refused with a cure.
+
+Each upgrade takes the JSON of one format version to the next one. This is the only place that knows older formats.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pos2d.errors import InputError
+
+Block = dict[str, Any]
+
+
+def upgraded(block: Mapping[str, Any], version: int) -> Block:
+    """The JSON of a manifest in format ``version``, from this or an older format.
+
+    Raises:
+        InputError: a newer format, none at all, or an older one whose artifact has to be made again.
+    """
+    found = block.get("format_version")
+    if not isinstance(found, int) or found > version:
+        raise InputError(
+            f"manifest: format version {found} is not {version}; install the release that made the artifact"
+        )
+    current = dict(block)
+    while current["format_version"] < version:
+        upgrade = UPGRADES.get(current["format_version"])
+        newer = upgrade(current) if upgrade is not None else None
+        if newer is None:
+            raise InputError(
+                f"manifest: format version {found} is of an older release and cannot be read; make the artifact again "
+                f"with: {command_for(current)}"
+            )
+        current = newer | {"format_version": current["format_version"] + 1}
+    return current
+
+
+def command_for(block: Mapping[str, Any]) -> str:
+    """The command that makes the artifact of a manifest again, as far as the manifest says it."""
+    base = (block.get("base") or {}).get("name", "BASE")
+    adapters = block.get("adapters") or [block.get("adapter") or {}]
+    lora = " ".join(f"--lora {adapter.get('file', 'ADAPTER')}" for adapter in adapters)
+    rope = block.get("rope_2d") or {}
+    indices = ",".join(map(str, rope.get("pair_indices", ())))
+    positions = f"--pair-indices {indices}" if indices else "--no-patch-rope"
+    layout = f"--branch-stride {rope.get('branch_stride', 128)} --align-to {rope.get('align_to', 'left')}"
+    kind = block.get("kind")
+    quant = (block.get("quant") or block.get("graph_quant") or {}).get("name")
+    verb = "merge" if kind == "merged" else f"export --format {kind}" + (f" --quant {quant}" if quant else "")
+    return f"pos2d {verb} --base-model {base} {lora} {positions} {layout} -o OUT"
+
+
+def _from_3(block: Block) -> Block | None:
+    """Format 4 has three graphs in an ONNX artifact, where format 3 had one, and names how graphs are quantised."""
+    return None if block.get("kind") == "onnx" else block | {"graph_quant": None}
+
+
+def _from_4(block: Block) -> Block:
+    """Format 5 says whether a quantised graph was calibrated; until then none was."""
+    recipe = block.get("graph_quant")
+    return block | {"graph_quant": recipe and {**recipe, "calibrated": False}}
+
+
+UPGRADES: Mapping[int, Callable[[Block], Block | None]] = {3: _from_3, 4: _from_4}

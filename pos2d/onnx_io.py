@@ -1,0 +1,135 @@
+"""The interface of an ONNX artifact: its files, the names of inputs, outputs and weights, and what a manifest says of
+it.
+
+Exporter and runtime both take every name from here. ``docs/onnx-graph.md`` documents the same for other programs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from pos2d.errors import InputError
+from pos2d.families import Dimensions
+
+# One file of weights lies under all graphs of an artifact.
+DATA_FILE = "model.onnx.data"
+
+# The graph variants, from the cheapest to the most general; each can do what those before it do.
+#   causal   one sequence without a mask: every token attends to all tokens before it
+#   general  one sequence with any mask
+#   batch    several sequences, each with a mask and a length of its own
+GraphName = Literal["causal", "general", "batch"]
+GRAPH_FILES: Mapping[GraphName, str] = {
+    "causal": "model_causal.onnx",
+    "general": "model.onnx",
+    "batch": "model_batch.onnx",
+}
+
+# Inputs of every graph: token ids and positions int64 [batch, sequence], pos2d int64 [batch, sequence, 2] (branch and
+# time), logits_rows int64 [batch, rows] (the tokens of this pass that get logits).
+INPUT_IDS, POSITION_IDS, POS2D, LOGITS_ROWS = "input_ids", "position_ids", "pos2d", "logits_rows"
+# Of causal and general: int32 [batch], the index of the last token. Of causal: int32 scalar, cached and new tokens.
+SEQLENS_K, TOTAL_SEQUENCE_LENGTH = "seqlens_k", "total_sequence_length"
+# Of general and batch: bool [batch, 1, sequence, cached and new tokens], True where attention is allowed.
+ATTENTION_MASK = "attention_mask"
+# Of batch: int64 [batch], the tokens that each sequence has in the cache.
+CACHE_LENGTHS = "cache_lengths"
+# Output: [batch, rows, vocab] in the type of the graph.
+LOGITS = "logits"
+# The KV cache of a layer: [batch, kv_heads, capacity, head_dim], bound as input and output over the same memory.
+PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
+CACHE_PARTS = ("key", "value")
+
+# Linear layers that read the same input are stored one under the other and computed as one product.
+FUSED_LAYERS: Mapping[str, tuple[str, ...]] = {
+    "self_attn": ("q_proj", "k_proj", "v_proj"),
+    "mlp": ("gate_proj", "up_proj"),
+}
+EMBED_TOKENS, LM_HEAD = "embed_tokens", "lm_head"
+# The last parts of the names of all linear layers.
+LINEAR_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", LM_HEAD)
+
+
+def past_name(layer: int, part: str) -> str:
+    """The input that holds the cached keys or values (``part``) of a layer."""
+    return f"{PAST_PREFIX}{layer}.{part}"
+
+
+def present_name(layer: int, part: str) -> str:
+    """The output that holds the keys or values of a layer after the pass."""
+    return f"{PRESENT_PREFIX}{layer}.{part}"
+
+
+def present_of(past: str) -> str:
+    """The output that belongs to a cache input."""
+    return past.replace(PAST_PREFIX, PRESENT_PREFIX, 1)
+
+
+def fused_name(modules: Sequence[str]) -> str:
+    """``….mlp.gate_up_proj`` of ``….mlp.gate_proj`` and ``….mlp.up_proj``; one module keeps its name."""
+    block = modules[0].rpartition(".")[0]
+    return f"{block}.{'_'.join(module.rpartition('.')[2].removesuffix('_proj') for module in modules)}_proj"
+
+
+def kinds_of_weight(weight: str) -> set[str]:
+    """The kinds of linear layers in one stored weight, by its name: ``….mlp.gate_up_proj.weight``."""
+    module = weight.removesuffix(".weight").rpartition(".")[2]
+    if module in (EMBED_TOKENS, LM_HEAD):
+        return {LM_HEAD}
+    return {f"{stem}_proj" for stem in module.removesuffix("_proj").split("_")}
+
+
+@dataclass(frozen=True, slots=True)
+class GraphTensor:
+    """An input or output of a graph; ``dtype`` is numpy's name, and a dimension is a size or a name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphFile:
+    """One graph: its file, operator sets, number of nodes, inputs and outputs."""
+
+    file: str
+    opsets: Mapping[str, int]
+    nodes: int
+    inputs: tuple[GraphTensor, ...]
+    outputs: tuple[GraphTensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInfo:
+    """What a manifest says of an ONNX artifact: its file of weights, the model's sizes, and its graphs by name."""
+
+    data: str
+    sizes: Dimensions
+    graphs: Mapping[GraphName, GraphFile]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> "GraphInfo":
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: unknown or missing keys.
+        """
+        known = {field.name for field in fields(cls)}
+        if set(block) != known:
+            raise InputError(f"graph: keys {sorted(set(block) ^ known)} are missing or unknown")
+        try:
+            graphs = {name: _graph_file(facts) for name, facts in block["graphs"].items()}
+            return cls(block["data"], Dimensions(**block["sizes"]), graphs)
+        except (TypeError, AttributeError) as error:
+            raise InputError(f"graph: it cannot be read ({error})") from None
+
+
+def _graph_file(facts: Mapping[str, Any]) -> GraphFile:
+    inputs, outputs = (
+        tuple(GraphTensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in facts[side])
+        for side in ("inputs", "outputs")
+    )
+    return GraphFile(**{**facts, "inputs": inputs, "outputs": outputs})

@@ -1,0 +1,39 @@
+"""A loaded artifact, as everything that works with texts takes it."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pos2d.errors import InputError
+from pos2d.layout import Ints
+from pos2d.manifest import Manifest
+from pos2d.runtime.engine.backend import Backend
+from pos2d.runtime.text.tokenization import load_tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedArtifact:
+    """The directory of an artifact, its manifest, its decoder and its tokenizer."""
+
+    path: Path
+    manifest: Manifest = field(repr=False)
+    backend: Backend = field(repr=False)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The artifact's tokenizer, loaded on first use: work with token ids needs none."""
+        return load_tokenizer(self.path)
+
+    def check_ids(self, ids: Ints) -> None:
+        """Check token ids of any shape.
+
+        Raises:
+            InputError: there are none, or some are outside the model's vocabulary.
+        """
+        if ids.size == 0:
+            raise InputError("the input has no tokens")
+        if ids.min() < 0 or ids.max() >= self.manifest.vocab_size:
+            raise InputError(
+                f"token ids {ids.min()} to {ids.max()} are outside the vocabulary of {self.manifest.vocab_size}"
+            )

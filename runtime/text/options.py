@@ -1,0 +1,118 @@
+"""Options of a request: how its prompts are encoded and laid out, and how its answers are sampled."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pos2d.errors import UsageError
+from pos2d.options import check_options, option, split_options
+from pos2d.runtime.engine.sampling import Sampling, resolve_sampling
+from pos2d.spec import MAX_STRIDE, Align, Rope2DSpec, Visibility
+
+MAX_BRANCHES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutOptions:
+    """How prompts stand side by side; None means the positions that the artifact was trained with.
+
+    Raises:
+        UsageError: a value that does not exist or is out of range.
+    """
+
+    visibility: Visibility | None = option(
+        None,
+        "columnar: a branch attends to the tokens of all branches in earlier columns, as in 2D RoPE training. "
+        "isolated: "
+        "a branch attends only to the context and to itself, as if it were alone.",
+        default_text="the artifact's",
+    )
+    align_to: Align | None = option(
+        None,
+        "Prompts of different length start in the same column (left) or end in the same column (right).",
+        default_text="the artifact's",
+    )
+    branch_stride: int | None = option(
+        None,
+        "Step between the branch positions of neighbouring branches.",
+        minimum=1,
+        default_text="the artifact's",
+    )
+    max_branches: int | None = option(
+        None,
+        "Largest number of prompts in one sequence. Further prompts are decoded in another sequence over the same "
+        "context, and the two do not see each other.",
+        minimum=1,
+        default_text=str(MAX_BRANCHES),
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if (self.branch_stride or 0) > MAX_STRIDE:
+            raise UsageError(f"`branch_stride` {self.branch_stride} is more than {MAX_STRIDE}; 128 is usual")
+
+    @property
+    def branches_per_sequence(self) -> int:
+        return self.max_branches or MAX_BRANCHES
+
+    def apply_to(self, spec: Rope2DSpec) -> Rope2DSpec:
+        """``spec`` with the positions that these options replace."""
+        values = {name: getattr(self, name) for name in ("visibility", "align_to", "branch_stride")}
+        return replace(spec, **{name: value for name, value in values.items() if value is not None})
+
+    def check_effect(self, spec: Rope2DSpec) -> None:
+        """Check that every option changes something where ``spec`` would hold without it.
+
+        Raises:
+            UsageError: an option that has no effect.
+        """
+        if self.branch_stride is not None and not spec.is_2d:
+            raise UsageError("`branch_stride` has no effect for an artifact without 2D RoPE; leave it out")
+        if self.align_to is not None and (self.visibility or spec.visibility) == "isolated":
+            raise UsageError(
+                "`align_to` has no effect where prompts are isolated; leave it out, or add `visibility='columnar'`"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptOptions:
+    """How texts are encoded.
+
+    Raises:
+        UsageError: a value of another type.
+    """
+
+    ignore_chat_template: bool = option(False, "Encode the texts as they are, without the chat template.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """All options of a request, with the artifact's generation settings where none was given."""
+
+    sampling: Sampling
+    layout: LayoutOptions
+    ignore_chat_template: bool = False
+
+
+def request_options(
+    directory: Path, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> RequestOptions:
+    """The options of a request to the artifact in ``directory``, from keywords of all groups.
+
+    ``defaults`` replace the artifact's generation settings; see
+    :func:`pos2d.runtime.engine.sampling.resolve_sampling`.
+
+    Raises:
+        UsageError: a value out of range, or options that contradict each other.
+        InputError: generation settings that cannot be read.
+    """
+    layout, prompt = split_options(options, LayoutOptions, PromptOptions)
+    return RequestOptions(
+        sampling=resolve_sampling(directory, options, defaults),
+        layout=LayoutOptions(**layout),
+        ignore_chat_template=PromptOptions(**prompt).ignore_chat_template,
+    )

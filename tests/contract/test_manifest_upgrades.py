@@ -1,0 +1,58 @@
+"""Manifests of older releases are read where that is possible, and refused with the command that makes them again."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pos2d.errors import InputError
+from pos2d.manifest import FORMAT_VERSION, Manifest, read_manifest
+from tests.conftest import Golden
+
+ArtifactOf = Callable[[Golden, str], Path]
+
+
+def block_of(directory: Path) -> dict[str, Any]:
+    block: dict[str, Any] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    return block
+
+
+def test_the_present_format_is_read_as_it_is(qwen2: Golden, artifact_of: ArtifactOf) -> None:
+    for kind in ("merged", "onnx", "8bit"):
+        directory = artifact_of(qwen2, kind)
+        assert json.loads(json.dumps(read_manifest(directory).to_dict())) == block_of(directory)
+
+
+@pytest.mark.parametrize("kind", ["merged", "8bit"])
+def test_torch_artifacts_of_format_3(qwen2: Golden, artifact_of: ArtifactOf, kind: str) -> None:
+    block = block_of(artifact_of(qwen2, kind))
+    older = {key: value for key, value in block.items() if key != "graph_quant"} | {"format_version": 3}
+    assert Manifest.from_dict(older) == Manifest.from_dict(block)
+
+
+def test_graphs_of_format_4_were_not_calibrated(qwen2: Golden, artifact_of: ArtifactOf) -> None:
+    block = block_of(artifact_of(qwen2, "onnx"))
+    recipe = {"name": "int4", "block_size": 32, "bits": {"lm_head": 8}, "float_activations": []}
+    manifest = Manifest.from_dict(block | {"format_version": 4, "graph_quant": recipe})
+    assert manifest.graph_quant is not None
+    assert (manifest.graph_quant.calibrated, manifest.format_version) == (False, FORMAT_VERSION)
+
+
+def test_what_cannot_be_read_is_refused_with_the_command_that_makes_it_again(
+    qwen2: Golden, artifact_of: ArtifactOf
+) -> None:
+    block = block_of(artifact_of(qwen2, "onnx")) | {"format_version": 3}
+    with pytest.raises(InputError, match="format version 3") as error:
+        Manifest.from_dict(block)
+    for words in ("pos2d export --format onnx", "--base-model base", "--lora lora.pth", "--pair-indices", "--align-to"):
+        assert words in str(error.value)
+    with pytest.raises(InputError, match=r"format version 1 .* pos2d merge .*--no-patch-rope"):
+        Manifest.from_dict({"format_version": 1, "kind": "merged", "adapter": {"file": "lora.pth"}})
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, None, "5"])
+def test_other_formats(version: object) -> None:
+    with pytest.raises(InputError, match="install the release that made the artifact"):
+        Manifest.from_dict({"format_version": version})

@@ -1,0 +1,262 @@
+"""Quantised checkpoints: the exact sum within half a step is written, and what was written is computed with."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pos2d import exporter, runtime
+from pos2d.bnb_format import quantise_rows
+from pos2d.errors import InputError
+from pos2d.runtime.backends.torch.linears import Int8Linear, quantised_linear
+from tests.bases import CONFIGS, linear_modules, random_adapter, weights, write_adapter, write_base
+from tests.conftest import Golden
+from tests.runtime.test_transformers_loading import VERSIONS, in_transformers
+
+ArtifactOf = Callable[[Golden, str], Path]
+ModelOf = Callable[..., runtime.Model]
+
+INT8_PROGRAM = """
+import json, sys
+import torch, transformers
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+model = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], trust_remote_code=True, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+)
+layers = {name: layer for name, layer in model.named_modules() if type(layer).__name__ == "Linear8bitLt"}
+save_file({f"{name}.weight": layer.weight.data for name, layer in layers.items()}, sys.argv[2])
+print(json.dumps({"version": transformers.__version__}))
+"""
+
+RELOAD_PROGRAM = """
+import json, sys
+import torch, transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32)
+golden = load_file(sys.argv[2] + "/golden.safetensors")
+# In inference its nf4 rounds activations to bfloat16 where the CPU has instructions for it, in training nowhere.
+model.train(model.config.quantization_config.load_in_4bit)
+found = {}
+with torch.no_grad():
+    for layout in ("single", "multi"):
+        keys = [key for key in ("input_ids", "position_ids", "pos2d") if f"{layout}.{key}" in golden]
+        given = {key: golden[f"{layout}.{key}"] for key in keys}
+        if given:
+            found[layout] = model(**given).logits
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    made = model.generate(golden["single.input_ids"], **options)
+save_file(found, sys.argv[3])
+kinds = sorted({type(layer).__name__ for layer in model.modules() if "Linear" in type(layer).__name__})
+assert not {"pos2d", "exporter", "runtime"} & set(sys.modules)
+print(json.dumps({"version": transformers.__version__, "kinds": kinds, "generated": made[0].tolist()}))
+"""
+
+
+def quantised(directory: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Int8 weights and scales by the weight's name."""
+    tensors = weights(directory)
+    names = (name for name in tensors if name.endswith(".SCB"))
+    return {(w := name.replace(".SCB", ".weight")): (tensors[w], tensors[name]) for name in names}
+
+
+@pytest.fixture
+def float32(golden: Golden, tmp_path: Path) -> Path:
+    exporter.merge(output=tmp_path / "float32", dtype="float32", **golden.flags)
+    return tmp_path / "float32"
+
+
+def test_every_value_is_within_half_a_step_of_the_sum(golden: Golden, float32: Path, artifact_of: ArtifactOf) -> None:
+    exact, found = weights(float32), quantised(artifact_of(golden, "8bit"))
+    assert set(found) == {name for name in exact if name.endswith("_proj.weight")}
+    for name, (steps, scales) in found.items():
+        torch.testing.assert_close(scales, exact[name].abs().amax(1), rtol=1e-6, atol=0)
+        width = scales.double()[:, None] / 127
+        error = (steps.double() * width - exact[name].double()).abs()
+        assert (error <= 0.5 * width * (1 + 1e-5)).all(), name
+
+
+def test_the_rest_is_as_a_merge_has_it(golden: Golden, artifact_of: ArtifactOf) -> None:
+    merged, found = weights(artifact_of(golden, "merged")), weights(artifact_of(golden, "8bit"))
+    rest = [name for name in merged if not name.endswith("_proj.weight")]
+    assert all(torch.equal(merged[name], found[name]) for name in rest)
+    formats = {name: tensor for name, tensor in found.items() if name.endswith(".weight_format")}
+    assert formats
+    assert all(tensor.dtype == torch.uint8 and tensor.shape == () and tensor == 0 for tensor in formats.values())
+
+
+def test_transformers_quantises_the_merge_to_the_same_steps(
+    golden: Golden, float32: Path, artifact_of: ArtifactOf, tmp_path: Path
+) -> None:
+    """It goes through float16, so that a value close to the middle of two steps may fall to the other side."""
+    in_transformers("newest", INT8_PROGRAM, tmp_path, float32, tmp_path / "theirs.safetensors")
+    theirs, ours = load_file(tmp_path / "theirs.safetensors"), quantised(artifact_of(golden, "8bit"))
+    assert set(theirs) == set(ours)
+    apart = torch.cat([(theirs[name].int() - ours[name][0].int()).abs().flatten() for name in ours])
+    assert apart.max() <= 1
+    assert (apart == 0).double().mean() >= 0.99
+
+
+def test_a_layer_is_within_the_rounding_of_its_rows(
+    golden: Golden, float32: Path, artifact_of: ArtifactOf, model_of: ModelOf
+) -> None:
+    """|y_q - y| <= sum_j |x_j| * half a step of the row, for the activations that the golden sequences really have."""
+    reference: Any = runtime.load(float32, device="cpu").backend
+    ours: Any = model_of(golden, "8bit", device="cpu", dtype="float32").backend
+    checked = []
+
+    def compare(name: str) -> Callable[..., None]:
+        layer = ours._model.get_submodule(name)
+        assert isinstance(layer, Int8Linear)
+
+        def hook(_: nn.Module, given: tuple[torch.Tensor], expected: torch.Tensor) -> None:
+            found = layer(given[0])
+            bound = given[0].abs().sum(-1, keepdim=True) * layer.steps / 2
+            slack = 1e-5 * expected.abs().max()
+            assert ((found - expected).abs() <= bound + slack).all(), name
+            checked.append(name)
+
+        return hook
+
+    names = [name for name, layer in reference._model.named_modules() if name.endswith("_proj")]
+    for name in names:
+        reference._model.get_submodule(name).register_forward_hook(compare(name))
+    layout = "multi" if "multi.input_ids" in golden.tensors else "single"
+    keys = ("input_ids", "position_ids", "pos2d")
+    given = [golden.tensors[f"{layout}.{key}"] for key in keys if f"{layout}.{key}" in golden.tensors]
+    model = runtime.Model(float32, model_of(golden, "8bit").manifest, reference)
+    model.logits(*given)
+    assert checked == names
+
+
+@pytest.mark.parametrize("quant", ["8bit", "nf4"])
+def test_the_runtime_computes_what_the_file_says(
+    golden: Golden, quant: str, float32: Path, artifact_of: ArtifactOf, model_of: ModelOf
+) -> None:
+    """The float model with its weights replaced by the stored ones gives the same logits."""
+    reference: Any = runtime.load(float32, device="cpu")
+    ours = model_of(golden, quant, device="cpu", dtype="float32")
+    scales = (".SCB", ".weight.absmax")
+    tensors = weights(artifact_of(golden, quant))
+    stored = {f"{name.removesuffix(end)}.weight" for name in tensors for end in scales if name.endswith(end)}
+    assert stored
+    with torch.no_grad():
+        for name, parameter in reference.backend._model.named_parameters():
+            if name in stored:
+                parameter.copy_(dequantised(artifact_of(golden, quant), name))
+    for layout in ("single", "multi"):
+        if f"{layout}.input_ids" not in golden.tensors:
+            continue
+        keys = (f"{layout}.{key}" for key in ("input_ids", "position_ids", "pos2d"))
+        given = [golden.tensors[key] for key in keys if key in golden.tensors]
+        expected = reference.logits(*given)
+        np.testing.assert_allclose(ours.logits(*given), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def dequantised(directory: Path, name: str) -> torch.Tensor:
+    """By hand from the file; nf4 with bitsandbytes' documented code: two values a byte, the first in the high half."""
+    tensors = weights(directory)
+    if name.replace("weight", "SCB") in tensors:
+        return tensors[name].float() * (tensors[name.replace("weight", "SCB")] / 127)[:, None]
+    note = json.loads(bytes(tensors[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+    packed = tensors[name].flatten().int()
+    values = tensors[f"{name}.quant_map"][torch.stack([packed >> 4, packed & 15], dim=1).flatten()]
+    scales = tensors[f"{name}.absmax"].repeat_interleave(note["blocksize"])
+    return (values * scales[: len(values)]).reshape(note["shape"])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("quant", ["8bit", "nf4"])
+def test_plain_transformers_loads_it(
+    golden: Golden, quant: str, version: str, artifact_of: ArtifactOf, model_of: ModelOf, tmp_path: Path
+) -> None:
+    """The artifact's own files, both generations, and the same logits as ours on bitsandbytes' kernels."""
+    saved = tmp_path / "logits.safetensors"
+    report = in_transformers(version, RELOAD_PROGRAM, tmp_path, artifact_of(golden, quant), golden.path, saved)
+    assert report["kinds"] == ["Linear", "Linear8bitLt" if quant == "8bit" else "Linear4bit"]
+    kernel = "bnb" if quant == "8bit" else "auto"
+    ours = model_of(golden, quant, device="cpu", dtype="float32", int8_kernel=kernel)
+    for layout, theirs in load_file(saved).items():
+        keys = (f"{layout}.{key}" for key in ("input_ids", "position_ids", "pos2d"))
+        found = ours.logits(*(golden.tensors[key] for key in keys if key in golden.tensors))
+        np.testing.assert_allclose(found, theirs.numpy(), rtol=0, atol=1e-4 * np.abs(found).max())
+
+
+def test_quantising_while_loading_is_like_the_export(golden: Golden, float32: Path, artifact_of: ArtifactOf) -> None:
+    loaded: Any = runtime.load(float32, device="cpu", quant="8bit").backend
+    for name, (steps, _) in quantised(artifact_of(golden, "8bit")).items():
+        found = loaded._model.get_parameter(name)
+        assert found.dtype == torch.int8
+        apart = (found.int() - steps.int()).abs()
+        assert apart.max() <= 1
+        assert (apart == 0).double().mean() > 0.99
+
+
+def test_from_a_float32_merge_it_is_nearly_the_same(
+    golden: Golden, float32: Path, artifact_of: ArtifactOf, tmp_path: Path
+) -> None:
+    report = exporter.export(float32, tmp_path / "out", format="bnb", quant="8bit")
+    assert report.quantised is not None
+    assert report.quantised.retention is None  # there is nothing to hold the sum against
+    for name, (steps, scales) in quantised(artifact_of(golden, "8bit")).items():
+        theirs, their_scales = quantised(tmp_path / "out")[name]
+        torch.testing.assert_close(scales, their_scales, rtol=1e-6, atol=0)
+        assert ((steps.int() - theirs.int()).abs() <= 1).all()
+
+
+def test_the_exact_sum_keeps_what_a_half_swallows(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", CONFIGS["llama"])
+    save_file({name: tensor.bfloat16() for name, tensor in weights(base).items()}, base / "model.safetensors")
+    lora = write_adapter(tmp_path / "lora.pth", random_adapter(linear_modules(base), seed=3))
+    small = f"{lora}=0.005"
+    merged = exporter.merge(base, small, tmp_path / "merged")
+    assert merged.totals is not None
+    assert merged.totals.retention is not None
+    assert merged.totals.retention < 0.5
+    named: dict[str, Any] = {"base_model": base, "lora": small, "rope_2d_ratio": 0.5}
+    direct = exporter.export(None, tmp_path / "direct", format="bnb", quant="8bit", **named)
+    assert direct.quantised is not None
+    assert direct.quantised.retention is not None
+    assert abs(direct.quantised.retention - 1) < 0.2  # unbiased, with the noise of few and small changes
+    assert not direct.warnings
+    late = exporter.export(tmp_path / "merged", tmp_path / "late", format="bnb", quant="8bit")
+    assert "quantises the exact sum" in late.warnings[0]
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    steps, scales = quantise_rows(torch.tensor([[0.0, 0.0], [1.0, -2.0]], dtype=torch.float64))
+    assert steps.tolist() == [[0, 0], [64, -127]]
+    assert scales.tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("inputs", [1, 7, 50, 63, 64, 72, 576])
+def test_every_product_is_the_exact_one(inputs: int) -> None:
+    """Packed and widened, in both halves, with activations that would overflow float16 as sums of whole steps."""
+    torch.manual_seed(0)
+    steps, scales = quantise_rows(torch.randn(96, inputs) * 0.02)
+    layer = Int8Linear(steps, scales, torch.randn(96).bfloat16())
+    x = torch.randn(40, inputs).bfloat16()
+    x[:, 0] = 2000
+    assert layer.bias is not None
+    exact = x.double() @ (steps.double() * scales.double()[:, None] / 127).T + layer.bias.double()
+    found = [layer(x), torch.cat([layer(part) for part in torch.chunk(x, 5)]), layer(x.half()), layer(x.float())]
+    for product, precision in zip(found, (2**-6, 2**-6, 2**-9, 2**-20), strict=True):
+        assert (product.double() - exact).abs().max() < exact.abs().max() * precision
+
+
+def test_rows_of_tiny_values_and_of_none_that_is_finite() -> None:
+    for dtype in (torch.float32, torch.float64):
+        steps, scales = quantise_rows(torch.tensor([[1e-38, -5e-39]], dtype=dtype))
+        assert steps.tolist() == [[127, -64]]
+        assert scales.tolist() == pytest.approx([1e-38])
+    with pytest.raises(InputError, match="NaN or infinite"):
+        quantised_linear({"weight": torch.tensor([[1.0, float("nan")]])}, "8bit", "auto", torch.float32)
