@@ -22,6 +22,7 @@ from pos2d.exporter.sources.source import Source, TrainedPositions, from_adapter
 from pos2d.exporter.tensors.tensor_plan import plan_tensors
 from pos2d.manifest import read_manifest
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
+from tests.bounds import SIGMAS, logits_bound
 
 Family = tuple[Path, Path]
 Call = Callable[..., Result]
@@ -70,7 +71,9 @@ def test_the_layerwise_model_is_the_merged_model(layerwise: LayerwiseModel, fami
     assert set(hessians) == set(LAYERS_BY_INPUT)
     for name, hessian in hessians.items():
         diagonal = inputs[name].flatten(0, 1).square().sum(0)
-        torch.testing.assert_close(hessian.diagonal, diagonal / diagonal.mean() + DAMPING, rtol=1e-3, atol=1e-3)
+        expected = diagonal / diagonal.mean() + DAMPING
+        # Activations have the error of logits, and their squares twice as much.
+        torch.testing.assert_close(hessian.diagonal, expected, rtol=0, atol=2 * logits_bound(expected))
 
 
 def test_tokens_are_sampled_with_the_models_probabilities(
@@ -86,7 +89,8 @@ def test_tokens_are_sampled_with_the_models_probabilities(
     expected = (layerwise._model.norm(state) @ head.T).softmax(-1).detach().numpy()
     counts = Counter(tokens.flatten().tolist())
     frequencies = np.array([counts[token] / count for token in range(layerwise.sizes.vocab)])
-    assert (np.abs(frequencies - expected) <= 5 * np.sqrt(expected * (1 - expected) / count) + 1e-4).all()
+    # Counts of rare tokens do not follow a normal distribution: two draws more are allowed.
+    assert (np.abs(frequencies - expected) <= SIGMAS * np.sqrt(expected * (1 - expected) / count) + 2 / count).all()
 
 
 def test_every_linear_layer_gets_one_hessian(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

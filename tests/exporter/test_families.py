@@ -12,6 +12,7 @@ from pos2d import exporter, runtime
 from pos2d.families import CLASS_NAMES
 from pos2d.layout import Layout, build_layout
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
+from tests.bounds import logits_bound
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
 CONTEXT = [20, 21, 22, 23]
@@ -64,7 +65,7 @@ def test_artifacts_agree_with_the_stock_model_and_the_trainers_loop(base: Path, 
         layout = build_layout(PROMPTS, model.manifest.rope_2d, CONTEXT)
         expected = stock_logits(base, adapter, [6, 3, 5, 1], layout)
         found = model.logits(layout.ids, layout.positions, layout.pos2d)
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=logits_bound(expected))
 
 
 def test_without_2d_rope_the_artifact_is_the_ordinary_model(base: Path, tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_without_2d_rope_the_artifact_is_the_ordinary_model(base: Path, tmp_path
     model = runtime.load(tmp_path / "merged")
     layout = build_layout(PROMPTS[:1], model.manifest.rope_2d)
     expected = stock_logits(base, adapter, [], layout)
-    np.testing.assert_allclose(model.logits(layout.ids), expected, rtol=1e-5, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(model.logits(layout.ids), expected, rtol=0, atol=logits_bound(expected))
 
 
 def test_every_family_has_a_tiny_base() -> None:

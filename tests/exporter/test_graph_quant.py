@@ -20,6 +20,7 @@ from pos2d.runtime.backends.onnx.backend import OnnxBackend
 from pos2d.runtime.engine.decode import forward
 from pos2d.runtime.evaluation.parity import log_softmax
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
+from tests.bounds import logits_bound
 from tests.conftest import Golden
 
 ArtifactOf = Callable[[Golden, str], Path]
@@ -67,9 +68,8 @@ def test_every_family_computes_with_the_stored_values(family: tuple[Path, Path],
     with_floats = backend.with_float_activations(LINEAR_KINDS)
     for prompts in ([[5, 6, 7, 8]], [[9, 10, 11], [12, 13]]):
         layout = build_layout(prompts, read_manifest(tmp_path / quant).rope_2d)
-        np.testing.assert_allclose(
-            forward(with_floats, layout, len(layout)), forward(expected, layout, len(layout)), rtol=0, atol=2e-4
-        )
+        ours, theirs = (forward(backend, layout, len(layout)) for backend in (with_floats, expected))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=logits_bound(theirs))
 
 
 def _dequantise_into(merged: Path, tensors: dict[str, np.ndarray], bits: int) -> None:
@@ -153,7 +153,9 @@ def test_int8_is_nearer_to_the_merged_model_than_int4(qwen2: Golden, artifact_of
         exporter.export(artifact_of(qwen2, "merged"), tmp_path / quant, quant=quant, no_verify=True)
         found = log_softmax(runtime.load(tmp_path / quant).logits(ids))
         distance[quant] = float((np.exp(expected) * (expected - found)).sum(-1).mean())
-    assert distance["int8"] < 2e-3
+    # Half the variance of what a logit is off: some 4 % after two layers of weights and activations within 0.7 %, and
+    # twice that where a kernel has one scale for a row.
+    assert distance["int8"] < 4e-3
     assert distance["int8"] < distance["int4"]
 
 
@@ -175,7 +177,8 @@ def test_float16_stores_the_rounded_float32_values(qwen2: Golden, artifact_of: A
     for name, values in stored(tmp_path / "half").items():
         np.testing.assert_array_equal(values, whole[name].astype(np.float16))
     logits = runtime.load(tmp_path / "half").logits(qwen2.tensors["single.input_ids"])
-    np.testing.assert_allclose(logits, qwen2.tensors["single.logits"], rtol=0, atol=0.05)
+    expected = qwen2.tensors["single.logits"]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=logits_bound(expected, torch.float16))
 
 
 @pytest.mark.parametrize("quant", [None, "int8"])

@@ -16,6 +16,7 @@ from pos2d.bnb_format import quantise_rows
 from pos2d.errors import InputError
 from pos2d.runtime.backends.torch.linears import Int8Linear, quantised_linear
 from tests.bases import CONFIGS, linear_modules, random_adapter, weights, write_adapter, write_base
+from tests.bounds import SIGMAS, gamma, in_turn, logits_bound, sum_bound
 from tests.conftest import Golden
 from tests.runtime.test_transformers_loading import VERSIONS, in_transformers
 
@@ -42,7 +43,8 @@ import torch, transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32)
+options = {"dtype": torch.float32, "attn_implementation": sys.argv[4]}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, **options)
 golden = load_file(sys.argv[2] + "/golden.safetensors")
 # In inference its nf4 rounds activations to bfloat16 where the CPU has instructions for it, in training nowhere.
 model.train(model.config.quantization_config.load_in_4bit)
@@ -79,10 +81,12 @@ def test_every_value_is_within_half_a_step_of_the_sum(golden: Golden, float32: P
     exact, found = weights(float32), quantised(artifact_of(golden, "8bit"))
     assert set(found) == {name for name in exact if name.endswith("_proj.weight")}
     for name, (steps, scales) in found.items():
-        torch.testing.assert_close(scales, exact[name].abs().amax(1), rtol=1e-6, atol=0)
+        # Both are a float64 sum that was rounded to float32.
+        torch.testing.assert_close(scales, exact[name].abs().amax(1), rtol=gamma(2, torch.float32), atol=0)
         width = scales.double()[:, None] / 127
         error = (steps.double() * width - exact[name].double()).abs()
-        assert (error <= 0.5 * width * (1 + 1e-5)).all(), name
+        rounding = in_turn(gamma(1, torch.float32), gamma(8, torch.float64)) * exact[name].double().abs()
+        assert (error <= 0.5 * width + rounding).all(), name
 
 
 def test_the_rest_is_as_a_merge_has_it(golden: Golden, artifact_of: ArtifactOf) -> None:
@@ -103,7 +107,9 @@ def test_transformers_quantises_the_merge_to_the_same_steps(
     assert set(theirs) == set(ours)
     apart = torch.cat([(theirs[name].int() - ours[name][0].int()).abs().flatten() for name in ours])
     assert apart.max() <= 1
-    assert (apart == 0).double().mean() >= 0.99
+    # Value and scale are rounded: a middle is crossed as often as both together move a value, in steps.
+    moved = gamma(2, torch.float16) * torch.cat([steps.double().abs().flatten() for steps, _ in ours.values()])
+    assert (apart != 0).double().mean() <= moved.mean()
 
 
 def test_a_layer_is_within_the_rounding_of_its_rows(
@@ -121,7 +127,10 @@ def test_a_layer_is_within_the_rounding_of_its_rows(
         def hook(_: nn.Module, given: tuple[torch.Tensor], expected: torch.Tensor) -> None:
             found = layer(given[0])
             bound = given[0].abs().sum(-1, keepdim=True) * layer.steps / 2
-            slack = 1e-5 * expected.abs().max()
+            bias = 0.0 if layer.bias is None else layer.bias.abs()
+            magnitude = given[0].abs() @ (layer.weight.abs() * layer.steps[:, None]).T + bias + bound
+            # Both are float32 sums; ours has the steps, their product and the bias in it.
+            slack = sum_bound(2 * (given[0].shape[-1] + 3), torch.float32, magnitude)
             assert ((found - expected).abs() <= bound + slack).all(), name
             checked.append(name)
 
@@ -159,7 +168,7 @@ def test_the_runtime_computes_what_the_file_says(
         keys = (f"{layout}.{key}" for key in ("input_ids", "position_ids", "pos2d"))
         given = [golden.tensors[key] for key in keys if key in golden.tensors]
         expected = reference.logits(*given)
-        np.testing.assert_allclose(ours.logits(*given), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(ours.logits(*given), expected, rtol=0, atol=logits_bound(expected))
 
 
 def dequantised(directory: Path, name: str) -> torch.Tensor:
@@ -181,14 +190,19 @@ def test_plain_transformers_loads_it(
 ) -> None:
     """The artifact's own files, both generations, and the same logits as ours on bitsandbytes' kernels."""
     saved = tmp_path / "logits.safetensors"
-    report = in_transformers(version, RELOAD_PROGRAM, tmp_path, artifact_of(golden, quant), golden.path, saved)
+    # In 8 bits activations are rounded too, and one that lies halfway moves logits by more than 1e-2. Eager attention
+    # has the same products in both programs, so that they round the same values.
+    attention = "eager" if quant == "8bit" else "sdpa"
+    arguments = (artifact_of(golden, quant), golden.path, saved, attention)
+    report = in_transformers(version, RELOAD_PROGRAM, tmp_path, *arguments)
     assert report["kinds"] == ["Linear", "Linear8bitLt" if quant == "8bit" else "Linear4bit"]
     kernel = "bnb" if quant == "8bit" else "auto"
-    ours = model_of(golden, quant, device="cpu", dtype="float32", int8_kernel=kernel)
+    flags = {"int8_kernel": kernel, "attn_implementation": attention}
+    ours = model_of(golden, quant, device="cpu", dtype="float32", **flags)
     for layout, theirs in load_file(saved).items():
         keys = (f"{layout}.{key}" for key in ("input_ids", "position_ids", "pos2d"))
         found = ours.logits(*(golden.tensors[key] for key in keys if key in golden.tensors))
-        np.testing.assert_allclose(found, theirs.numpy(), rtol=0, atol=1e-4 * np.abs(found).max())
+        np.testing.assert_allclose(found, theirs.numpy(), rtol=0, atol=logits_bound(found))
 
 
 def test_quantising_while_loading_is_like_the_export(golden: Golden, float32: Path, artifact_of: ArtifactOf) -> None:
@@ -198,7 +212,8 @@ def test_quantising_while_loading_is_like_the_export(golden: Golden, float32: Pa
         assert found.dtype == torch.int8
         apart = (found.int() - steps.int()).abs()
         assert apart.max() <= 1
-        assert (apart == 0).double().mean() > 0.99
+        # Float32 moves a value by a hundred-thousandth of a step, so that a middle is hardly ever crossed.
+        assert (apart == 0).double().mean() > 0.999
 
 
 def test_from_a_float32_merge_it_is_nearly_the_same(
@@ -209,7 +224,7 @@ def test_from_a_float32_merge_it_is_nearly_the_same(
     assert report.quantised.retention is None  # there is nothing to hold the sum against
     for name, (steps, scales) in quantised(artifact_of(golden, "8bit")).items():
         theirs, their_scales = quantised(tmp_path / "out")[name]
-        torch.testing.assert_close(scales, their_scales, rtol=1e-6, atol=0)
+        torch.testing.assert_close(scales, their_scales, rtol=gamma(2, torch.float32), atol=0)
         assert ((steps.int() - theirs.int()).abs() <= 1).all()
 
 
@@ -226,7 +241,11 @@ def test_the_exact_sum_keeps_what_a_half_swallows(tmp_path: Path) -> None:
     direct = exporter.export(None, tmp_path / "direct", format="bnb", quant="8bit", **named)
     assert direct.quantised is not None
     assert direct.quantised.retention is not None
-    assert abs(direct.quantised.retention - 1) < 0.2  # unbiased, with the noise of few and small changes
+    assert merged.totals.delta_ratio is not None
+    values = sum(rows * columns for rows, columns in linear_modules(base).values())
+    # Unbiased: what rounding adds to each value is independent of the change.
+    error = direct.quantised.noise / merged.totals.delta_ratio / values**0.5
+    assert abs(direct.quantised.retention - 1) < SIGMAS * error
     assert not direct.warnings
     late = exporter.export(tmp_path / "merged", tmp_path / "late", format="bnb", quant="8bit")
     assert "quantises the exact sum" in late.warnings[0]
@@ -247,16 +266,21 @@ def test_every_product_is_the_exact_one(inputs: int) -> None:
     x = torch.randn(40, inputs).bfloat16()
     x[:, 0] = 2000
     assert layer.bias is not None
-    exact = x.double() @ (steps.double() * scales.double()[:, None] / 127).T + layer.bias.double()
+    weight, bias = steps.double() * scales.double()[:, None] / 127, layer.bias.double()
+    exact, magnitude = x.double() @ weight.T + bias, x.double().abs() @ weight.abs().T + bias.abs()
     found = [layer(x), torch.cat([layer(part) for part in torch.chunk(x, 5)]), layer(x.half()), layer(x.float())]
-    for product, precision in zip(found, (2**-6, 2**-6, 2**-9, 2**-20), strict=True):
-        assert (product.double() - exact).abs().max() < exact.abs().max() * precision
+    # Sums are in float32, with a rounding each of steps, product and bias; bfloat16 instructions of ARM round to odd,
+    # which is twice as far. Bfloat16 rounds sum, steps, product and bias once more, float16 weight and sum.
+    sums = [gamma(count, torch.float32) for count in (2 * inputs + 3, 2 * inputs + 3, inputs + 3, inputs + 3)]
+    halves = [gamma(4, torch.bfloat16), gamma(4, torch.bfloat16), gamma(2, torch.float16), 0.0]
+    for product, share, half in zip(found, sums, halves, strict=True):
+        assert ((product.double() - exact).abs() <= in_turn(share, half) * magnitude).all()
 
 
 def test_rows_of_tiny_values_and_of_none_that_is_finite() -> None:
     for dtype in (torch.float32, torch.float64):
         steps, scales = quantise_rows(torch.tensor([[1e-38, -5e-39]], dtype=dtype))
         assert steps.tolist() == [[127, -64]]
-        assert scales.tolist() == pytest.approx([1e-38])
+        assert scales.tolist() == pytest.approx([1e-38], abs=2**-150)  # half of the least step of float32
     with pytest.raises(InputError, match="NaN or infinite"):
         quantised_linear({"weight": torch.tensor([[1.0, float("nan")]])}, "8bit", "auto", torch.float32)

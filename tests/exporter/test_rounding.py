@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pos2d.exporter.tensors.rounding import Rounding, is_finite, round_nearest, round_stochastic
+from tests.bounds import SIGMAS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALVES = [torch.float16, torch.bfloat16]
@@ -66,14 +67,14 @@ def test_stochastic_gives_a_neighbour_and_keeps_what_is_exact(dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_stochastic_is_right_on_average(dtype: torch.dtype) -> None:
-    """The mean of n draws lies within five standard errors; a step is at most the distance of the neighbours."""
+    """The mean of n draws lies within its standard errors; a draw's is at most half the distance of the neighbours."""
     count = 20_000
     for value in (1.0 + 2.0**-13, -0.3, 3.1e-5, 7e-8 if dtype == torch.float16 else 1e-39):
         exact = torch.full((count,), value, dtype=torch.float64)
         rounded = round_stochastic(exact, dtype, torch.Generator().manual_seed(1)).double()
         low, high = rounded.min(), rounded.max()
         assert low <= value <= high
-        assert abs(float(rounded.mean()) - value) < 5 * float(high - low) / 2 / count**0.5
+        assert abs(float(rounded.mean()) - value) < SIGMAS * float(high - low) / 2 / count**0.5
 
 
 def test_stochastic_depends_on_seed_and_name_only() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from pos2d import exporter, runtime
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
+from tests.bounds import logits_bound
 from tests.conftest import Golden
 
 OLD = Path(sys.prefix) / "transformers-4.57"
@@ -94,7 +95,7 @@ def test_it_loads_takes_pos2d_and_generates(
 ) -> None:
     report = in_transformers(version, GOLDEN_PROGRAM, tmp_path, artifact_of(golden, "merged"), golden.path, "true")
     assert str(report["class"]).startswith("Pos2D")
-    assert max(report["differences"].values()) < 1e-4
+    assert max(report["differences"].values()) < 1e-4  # of logits up to 4: ten times what float32 gives
     assert report["generated"] == report["padded"] == golden.facts["single_generated"]
     assert "cannot advance pos2d" in str(report["stale"])
 
@@ -120,4 +121,4 @@ def test_a_base_that_the_newest_transformers_saved_loads_in_both(family: str, ve
     )
     report = in_transformers(version, NEW_BASE_PROGRAM, tmp_path, tmp_path / "merged")
     expected = runtime.load(tmp_path / "merged").logits(report["ids"])
-    np.testing.assert_allclose(np.array(report["logits"]), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(np.array(report["logits"]), expected, rtol=0, atol=logits_bound(expected))

@@ -49,7 +49,7 @@ def test_backends_agree_both_ways(golden: Golden, artifact_of: ArtifactOf) -> No
     for artifact, against in ((onnx_directory, merged), (merged, onnx_directory)):
         report = runtime.verify(artifact, against)
         assert report.passed
-        assert 0 < report.max_abs_diff < 1e-4
+        assert 0 < report.max_abs_diff < 1e-4  # of logits up to 4: ten times what float32 gives
         assert report.top1_agreement == 1.0
         assert [case.name for case in report.cases] == [
             "one branch, cached",
@@ -107,8 +107,9 @@ def test_a_tolerance_must_be_positive(call: Callable[..., Result], qwen2: Golden
 
 
 def test_compare_measures_what_it_says() -> None:
-    expected = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], dtype=np.float32))
-    found = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]], dtype=np.float32))
+    # Numpy's float32 logarithm may be four units in the last place off.
+    expected = np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]).astype(np.float32)
+    found = np.log([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]]).astype(np.float32)
     case = compare("case", expected, found)
     assert case.max_abs_diff == pytest.approx(np.log(2))
     assert case.max_rel_diff == pytest.approx(np.log(2) / np.log(10))
