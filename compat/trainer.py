@@ -73,12 +73,12 @@ def load_model_with_lora(
     from pos2d.exporter.tensors.tensor_plan import plan_tensors
 
     options = LoadOptions(device=device, dtype=dtype)
-    home = one_device(options.device)
+    chosen_device = one_device(options.device)
     positions = TrainedPositions(rope_2d_ratio if patch_rope else None, None, not patch_rope, branch_stride, align_to)
     source = from_adapters(base_model, lora_path, positions, lora_rank=lora_rank)
     base, plan = source.base, plan_tensors(source.base, source.adapters, options.dtype)
     tokenizer = _tokenizer(base.directory)
-    if home.type == "cpu":
+    if chosen_device.type == "cpu":
         check_least(str(base_model), least_memory("merged", plan.nbytes, plan.dtype, plan.dtype))
     config = baked_config(base, source.spec, plan.dtype, plan.tied)
     model = empty_decoder(config, base.sizes.family, COLUMNS)
@@ -90,7 +90,7 @@ def load_model_with_lora(
             stored=False,
             kernel=options.int8_kernel,
             dtype=getattr(torch, plan.dtype),
-            device_of=lambda _: home,
+            device_of=lambda _: chosen_device,
         )
     _set_generation(model, base.directory, source.eos_token_ids, tokenizer.pad_token_id)
     return model, tokenizer, patch_rope

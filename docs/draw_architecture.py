@@ -2,8 +2,7 @@
 images/architecture.svg.
 
 Subpackages form layers, and a subpackage imports only from those below it. ``tests/test_house.py`` checks that, and
-that
-the picture in the repository is the one that this script draws.
+that the picture in the repository is the one that this script draws.
 """
 
 import ast

@@ -9,8 +9,7 @@
         print(completion.text)
 
 Everything is imported when it is first used. The modules of this directory itself are the contract that the exporter
-and
-the runtime share: positions, layout, manifest, options, errors, and the names that stand in artifacts.
+and the runtime share: positions, layout, manifest, options, errors, and the names in artifacts.
 """
 
 from typing import TYPE_CHECKING

@@ -29,9 +29,8 @@ OUTLIER_THRESHOLD = 6.0
 def quantise_rows(values: Any) -> tuple[Any, Any]:
     """Quantise rows to int8 as bitsandbytes does; the argument and the results are torch tensors.
 
-    ``values`` are floats ``[n, in]``. Returns int8 ``[n, in]`` and the scales, float32 ``[n]``: the value that is
-    stored
-    is the nearest of 255 steps of each row's largest magnitude, so that ``int8 * scale / 127`` is within half a step of
+    ``values`` are floats ``[n, in]``. Returns int8 ``[n, in]`` and the scales, float32 ``[n]``: each stored value is
+    the nearest of 255 steps of its row's largest magnitude, so that ``int8 * scale / 127`` is within half a step of
     every value. A row of zeros has scale 0.
     """
     scales = values.abs().amax(dim=1).float()

@@ -2,8 +2,6 @@
 
 from typing import Literal
 
-from pos2d.errors import UsageError
-
 # The types that a model computes in, by torch's names.
 ComputeDtype = Literal["float32", "float16", "bfloat16"]
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
@@ -23,13 +21,3 @@ SAFETENSORS_NAMES = {torch: safetensors for safetensors, torch, _ in _TABLE}
 # Bytes of one value, by torch's name and by safetensors' name.
 ITEM_BYTES = {name: size for safetensors, torch, size in _TABLE for name in (safetensors, torch)}
 FLOAT_TYPES = ("BF16", "F16", "F32", "F64")
-
-
-def check_dtype(dtype: str) -> None:
-    """Check the type of an option.
-
-    Raises:
-        UsageError: ``dtype`` is neither ``auto`` nor one of :data:`COMPUTE_DTYPES`.
-    """
-    if dtype not in ("auto", *COMPUTE_DTYPES):
-        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(COMPUTE_DTYPES)}")

@@ -3,6 +3,7 @@
 Each upgrade takes the JSON of one format version to the next one. This is the only place that knows older formats.
 """
 
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,7 +40,9 @@ def command_for(block: Mapping[str, Any]) -> str:
     """The command that makes the artifact of a manifest again, as far as the manifest says it."""
     base = (block.get("base") or {}).get("name", "BASE")
     adapters = block.get("adapters") or [block.get("adapter") or {}]
-    lora = " ".join(f"--lora {adapter.get('file', 'ADAPTER')}" for adapter in adapters)
+    revision = (block.get("base") or {}).get("revision")
+    base_flags = ["--base-model", base, *(["--revision", revision] if revision else [])]
+    lora = shlex.join(flag for adapter in adapters for flag in ("--lora", _adapter_text(adapter)))
     rope = block.get("rope_2d") or {}
     indices = ",".join(map(str, rope.get("pair_indices", ())))
     positions = f"--pair-indices {indices}" if indices else "--no-patch-rope"
@@ -47,7 +50,13 @@ def command_for(block: Mapping[str, Any]) -> str:
     kind = block.get("kind")
     quant = (block.get("quant") or block.get("graph_quant") or {}).get("name")
     verb = "merge" if kind == "merged" else f"export --format {kind}" + (f" --quant {quant}" if quant else "")
-    return f"pos2d {verb} --base-model {base} {lora} {positions} {layout} -o OUT"
+    return f"pos2d {verb} {shlex.join(base_flags)} {lora} {positions} {layout} -o OUT"
+
+
+def _adapter_text(adapter: Mapping[str, Any]) -> str:
+    """An adapter as ``--lora`` takes it: its file, and its weight if that is not 1."""
+    weight = adapter.get("weight", 1)
+    return str(adapter.get("file", "ADAPTER")) + ("" if weight == 1 else f"={weight}")
 
 
 def _from_3(block: Block) -> Block | None:

@@ -1,17 +1,16 @@
-"""The interface of an ONNX artifact: its files, the names of inputs, outputs and weights, and what a manifest says of
-it.
+"""The interface of an ONNX artifact: its files, its graphs, and the names of their inputs, outputs and weights.
 
 Exporter and runtime both take every name from here. ``docs/onnx-graph.md`` documents the same for other programs.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from pos2d.errors import InputError
 from pos2d.families import Dimensions
 
-# One file of weights lies under all graphs of an artifact.
+# All graphs of an artifact share this weight file.
 DATA_FILE = "model.onnx.data"
 
 # The graph variants, from the cheapest to the most general; each can do what those before it do.
@@ -107,12 +106,9 @@ class GraphInfo:
     sizes: Dimensions
     graphs: Mapping[GraphName, GraphFile]
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> "GraphInfo":
-        """Inverse of :meth:`to_dict`.
+        """Inverse of :func:`dataclasses.asdict`.
 
         Raises:
             InputError: unknown or missing keys.
@@ -123,8 +119,8 @@ class GraphInfo:
         try:
             graphs = {name: _graph_file(facts) for name, facts in block["graphs"].items()}
             return cls(block["data"], Dimensions(**block["sizes"]), graphs)
-        except (TypeError, AttributeError) as error:
-            raise InputError(f"graph: it cannot be read ({error})") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"graph: it cannot be read ({type(error).__name__}: {error})") from None
 
 
 def _graph_file(facts: Mapping[str, Any]) -> GraphFile:

@@ -33,11 +33,9 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 class Option:
     """What is declared beside a field.
 
-    ``minimum`` and ``maximum`` are inclusive; ``rule`` says in words which values are allowed, where a range does not.
-    ``default_text`` is what help shows as the default, where the dataclass's own default only applies if the artifact
-    has none. ``flags`` are further spellings on the command line, such as ``-n``; ``section`` is the heading under
-    which
-    the help page has the option.
+    ``minimum`` and ``maximum`` are inclusive. ``default_text`` is what help shows as the default, where the dataclass's
+    own default only applies if the artifact has none. ``flags`` are further spellings on the command line, such as
+    ``-n``; ``section`` is the heading under which the help page has the option.
     """
 
     name: str
@@ -157,9 +155,15 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def split_options(keywords: Mapping[str, Any], *groups: type[Any]) -> list[dict[str, Any]]:
-    """The keywords that belong to each of ``groups``, without those that are None or empty: they were not given."""
-    given = {name: value for name, value in keywords.items() if value is not None and value != ()}
-    return [{name: given[name] for name in options_of(group) if name in given} for group in groups]
+    """The keywords that belong to each of ``groups``, without those that were not given: None, or no texts at all."""
+    return [
+        {
+            name: keywords[name]
+            for name, declared in options_of(group).items()
+            if keywords.get(name) is not None and (declared.kind is not tuple or keywords[name] != ())
+        }
+        for group in groups
+    ]
 
 
 def texts(value: Any) -> Any:
@@ -194,5 +198,5 @@ def _has_kind(value: Any, kind: type) -> bool:
 
 def _range_text(low: float | None, high: float | None) -> str:
     if low is None or high is None:
-        return f"at least {low:g}" if low is not None else f"at most {high:g}"
-    return f"{low:g} to {high:g}"
+        return f"at least {low:.10g}" if low is not None else f"at most {high:.10g}"
+    return f"{low:.10g} to {high:.10g}"

@@ -12,7 +12,7 @@ GraphQuant = Literal["int8", "int4", "auto"]
 BITS: Mapping[GraphQuant, int] = {"int8": 8, "int4": 4, "auto": 4}
 ALL_BITS = tuple(sorted(set(BITS.values())))
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-# Products of larger blocks are faster, and calibration more than makes up for what they cost 4 bits; "auto" is for the
+# Products of larger blocks are faster, and calibration gains more than they lose at 4 bits; "auto" is for the
 # best model of a given size, which has small blocks (benchmarks/nbits.py).
 DEFAULT_BLOCKS: Mapping[GraphQuant, int] = {"int8": 32, "int4": 128, "auto": 32}
 UNCALIBRATED_BLOCK = 32

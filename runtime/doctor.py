@@ -17,6 +17,7 @@ from typing import Any
 
 from pos2d import __version__
 from pos2d.errors import InputError
+from pos2d.options import takes_options
 
 TOOL = "pos2d"
 # How the faults of packages begin: the package fails to import, or only because another package is missing.
@@ -109,6 +110,7 @@ class DoctorReport:
             raise InputError(f"required packages cannot be used: {named}; run {' && '.join(self.repairs)}")
 
 
+@takes_options()
 def doctor() -> DoctorReport:
     """Inspect this machine. Required packages are imported, optional ones are only looked up.
 

@@ -9,6 +9,7 @@ from typing import Any
 from pos2d.errors import OutputError, UsageError
 from pos2d.layout import Layout, build_layout
 from pos2d.manifest import read_manifest
+from pos2d.options import takes_options
 from pos2d.runtime.layout_view.picture import Picture, clipped, placed_tokens, printable
 from pos2d.runtime.text.options import MAX_BRANCHES, LayoutOptions
 from pos2d.runtime.text.requests import encode_for
@@ -29,6 +30,7 @@ class LayoutReport(Picture):
     output: str | None
 
 
+@takes_options()
 def show_layout(
     artifact: str | Path | None = None,
     *,

@@ -9,6 +9,7 @@ import numpy as np
 from pos2d.errors import ParityError, UsageError
 from pos2d.layout import Layout, build_layout
 from pos2d.manifest import read_manifest
+from pos2d.options import takes_options
 from pos2d.progress import Progress
 from pos2d.runtime.engine.backend import BatchBackend, Floats
 from pos2d.runtime.engine.batch_decode import forward_spans
@@ -71,6 +72,7 @@ class ParityReport:
         )
 
 
+@takes_options()
 def verify(artifact: str | Path, against: str | Path | None = None, *, rtol: float = DEFAULT_RTOL) -> ParityReport:
     """Compare logits of ``artifact`` with those of ``against``, both computed in float32.
 

@@ -147,7 +147,7 @@ def _verdict(guess: Guess) -> Iterable[str]:
     if guess.separate_is_better:
         yield (
             "not reliable: the loss of each branch alone, without 2D RoPE, is lower still, so the adapter was trained "
-            "on branches side by side too little, on other text, or not at all (then merge with --no-patch-rope)"
+            "on parallel branches too little, on other text, or not at all (then merge with --no-patch-rope)"
         )
         return
     if not guess.ratio_is_clear:

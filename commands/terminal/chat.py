@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from pos2d.commands.shared.flags import in_terms_of_flags
 from pos2d.commands.terminal.line_editor import is_interactive, line_editing, read_message
 from pos2d.commands.terminal.panels import Display
 from pos2d.commands.terminal.transcript import load_messages, save_messages
@@ -82,7 +83,7 @@ class Session:
         try:
             self._dispatch(line.strip())
         except Pos2DError as error:
-            _print_note(f"error: {' '.join(str(error).split())}")
+            _print_note(f"error: {in_terms_of_flags(' '.join(str(error).split()))}")
         return True
 
     def _leave(self) -> bool:

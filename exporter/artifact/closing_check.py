@@ -11,9 +11,12 @@ import pos2d
 from pos2d.errors import ParityError, Pos2DError
 from pos2d.progress import Progress
 
-# The given paths go to the end of sys.path: a file of the user's that has the name of a module must not be imported in
-# place of the standard library's or an installed package's.
-PROGRAM = "import sys; sys.path += {paths!r}; from pos2d.commands.main import main; main()"
+# pos2d comes from the directory of this process's own. The other paths go to the end of sys.path: a file of the user's
+# that has the name of a module must not be imported in place of the standard library's or an installed package's.
+PROGRAM = (
+    "import sys; sys.path.insert(0, {root!r}); import pos2d; del sys.path[0]; sys.path += {paths!r}; "
+    "from pos2d.commands.main import main; main()"
+)
 
 
 def closing_check(staging: Path, merged: Path | None) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def run_verb(*arguments: str) -> subprocess.CompletedProcess[str]:
     """
     root = str(Path(pos2d.__file__).resolve().parents[1])
     inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    program = PROGRAM.format(paths=[root, *map(os.path.abspath, inherited)])
+    program = PROGRAM.format(root=root, paths=list(map(os.path.abspath, inherited)))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-P", "-c", program, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

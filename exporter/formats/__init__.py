@@ -77,7 +77,7 @@ def format_of(options: ExportOptions) -> ExportFormat:
         raise UsageError(
             f"{' and '.join(f'`{name}`' for name in foreign)} {'belongs' if len(foreign) == 1 else 'belong'} to "
             f"{' or '.join(f'`format={name!r}`' for name in takers)}; `format={options.format!r}` does not have "
-            f"{'it' if len(foreign) == 1 else 'them'}"
+            f"{'it; leave it out' if len(foreign) == 1 else 'them; leave them out'}"
         )
     chosen.refuse(options)
     return chosen

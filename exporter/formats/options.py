@@ -45,7 +45,7 @@ class ExportOptions:
     float_activations: str = option(
         "",
         "4-bit layers whose inputs stay in floating point; the inputs of all other quantised layers are rounded to 8 "
-        "bits. They are slower, and some models need them to pass the final check. Layers are named as for "
+        "bits. Such layers are slower, and some models need them to pass the final check. Layers are named as for "
         "`skip_modules`.",
         metavar="NAMES",
         default_text="none",
@@ -65,7 +65,7 @@ class ExportOptions:
         section=ONNX,
     )
     no_verify: bool = option(
-        False, "Skip the final check of the written graphs, which is what verify does.", section=ONNX
+        False, "Skip the final check of the written graphs, the same check as that of the verify command.", section=ONNX
     )
     max_shard_size: str | None = option(
         None,

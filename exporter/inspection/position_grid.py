@@ -8,8 +8,8 @@ from pos2d.spec import Rope2DSpec, pair_indices_for_ratio
 # Of several ratios that select the same frequencies the first one is named: rounder numbers are more probable.
 RATIOS = (0.5, 1.0, 0.25, 0.75, 0.125, 0.375, 0.625, 0.875)
 STRIDES = (128, 64, 256, 512, 1)
-# The trainer's defaults.
-DEFAULT_RATIO, DEFAULT_STRIDE = RATIOS[0], STRIDES[0]
+# The trainer's default; that of the ratio is in pos2d.exporter.sources.source.
+DEFAULT_STRIDE = STRIDES[0]
 
 
 def position_grid(frequencies: int) -> list[Rope2DSpec]:

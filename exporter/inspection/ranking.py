@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pos2d.exporter.inspection.position_grid import DEFAULT_RATIO, DEFAULT_STRIDE, distinct_ratios
+from pos2d.exporter.inspection.position_grid import DEFAULT_STRIDE, distinct_ratios
+from pos2d.exporter.sources.source import DEFAULT_RATIO
 from pos2d.spec import Rope2DSpec
 
 Floats = npt.NDArray[np.float64]
@@ -42,7 +43,7 @@ class Score:
 class Guess:
     """The scores of all candidates on one text, and what they say.
 
-    ``scores`` are of branches side by side: first those on the whole text, the lowest loss first.
+    ``scores`` are of parallel branches: first those on the whole text, the lowest loss first.
     ``separate`` scores every branch as a sequence by itself, without 2D RoPE.
     ``best`` has the lowest loss, or is the trainer's default if that is tied with it; ``merge_flags`` are its flags.
     ``separate_is_better``: the loss of ``separate`` is below the lowest by more than two standard errors. Then the base

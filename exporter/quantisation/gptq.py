@@ -12,7 +12,7 @@ Columns that share scales form a block (the paper's group). Where the implementa
 
 - The Hessian is block-diagonal. Columns are split into equal groups of at most :data:`MAX_GROUP_COLUMNS`, and errors
   are compensated within a group only, because the cost grows with the square of a group's length and longer ones help
-  little. Groups are independent, so that all of them are quantised side by side.
+  little. Groups are independent, so that all of them are quantised in parallel.
 - The Hessian is divided by the mean of its diagonal before damping is added, so that one constant and the range of
   float32 fit every layer. ``W`` and ``Q`` do not depend on the scale of ``H``.
 - The scales of a block are set when its first column is reached, from weights that are already compensated, as in the

@@ -15,7 +15,7 @@ from pos2d.exporter.inputs.base import read_base
 from pos2d.exporter.inputs.checkpoint import Checkpoint, read_checkpoint, read_config
 from pos2d.manifest import read_manifest
 from pos2d.options import check_options, option
-from pos2d.spec import Align, Rope2DSpec, pair_indices_for_ratio, parse_pair_indices
+from pos2d.spec import MAX_STRIDE, Align, Rope2DSpec, pair_indices_for_ratio, parse_pair_indices
 
 DEFAULT_RATIO = 0.5
 
@@ -47,7 +47,10 @@ class TrainedPositions:
         False, "The adapter was trained without 2D RoPE, as an ordinary LoRA is: tokens only have a position."
     )
     branch_stride: int = option(
-        128, "Step between the branch positions of neighbouring branches, as in the training.", minimum=1
+        128,
+        "Step between the branch positions of neighbouring branches, as in the training.",
+        minimum=1,
+        maximum=MAX_STRIDE,
     )
     align_to: Align = option(
         "left",

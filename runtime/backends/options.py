@@ -36,8 +36,8 @@ class LoadOptions:
     )
     int8_kernel: Int8Kernel = option(
         "auto",
-        "Kernel for 8-bit weights on torch. weight-only: activations stay in floating point. bnb: bitsandbytes "
-        "quantises them too. auto: weight-only, except on a CUDA GPU without Triton.",
+        "Kernel for 8-bit weights on torch. weight-only: activations stay in floating point. bnb: the kernel of "
+        "bitsandbytes, which quantises activations too. auto: weight-only, except on a CUDA GPU without Triton.",
     )
     attn_implementation: Attention = option("sdpa", "Attention on torch. sdpa: fused. eager: not fused.")
     device_map: Literal["auto"] | None = option(

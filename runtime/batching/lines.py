@@ -103,7 +103,7 @@ def _request(block: Mapping[str, Any], artifact: LoadedArtifact, options: Reques
     given = _options(block)
     # The options of the batch have the artifact's generation settings in them already.
     sampling: Sampling = resolve_sampling(artifact.path, given, defaults=asdict(options.sampling))
-    in_line = {name: given[name] for name in options_of(LayoutOptions) if name in given}
+    in_line = {name: given[name] for name in options_of(LayoutOptions) if given.get(name) is not None}
     LayoutOptions(**in_line).check_effect(options.layout.apply_to(artifact.manifest.rope_2d))
     layout = replace(options.layout, **in_line)
     spec = layout.apply_to(artifact.manifest.rope_2d)

@@ -24,8 +24,7 @@ class LayoutOptions:
     visibility: Visibility | None = option(
         None,
         "columnar: a branch attends to the tokens of all branches in earlier columns, as in 2D RoPE training. "
-        "isolated: "
-        "a branch attends only to the context and to itself, as if it were alone.",
+        "isolated: a branch attends only to the context and to itself, as if it were alone.",
         default_text="the artifact's",
     )
     align_to: Align | None = option(
@@ -37,6 +36,7 @@ class LayoutOptions:
         None,
         "Step between the branch positions of neighbouring branches.",
         minimum=1,
+        maximum=MAX_STRIDE,
         default_text="the artifact's",
     )
     max_branches: int | None = option(
@@ -49,8 +49,6 @@ class LayoutOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if (self.branch_stride or 0) > MAX_STRIDE:
-            raise UsageError(f"`branch_stride` {self.branch_stride} is more than {MAX_STRIDE}; 128 is usual")
 
     @property
     def branches_per_sequence(self) -> int:

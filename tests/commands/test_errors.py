@@ -298,7 +298,8 @@ def test_positions_that_the_base_does_not_have(
     ("flags", "words"),
     [
         (("--rope-2d-ratio", "2"), "--rope-2d-ratio 2.0 must be 0 to 1"),
-        (("--branch-stride", "0"), "--branch-stride 0 must be at least 1"),
+        (("--branch-stride", "0"), "--branch-stride 0 must be 1 to 16777216"),
+        (("--branch-stride", "99999999"), "--branch-stride 99999999 must be 1 to 16777216"),
     ],
 )
 def test_positions_that_no_base_has(merge: Callable[..., Result], flags: tuple[str, ...], words: str) -> None:

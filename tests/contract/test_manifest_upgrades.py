@@ -1,6 +1,7 @@
 """Manifests of older releases are read where that is possible, and refused with the command that makes them again."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,25 @@ def test_what_cannot_be_read_is_refused_with_the_command_that_makes_it_again(
 def test_other_formats(version: object) -> None:
     with pytest.raises(InputError, match="install the release that made the artifact"):
         Manifest.from_dict({"format_version": version})
+
+
+def test_the_command_has_the_revision_and_the_weights_of_adapters() -> None:
+    adapters = [{"file": "my lora.pth", "weight": 0.7}, {"file": "b.pth", "weight": 1.0}]
+    block = {
+        "format_version": 2,
+        "kind": "merged",
+        "base": {"name": "org/base", "revision": "abc"},
+        "adapters": adapters,
+    }
+    words = "pos2d merge --base-model org/base --revision abc --lora 'my lora.pth=0.7' --lora b.pth --no-patch-rope"
+    with pytest.raises(InputError, match=re.escape(words)):
+        Manifest.from_dict(block)
+
+
+@pytest.mark.parametrize("key", ["inputs", "outputs", "shape"])
+def test_a_graph_without_one_of_its_facts_is_refused(qwen2: Golden, artifact_of: ArtifactOf, key: str) -> None:
+    block = block_of(artifact_of(qwen2, "onnx"))
+    facts = block["graph"]["graphs"]["general"]
+    del (facts["inputs"][0] if key == "shape" else facts)[key]
+    with pytest.raises(InputError, match="graph: it cannot be read"):
+        Manifest.from_dict(block)

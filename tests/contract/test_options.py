@@ -101,3 +101,8 @@ def test_an_unknown_keyword_names_the_nearest_one(keyword: str, words: str) -> N
 )
 def test_messages_name_parameters_and_the_command_line_flags(message: str, shown: str) -> None:
     assert in_terms_of_flags(message) == shown
+
+
+def test_only_options_that_take_several_texts_may_be_left_out_by_an_empty_tuple() -> None:
+    given, _ = split_options({"guests": (), "minutes": ()}, Brewing, Serving)
+    assert given == {"minutes": ()}

@@ -28,8 +28,11 @@ def hessian_of(inputs: Tensor) -> HessianFactors:
 
 
 def most_rows_agree(found: Tensor, expected: Tensor) -> bool:
-    """But for rounding. Kernels add in different orders, so that a value halfway between two steps may fall to either
-    side, and what makes up for it goes through the rest of its row."""
+    """Tell whether nine rows in ten agree up to rounding.
+
+    Kernels add in different orders, so a value halfway between two steps may be rounded to either side, and the
+    compensation changes the rest of its row.
+    """
     bound = 4 * gamma(found.shape[1], torch.float32)
     return float(torch.isclose(found, expected, rtol=bound, atol=0).all(1).float().mean()) >= 0.9
 
@@ -102,7 +105,7 @@ def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse_hessian() -> Non
     assert torch.equal(factor, factor.triu())
     damped = hessian.double() / hessian.diagonal().double().mean() + gptq.DAMPING * torch.eye(96)
     inverse = factor.T @ factor
-    # Two factors that were rounded to float32; and a mean of float32, which the damping is not divided by.
+    # The two factors were rounded to float32, and so was the mean, by which the damping is not divided.
     bound = gamma(3, torch.float32) * (factor.T.abs() @ factor.abs() @ damped.abs())
     bound += gamma(96, torch.float32) * (torch.eye(96) + gptq.DAMPING * inverse.abs())
     assert ((inverse @ damped - torch.eye(96)).abs() <= bound).all()
