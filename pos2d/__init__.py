@@ -12,10 +12,10 @@ Everything is imported when it is first used. The modules of this directory itse
 and the runtime share: positions, layout, manifest, options, errors, and the names in artifacts.
 """
 
-from typing import TYPE_CHECKING
-
 from pos2d.lazy import lazy_attributes
 
+# Not from the module typing: ``python -m pos2d`` would look for its file in the current directory first.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pos2d.errors import (
         InputError,

@@ -15,6 +15,14 @@ from pos2d.spec import Rope2DSpec
 Kind = Literal["merged", "bnb", "onnx"]
 
 FORMAT_VERSION = 5
+# Types of the values of a manifest's JSON; a manifest that was not written yet has tuples in place of lists.
+JSON_TYPES: Mapping[type, tuple[type, ...]] = {str: (str,), int: (int,), list: (list, tuple), dict: (dict,)}
+KEYS: Mapping[type, tuple[str, ...]] = {
+    str: ("family", "dtype", "tool_version"),
+    int: ("vocab_size", "context_length"),
+    list: ("adapters", "eos_token_ids"),
+    dict: ("base", "options", "files"),
+}
 FILE_NAME = "manifest.json"
 
 
@@ -73,6 +81,7 @@ class Manifest:
             raise InputError(f"manifest: keys {sorted(set(block) ^ known)} are missing or unknown")
         if block["kind"] not in get_args(Kind):
             raise InputError(f"manifest: kind {block['kind']!r} is not one of {', '.join(get_args(Kind))}")
+        _check_types(block)
         return cls(
             **{
                 **block,
@@ -90,6 +99,26 @@ class Manifest:
         (directory / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
 
+def _check_types(block: Mapping[str, Any]) -> None:
+    """Check the types of values that no other class reads.
+
+    Raises:
+        InputError: a value of another type.
+    """
+    optional = {name: JSON_TYPES[dict] for name in ("ledger", "graph", "parity") if block[name] is not None}
+    wanted = optional | {name: JSON_TYPES[kind] for kind, names in KEYS.items() for name in names}
+    wrong = [name for name, kinds in wanted.items() if type(block[name]) not in kinds]
+    wrong += [] if "files" in wrong or all(_is_file_entry(f) for f in block["files"].values()) else ["files"]
+    wrong += [] if (block["kind"] == "onnx") == (block["graph"] is not None) else ["graph"]
+    wrong += [] if all(type(token) is int for token in block["eos_token_ids"]) else ["eos_token_ids"]
+    if wrong:
+        raise InputError(f"manifest: {', '.join(dict.fromkeys(wrong))} cannot be read; make the artifact again")
+
+
+def _is_file_entry(facts: Any) -> bool:
+    return isinstance(facts, Mapping) and type(facts.get("bytes")) is int
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read the manifest of an artifact, and check that all files exist with the sizes that it states.
 
@@ -103,12 +132,10 @@ def read_manifest(directory: Path) -> Manifest:
         raise InputError(f"{directory} is not an artifact of this tool (it has no {FILE_NAME}); {_cure(directory)}")
     try:
         manifest = Manifest.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}); make the artifact again") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    if not isinstance(manifest.files, Mapping) or not all(isinstance(f, Mapping) for f in manifest.files.values()):
-        raise InputError(f"{path}: files is not a mapping; make the artifact again")
     for name, facts in manifest.files.items():
         size = (directory / name).stat().st_size if (directory / name).is_file() else None
         if size != facts["bytes"]:

@@ -49,7 +49,9 @@ def command_for(block: Mapping[str, Any]) -> str:
     layout = f"--branch-stride {rope.get('branch_stride', 128)} --align-to {rope.get('align_to', 'left')}"
     kind = block.get("kind")
     quant = (block.get("quant") or block.get("graph_quant") or {}).get("name")
-    verb = "merge" if kind == "merged" else f"export --format {kind}" + (f" --quant {quant}" if quant else "")
+    verb = (
+        "merge" if kind not in ("onnx", "bnb") else f"export --format {kind}" + (f" --quant {quant}" if quant else "")
+    )
     return f"pos2d {verb} {shlex.join(base_flags)} {lora} {positions} {layout} -o OUT"
 
 

@@ -32,15 +32,15 @@ class BatchOutput:
 
     @property
     def partial(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.partial")
+        return self.path.parent / f"{self.path.name}.partial"
 
     @property
     def partial_note(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.partial.json")
+        return self.path.parent / f"{self.path.name}.partial.json"
 
     @property
     def note(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.run.json")
+        return self.path.parent / f"{self.path.name}.run.json"
 
     @property
     def files(self) -> tuple[Path, ...]:

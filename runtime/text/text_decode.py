@@ -107,6 +107,6 @@ def end_token_ids(tokenizer: Any, sampling: Sampling) -> list[int]:
     unknown = [token for token in sampling.end_token if token not in vocabulary]
     if unknown:
         raise UsageError(
-            f"`end_token` {', '.join(unknown)} is not in the tokenizer; `stop` ends answers before any text"
+            f"`end_token` {', '.join(map(ascii, unknown))} is not in the tokenizer; `stop` ends answers before any text"
         )
     return [vocabulary[token] for token in sampling.end_token]

@@ -79,3 +79,35 @@ def test_a_graph_without_one_of_its_facts_is_refused(qwen2: Golden, artifact_of:
     del (facts["inputs"][0] if key == "shape" else facts)[key]
     with pytest.raises(InputError, match="graph: it cannot be read"):
         Manifest.from_dict(block)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("context_length", "512"),
+        ("vocab_size", None),
+        ("dtype", 7),
+        ("eos_token_ids", "x"),
+        ("eos_token_ids", ["x"]),
+        ("base", "x"),
+        ("adapters", {}),
+        ("ledger", "x"),
+        ("parity", []),
+        ("graph", None),
+        ("files", {"model.onnx": {"sha256": ""}}),
+        ("files", []),
+    ],
+)
+def test_values_of_other_types_are_refused(
+    qwen2: Golden, artifact_of: ArtifactOf, tmp_path: Path, key: str, value: object
+) -> None:
+    block = block_of(artifact_of(qwen2, "onnx")) | {key: value}
+    (tmp_path / "manifest.json").write_text(json.dumps(block), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"manifest.json: manifest: {key} cannot be read"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[" * 50000, encoding="utf-8")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_manifest(tmp_path)

@@ -79,7 +79,7 @@ def test_end_tokens_of_the_artifact_and_of_the_flags_end_an_answer(talker: runti
     assert free_answer(ends).finish_reason == "stop"
     named = talker.tokenizer.convert_ids_to_tokens([first, second])
     assert free_answer(talker, end_token=tuple(named)) == free_answer(ends)
-    with pytest.raises(UsageError, match="`end_token` <nowhere> is not in the tokenizer"):
+    with pytest.raises(UsageError, match="`end_token` '<nowhere>' is not in the tokenizer"):
         free_answer(talker, end_token=("<nowhere>",))
 
 

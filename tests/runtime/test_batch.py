@@ -119,7 +119,8 @@ def test_ordinary_lines_share_a_sequence(talker: runtime.Model, tmp_path: Path, 
         (b'{"prompt": "a", "visibility": "blind"}', "`visibility` 'blind'"),
         (b'{"prompt": "a", "branch_stride": "b"}', "`branch_stride` 'b' must be a whole number"),
         (b'{"prompt": "a", "stop": 3}', "`stop` 3 must be a text or several"),
-        (b'{"prompt": "a", "end_token": "<nowhere>"}', "`end_token` <nowhere>"),
+        (b'{"prompt": "a", "end_token": "<nowhere>"}', "`end_token` '<nowhere>'"),
+        (b'{"prompt": "a", "end_token": "\\ud800"}', "`end_token` '\\ud800'"),
         (b'{"prompt": "' + b"x" * 600 + b'"}', "the model has 512"),
         (b"a||", "prompt 2 is empty"),
         (b'{"prompt": "a \\ud800"}', "is not text in UTF-8"),
@@ -127,7 +128,7 @@ def test_ordinary_lines_share_a_sequence(talker: runtime.Model, tmp_path: Path, 
         (b'{"prompt": "a", "meta": NaN}', "meta cannot be written again"),
         (b'{"prompt": "a", "meta": ' + b"[" * 200_000, "the JSON is nested too deeply"),
         (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "0.001 to 100"),
-        (b'{"prompt": "a", "branch_stride": 1' + b"0" * 23 + b"}", "128 is usual"),
+        (b'{"prompt": "a", "branch_stride": 1' + b"0" * 23 + b"}", "must be 1 to 16777216"),
         (b'{"prompt": "a", "visibility": "isolated", "align_to": "right"}', "`align_to` has no effect"),
         (b'{"prompt": "a", "visibility": ""}', "`visibility` ''"),
         (b'{"prompt": "a", "logprobs": "false"}', "must be true or false"),
@@ -299,8 +300,9 @@ def test_inputs_that_would_be_lost(talking: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="is not a regular file, and it must be read twice"):
         runtime.batch(talking / "onnx", tmp_path / "pipe", tmp_path / "out.jsonl")
-    with pytest.raises(OutputError, match="is a directory"):
-        runtime.batch(talking / "onnx", source, tmp_path, force=True)
+    for directory in (tmp_path, "."):
+        with pytest.raises(OutputError, match="is a directory"):
+            runtime.batch(talking / "onnx", source, directory, force=True)
     assert source.read_bytes() == before
 
 

@@ -164,7 +164,7 @@ def test_refusals(tmp_path: Path, call: Call) -> None:
         ({"force": True}, UsageError, "`force`"),
         ({"ignore_chat_template": True}, UsageError, "`ignore_chat_template`"),
         ({"align_to": "right", "visibility": "isolated"}, UsageError, "`align_to`"),
-        ({"branch_stride": 0}, UsageError, "at least 1"),
+        ({"branch_stride": 0}, UsageError, "must be 1 to 16777216"),
         ({"prompt": ["a", " "]}, InputError, "prompt 2 is empty"),
         ({"prompt": []}, InputError, "no prompt"),
         ({"artifact": tmp_path}, InputError, "not an artifact"),
