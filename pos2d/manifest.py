@@ -1,9 +1,13 @@
-"""``manifest.json``: what an artifact is. Written last, read first, never guessed from a file name."""
+"""The manifest of an artifact, ``manifest.json``.
+
+It is written last and read first, and what an artifact is never follows from the names of its files.
+"""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args
 
 from pos2d.errors import InputError
@@ -15,13 +19,21 @@ from pos2d.spec import Rope2DSpec
 Kind = Literal["merged", "bnb", "onnx"]
 
 FORMAT_VERSION = 5
-# Types of the values of a manifest's JSON; a manifest that was not written yet has tuples in place of lists.
-JSON_TYPES: Mapping[type, tuple[type, ...]] = {str: (str,), int: (int,), list: (list, tuple), dict: (dict,)}
-KEYS: Mapping[type, tuple[str, ...]] = {
-    str: ("family", "dtype", "tool_version"),
-    int: ("vocab_size", "context_length"),
-    list: ("adapters", "eos_token_ids"),
-    dict: ("base", "options", "files"),
+# The types of values that no class checks; a list is a tuple until the manifest is written.
+VALUE_TYPES: Mapping[str, tuple[type, ...]] = {
+    "family": (str,),
+    "dtype": (str,),
+    "vocab_size": (int,),
+    "context_length": (int,),
+    "eos_token_ids": (list, tuple),
+    "base": (dict,),
+    "adapters": (list, tuple),
+    "options": (dict,),
+    "files": (dict,),
+    "tool_version": (str,),
+    "ledger": (dict, NoneType),
+    "graph": (dict, NoneType),
+    "parity": (dict, NoneType),
 }
 FILE_NAME = "manifest.json"
 
@@ -100,23 +112,21 @@ class Manifest:
 
 
 def _check_types(block: Mapping[str, Any]) -> None:
-    """Check the types of values that no other class reads.
+    """Check the values that no class checks.
 
     Raises:
-        InputError: a value of another type.
+        InputError: a value of another type, or a graph for another kind of artifact than ONNX.
     """
-    optional = {name: JSON_TYPES[dict] for name in ("ledger", "graph", "parity") if block[name] is not None}
-    wanted = optional | {name: JSON_TYPES[kind] for kind, names in KEYS.items() for name in names}
-    wrong = [name for name, kinds in wanted.items() if type(block[name]) not in kinds]
-    wrong += [] if "files" in wrong or all(_is_file_entry(f) for f in block["files"].values()) else ["files"]
-    wrong += [] if (block["kind"] == "onnx") == (block["graph"] is not None) else ["graph"]
-    wrong += [] if all(type(token) is int for token in block["eos_token_ids"]) else ["eos_token_ids"]
+    wrong = [name for name, types in VALUE_TYPES.items() if type(block[name]) not in types]
+    if not wrong:
+        is_valid = {
+            "eos_token_ids": all(type(token) is int for token in block["eos_token_ids"]),
+            "files": all(type(facts) is dict and type(facts.get("bytes")) is int for facts in block["files"].values()),
+            "graph": (block["graph"] is not None) == (block["kind"] == "onnx"),
+        }
+        wrong = [name for name, valid in is_valid.items() if not valid]
     if wrong:
-        raise InputError(f"manifest: {', '.join(dict.fromkeys(wrong))} cannot be read; make the artifact again")
-
-
-def _is_file_entry(facts: Any) -> bool:
-    return isinstance(facts, Mapping) and type(facts.get("bytes")) is int
+        raise InputError(f"manifest: {', '.join(wrong)} cannot be read; make the artifact again")
 
 
 def read_manifest(directory: Path) -> Manifest:

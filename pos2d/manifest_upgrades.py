@@ -38,21 +38,20 @@ def upgraded(block: Mapping[str, Any], version: int) -> Block:
 
 def command_for(block: Mapping[str, Any]) -> str:
     """The command that makes the artifact of a manifest again, as far as the manifest says it."""
-    base = (block.get("base") or {}).get("name", "BASE")
-    adapters = block.get("adapters") or [block.get("adapter") or {}]
-    revision = (block.get("base") or {}).get("revision")
-    base_flags = ["--base-model", base, *(["--revision", revision] if revision else [])]
-    lora = shlex.join(flag for adapter in adapters for flag in ("--lora", _adapter_text(adapter)))
+    kind, base = block.get("kind"), block.get("base") or {}
+    quant = (block.get("quant") or block.get("graph_quant") or {}).get("name")
+    verb = ["merge"]
+    if kind in ("onnx", "bnb"):
+        verb = ["export", "--format", kind, *(["--quant", quant] if quant else [])]
+    weights = ["--base-model", base.get("name", "BASE")]
+    weights += ["--revision", base["revision"]] if base.get("revision") else []
+    for adapter in block.get("adapters") or [block.get("adapter") or {}]:
+        weights += ["--lora", _adapter_text(adapter)]
     rope = block.get("rope_2d") or {}
     indices = ",".join(map(str, rope.get("pair_indices", ())))
-    positions = f"--pair-indices {indices}" if indices else "--no-patch-rope"
-    layout = f"--branch-stride {rope.get('branch_stride', 128)} --align-to {rope.get('align_to', 'left')}"
-    kind = block.get("kind")
-    quant = (block.get("quant") or block.get("graph_quant") or {}).get("name")
-    verb = (
-        "merge" if kind not in ("onnx", "bnb") else f"export --format {kind}" + (f" --quant {quant}" if quant else "")
-    )
-    return f"pos2d {verb} {shlex.join(base_flags)} {lora} {positions} {layout} -o OUT"
+    positions = ["--pair-indices", indices] if indices else ["--no-patch-rope"]
+    positions += ["--branch-stride", str(rope.get("branch_stride", 128)), "--align-to", rope.get("align_to", "left")]
+    return shlex.join(["pos2d", *verb, *weights, *positions, "-o", "OUT"])
 
 
 def _adapter_text(adapter: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 import pos2d
 from pos2d import exporter
+from pos2d.exporter.artifact.closing_check import run_verb
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,3 +149,13 @@ def test_an_export_ends_well_where_the_path_of_python_names_the_directory(workpl
     )
     assert done.returncode == 0, done.stderr
     assert not (workplace / "RAN").exists(), (workplace / "RAN").read_text()
+
+
+def test_the_check_runs_the_copy_of_the_package_that_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not another copy that is installed."""
+    (tmp_path / "pos2d" / "commands").mkdir(parents=True)
+    for name in ("pos2d", "pos2d/commands"):
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "pos2d" / "commands" / "main.py").write_text("def main(): print('this copy')", encoding="utf-8")
+    monkeypatch.setattr(pos2d, "__file__", str(tmp_path / "pos2d" / "__init__.py"))
+    assert run_verb().stdout == "this copy\n"

@@ -11,7 +11,7 @@ import pos2d
 from pos2d.errors import ParityError, Pos2DError
 from pos2d.progress import Progress
 
-# pos2d comes from the directory of this process's own. The other paths go to the end of sys.path: a file of the user's
+# pos2d is imported from the same directory as in this process. The other paths go to the end of sys.path: a user's file
 # that has the name of a module must not be imported in place of the standard library's or an installed package's.
 PROGRAM = (
     "import sys; sys.path.insert(0, {root!r}); import pos2d; del sys.path[0]; sys.path += {paths!r}; "

@@ -167,8 +167,9 @@ def resolve_sampling(
 
 
 def generation_defaults(directory: Path) -> dict[str, Any]:
-    """The options that ``generation_config.json`` sets, with the meaning that transformers gives it: greedy decoding
-    unless it has ``do_sample``.
+    """The options that ``generation_config.json`` sets.
+
+    As in transformers, decoding is greedy unless the file has ``do_sample``.
 
     Raises:
         InputError: not a JSON object, or a value that is not allowed.

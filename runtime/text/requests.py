@@ -47,8 +47,10 @@ def prepare_request(
 def encode_for(
     tokenizer: Any, prompts: Sequence[str], context: str | None, spec: Rope2DSpec, ignore_chat_template: bool
 ) -> EncodedPrompts:
-    """Token ids of prompts that are laid out as ``spec`` says; see
-    :func:`pos2d.runtime.text.tokenization.encode_prompts`."""
+    """Token ids of prompts that will have the positions of ``spec``.
+
+    The rules are those of :func:`pos2d.runtime.text.tokenization.encode_prompts`.
+    """
     return encode_prompts(
         tokenizer,
         prompts,

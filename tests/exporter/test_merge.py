@@ -239,3 +239,10 @@ def test_positions_that_nobody_named_are_said(tmp_path: Path) -> None:
     assert exporter.merge(base, lora, tmp_path / "none", no_patch_rope=True).warnings == ()
     report = exporter.export(None, tmp_path / "int8", format="bnb", quant="8bit", base_model=base, lora=lora)
     assert report.warnings == (said,)
+
+
+@pytest.mark.parametrize("nothing", [(), [], ""])
+def test_empty_pair_indices_are_not_the_default_ratio(qwen2: Golden, tmp_path: Path, nothing: object) -> None:
+    with pytest.raises(InputError, match="pair indices are empty"):
+        exporter.merge(qwen2.path / "base", qwen2.path / "lora.pth", tmp_path / "out", pair_indices=nothing)
+    assert list(tmp_path.iterdir()) == []
