@@ -4,9 +4,10 @@ from typing import Any
 
 import click
 
-from pos2d.commands.shared.flags import json_flag, revision_flag
+from pos2d.commands.shared.flags import flags_of, json_flag, revision_flag
 from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show
+from pos2d.threads import ThreadOptions
 
 
 @click.command(cls=SectionedCommand)
@@ -21,6 +22,7 @@ from pos2d.commands.shared.report import show
     metavar="FILE",
     help="Text for --guess-ratio: a few dozen samples like the training data, as JSONL or paragraphs.",
 )
+@flags_of(ThreadOptions, "Options")
 @json_flag
 def inspect(as_json: bool, **flags: Any) -> None:
     """Explain an adapter, a base model or an artifact."""

@@ -12,6 +12,7 @@ from pos2d.exporter.merge import MergeOptions
 from pos2d.exporter.merging.ledger import figures_by_kind
 from pos2d.exporter.sources.source import TrainedPositions
 from pos2d.spec import spans
+from pos2d.threads import ThreadOptions
 from pos2d.units import size_text
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ HEAD = ("module", "tensors", "rank", "rms(delta)/rms(W)", "retention", "error", 
 @flags_of(TrainedPositions, "Positions of the training")
 @output_flag
 @flags_of(MergeOptions, "Options")
+@flags_of(ThreadOptions, "Options")
 @click.option(
     "--dry-run", is_flag=True, help="Check everything, print the disk and memory that are needed, and write nothing."
 )

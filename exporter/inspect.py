@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pos2d.errors import InputError, UsageError
 from pos2d.exporter.adapters import Adapter, read_adapters
 from pos2d.exporter.adapters.peft import ADAPTER_CONFIG
+from pos2d.exporter.files.parallel import limited_threads
 from pos2d.exporter.inputs.base import read_base
 from pos2d.exporter.inputs.checkpoint import Checkpoint
 from pos2d.exporter.inspection.adapter_facts import AdapterFacts, peft_facts, trainer_facts
@@ -16,6 +17,7 @@ from pos2d.exporter.inspection.ranking import Guess
 from pos2d.exporter.inspection.samples import read_samples
 from pos2d.manifest import FILE_NAME
 from pos2d.options import takes_options
+from pos2d.threads import ThreadOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -63,7 +65,7 @@ class InspectReport:
             raise InputError(self.fit.reason)
 
 
-@takes_options()
+@takes_options(ThreadOptions)
 def inspect(
     path: str | Path,
     *,
@@ -71,6 +73,7 @@ def inspect(
     revision: str | None = None,
     guess_ratio: bool = False,
     text: str | Path | None = None,
+    **options: Any,
 ) -> InspectReport:
     """Describe ``path`` from configuration, headers and small tensors; no code in it is run and nothing is written.
 
@@ -80,13 +83,14 @@ def inspect(
         revision: commit, tag or branch of a base from the Hub.
         guess_ratio: find ratio and stride of the training by scoring ``text``. This loads the base in float32.
         text: a file like the training data, in one of the forms that :mod:`pos2d.text_samples` lists.
+        options: fields of :class:`pos2d.threads.ThreadOptions`, for ``guess_ratio``.
 
     Raises:
         UsageError: a parameter without another one, or for another kind of path, than it needs.
         InputError: ``path`` is none of these or is damaged; with ``guess_ratio``, an adapter that does not fit.
         UnsafeInputError: a file that would run code.
     """
-    path = Path(path)
+    path, threads = Path(path), ThreadOptions(**options).threads
     _check_parameters(base_model, revision, guess_ratio, text)
     kind = _kind(path)
     if kind != "adapter" and base_model is not None:
@@ -105,7 +109,8 @@ def inspect(
         if guess_ratio:
             raise
         return replace(report, fit=Fit(str(base_model), False, str(misfit)))
-    guess = _guess(base, adapters, text) if text is not None else None
+    with limited_threads(threads):
+        guess = _guess(base, adapters, text) if text is not None else None
     return replace(report, fit=Fit(str(base_model), True, None), guess=guess)
 
 

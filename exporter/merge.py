@@ -10,6 +10,7 @@ from pos2d.dtypes import ComputeDtype
 from pos2d.exporter.artifact.hf_config import baked_config
 from pos2d.exporter.artifact.sidecars import copy_code, copy_sidecars
 from pos2d.exporter.artifact.staging import JOURNAL, check_output, file_facts, staged, write_json
+from pos2d.exporter.files.parallel import limited_threads
 from pos2d.exporter.inputs.checkpoint import INDEX, Checkpoint
 from pos2d.exporter.merging.journal import Journal
 from pos2d.exporter.merging.ledger import Ledger, Totals, read_ledger, total, warnings
@@ -22,6 +23,7 @@ from pos2d.exporter.tensors.rounding import Rounding, RoundingMode
 from pos2d.exporter.tensors.tensor_plan import TensorPlan, plan_tensors
 from pos2d.manifest import Manifest
 from pos2d.options import check_options, option, split_options, takes_options
+from pos2d.threads import ThreadOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ class CheckedMerge:
     recipe: dict[str, Any]
 
 
-@takes_options(TrainedPositions, MergeOptions)
+@takes_options(TrainedPositions, MergeOptions, ThreadOptions)
 def merge(
     base_model: str | Path,
     lora: str | Path | Sequence[str | Path],
@@ -112,7 +114,8 @@ def merge(
         dry_run: check everything and write nothing.
         resume: continue an interrupted merge of the same inputs, to the same bytes.
         force: replace an artifact at ``output``.
-        options: fields of :class:`pos2d.exporter.sources.source.TrainedPositions` and :class:`MergeOptions`.
+        options: fields of :class:`pos2d.exporter.sources.source.TrainedPositions`, :class:`MergeOptions` and
+            :class:`pos2d.threads.ThreadOptions`.
 
     Raises:
         UsageError: options out of range, or that contradict each other.
@@ -123,8 +126,9 @@ def merge(
     """
     started = time.monotonic()
     output = Path(output)
-    trained, storage = split_options(options, TrainedPositions, MergeOptions)
+    trained, storage, computing = split_options(options, TrainedPositions, MergeOptions, ThreadOptions)
     settings, positions = MergeOptions(**storage), TrainedPositions(**trained)
+    threads = ThreadOptions(**computing).threads
     check_output(output, force=force or resume)
     source = from_adapters(base_model, lora, positions, revision=revision, lora_rank=lora_rank)
     job = _checked(source, settings)
@@ -134,7 +138,8 @@ def merge(
     if manifest is None:
         check_output(output, force=force)
         needs.check(output)
-        manifest = None if dry_run else _write(job, output, force, resume)
+        with limited_threads(threads):
+            manifest = None if dry_run else _write(job, output, force, resume)
     return _report(job, output, needs, manifest, time.monotonic() - started)
 
 

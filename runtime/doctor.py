@@ -18,6 +18,7 @@ from typing import Any
 from pos2d import __version__
 from pos2d.errors import InputError
 from pos2d.options import takes_options
+from pos2d.threads import VARIABLE, cpu_quota, default_threads, usable_cores
 
 TOOL = "pos2d"
 # How the faults of packages begin: the package fails to import, or only because another package is missing.
@@ -65,7 +66,7 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One torch device: ``about`` is a GPU's name and compute capability, or the CPU's threads and vector unit.
+    """One torch device: ``about`` is a GPU's name and compute capability, or the CPU's cores and vector unit.
 
     ``memory`` is in bytes, and absent for devices that use the machine's.
     """
@@ -202,8 +203,7 @@ def _module(name: str) -> str:
 def _devices() -> tuple[Device, ...]:
     import torch
 
-    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    devices = [Device("cpu", f"{threads}, {torch.backends.cpu.get_cpu_capability()}", None)]
+    devices = [Device("cpu", f"{_cores_text()}, {torch.backends.cpu.get_cpu_capability()}", None)]
     try:
         for number in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(number)
@@ -215,6 +215,17 @@ def _devices() -> tuple[Device, ...]:
     if torch.backends.mps.is_available():
         devices.append(Device("mps", "Apple's GPU, which shares the machine's memory", None))
     return tuple(devices)
+
+
+def _cores_text() -> str:
+    """How many threads compute unless ``threads`` says otherwise, and what limits them."""
+    limits = [f"{usable_cores()} of {os.cpu_count()} cores may be used"]
+    quota = cpu_quota()
+    if quota is not None:
+        limits.append(f"the container has a quota of {quota:g}")
+    if VARIABLE in os.environ:
+        limits.append(f"{VARIABLE} is {os.environ[VARIABLE]}")
+    return f"{default_threads()} threads ({', '.join(limits)})"
 
 
 def _repairs(packages: Sequence[Package]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from pos2d.bnb_format import BnbQuant
 from pos2d.errors import UsageError
 from pos2d.options import check_options, option
+from pos2d.threads import ThreadOptions
 
 Int8Kernel = Literal["auto", "bnb", "weight-only"]
 Attention = Literal["sdpa", "eager"]
@@ -13,8 +14,10 @@ LoadDtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
+class LoadOptions(ThreadOptions):
     """How an artifact is loaded.
+
+    ``threads`` sets torch's number of threads for the whole process.
 
     Raises:
         UsageError: a value that does not exist, or options that contradict each other.

@@ -380,7 +380,7 @@ def test_parameters_that_need_another(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="give `base_model`"):
         exporter.inspect(LORA, revision="main")
     with pytest.raises(TypeError, match="did you mean 'base_model'"):
-        exporter.inspect(LORA, base_modl=BASE)  # type: ignore[call-arg]
+        exporter.inspect(LORA, base_modl=BASE)
 
 
 @pytest.mark.parametrize("flags", [(LORA,), (LORA, "--base-model", BASE), (BASE,)])

@@ -4,8 +4,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from pos2d.exporter.files.parallel import submitted
+from pos2d.exporter.files.parallel import limited_threads, submitted, thread_limit, worker_count
 
 
 def test_results_come_in_the_order_of_the_jobs() -> None:
@@ -39,3 +40,13 @@ def test_a_failure_cancels_what_has_not_begun_and_awaits_the_rest(failing: str) 
             run(workers)
         assert set(begun) - {0} <= set(ended)
         assert len(begun) < 10
+
+
+def test_a_limit_holds_inside_its_block_for_our_threads_and_torchs() -> None:
+    before, workers = torch.get_num_threads(), worker_count()
+    with limited_threads(1):
+        assert (torch.get_num_threads(), worker_count(), thread_limit()) == (1, 1, 1)
+        with limited_threads(3):
+            assert (torch.get_num_threads(), worker_count()) == (3, 3)
+        assert worker_count() == 1
+    assert (torch.get_num_threads(), worker_count(), thread_limit()) == (before, workers, None)

@@ -57,7 +57,7 @@ class OnnxBackend:
         self._without_capture = without_capture()
         check_memory(directory, manifest, manifest.dtype)
         assert manifest.graph is not None
-        self.graphs = OnnxGraphs(directory, manifest.graph.graphs, self.device)
+        self.graphs = OnnxGraphs(directory, manifest.graph.graphs, self.device, threads=options.threads)
         self._context_length = manifest.context_length
         self._vocab_size = manifest.vocab_size
         self._dtype = manifest.dtype
@@ -147,7 +147,7 @@ def _check_options(directory: Path, manifest: Manifest, options: LoadOptions) ->
         raise UsageError(
             f"`dtype` {options.dtype!r}: this ONNX artifact computes in {manifest.dtype}; leave `dtype` out"
         )
-    allowed = asdict(LoadOptions(device=options.device, dtype=options.dtype))
+    allowed = asdict(LoadOptions(device=options.device, dtype=options.dtype, threads=options.threads))
     inapplicable = [f"`{name}`" for name, value in asdict(options).items() if value != allowed[name]]
     if inapplicable:
         raise UsageError(

@@ -6,6 +6,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import onnxruntime as ort
+import psutil
 
 from pos2d.errors import InputError
 from pos2d.onnx_io import GraphFile, GraphName
@@ -13,6 +14,7 @@ from pos2d.runtime.backends.onnx import cuda as onnx_cuda
 from pos2d.runtime.backends.onnx.fixed_steps import FixedSteps
 from pos2d.runtime.backends.onnx.float_activations import with_float_activations
 from pos2d.runtime.backends.onnx.kv_cache import OnnxCache
+from pos2d.threads import default_threads
 
 CAUSAL: GraphName = "causal"
 GENERAL: GraphName = "general"
@@ -29,6 +31,7 @@ class OnnxGraphs:
     """The graph variants of an artifact on ``device``, ``cpu`` or ``cuda``.
 
     ``graphs`` are the manifest's; ``float_kinds`` are the kinds of layers that compute with float activations.
+    ``threads`` compute on the CPU; None is :func:`pos2d.threads.default_threads`.
 
     Raises:
         InputError: a graph that cannot be loaded.
@@ -36,9 +39,15 @@ class OnnxGraphs:
     """
 
     def __init__(
-        self, directory: Path, graphs: Mapping[GraphName, GraphFile], device: str, float_kinds: Collection[str] = ()
+        self,
+        directory: Path,
+        graphs: Mapping[GraphName, GraphFile],
+        device: str,
+        float_kinds: Collection[str] = (),
+        threads: int | None = None,
     ) -> None:
         self._directory, self._graphs, self._device, self._float_kinds = directory, graphs, device, float_kinds
+        self._threads = threads
         self._session: ort.InferenceSession | None = None
         # Indices in VARIANTS: of the session that is or was loaded last, and of what has been announced.
         self._variant = -1
@@ -49,7 +58,7 @@ class OnnxGraphs:
 
     def with_float_activations(self, kinds: Collection[str]) -> "OnnxGraphs":
         """The same graphs with accuracy level 0 in the layers of ``kinds``; no session is loaded yet."""
-        graphs = OnnxGraphs(self._directory, self._graphs, self._device, kinds)
+        graphs = OnnxGraphs(self._directory, self._graphs, self._device, kinds, self._threads)
         graphs._expected = self._expected
         return graphs
 
@@ -102,6 +111,7 @@ class OnnxGraphs:
         path = self._directory / self._graphs[variant].file
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = _thread_setting(self._threads)
         for key, value in SESSION_CONFIG.items():
             options.add_session_config_entry(key, value)
         on_gpu = self._device == "cuda"
@@ -119,3 +129,10 @@ class OnnxGraphs:
         if on_gpu:
             onnx_cuda.check_session(session)
         return session
+
+
+def _thread_setting(threads: int | None) -> int:
+    """ONNX Runtime's number of threads; 0 lets it take one for each physical core, with affinities of its own."""
+    limit = threads or default_threads()
+    physical = psutil.cpu_count(logical=False)
+    return 0 if threads is None and physical is not None and physical <= limit else limit

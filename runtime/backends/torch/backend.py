@@ -24,6 +24,7 @@ from pos2d.runtime.backends.torch.kv_cache import FixedCache, GrowingCache
 from pos2d.runtime.backends.torch.linears import bnb_layers
 from pos2d.runtime.backends.torch.loading import HEAD, empty_decoder, fill_decoder, sized_decoder, stored_tensors
 from pos2d.runtime.engine.backend import Floats
+from pos2d.threads import default_threads
 
 
 class TorchBackend:
@@ -54,6 +55,7 @@ class TorchBackend:
                 f"`int8_kernel` is for 8 bits, which {directory} does not have; leave it out, or use `quant='8bit'`"
             )
         device = one_device(options.device)
+        torch.set_num_threads(options.threads or min(torch.get_num_threads(), default_threads()))
         dtype = _compute_dtype(manifest, options, recipe, device)
         if device.type == "cpu" and options.device_map is None:
             check_memory(directory, manifest, str(dtype).removeprefix("torch."), options.quant)
