@@ -22,7 +22,7 @@ def write_float32(plain: Path, out: Path) -> None:
     """All weights in float32, one in memory at a time."""
     config = json.loads((plain / "config.json").read_text(encoding="utf-8"))
     arch = ARCHITECTURES[config["model_type"]]
-    if config.get("rope_scaling"):
+    if rope_settings(config).get("rope_type", "default") != "default":
         raise SystemExit(f"{plain}: rope_scaling is not carried over to GGUF")
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[arch])
     add_settings(writer, config)
@@ -38,6 +38,14 @@ def write_float32(plain: Path, out: Path) -> None:
     writer.close()
 
 
+def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Type, theta and scaling: one block in a configuration of transformers 5, several keys in one of 4."""
+    scaling = dict(config.get("rope_scaling") or {})
+    if "type" in scaling:
+        scaling["rope_type"] = scaling.pop("type")
+    return {"rope_theta": config.get("rope_theta", 10000.0)} | scaling | (config.get("rope_parameters") or {})
+
+
 def add_settings(writer: Any, config: dict[str, Any]) -> None:
     heads = config["num_attention_heads"]
     writer.add_context_length(config["max_position_embeddings"])
@@ -47,7 +55,7 @@ def add_settings(writer: Any, config: dict[str, Any]) -> None:
     writer.add_head_count(heads)
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
-    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_freq_base(rope_settings(config)["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")

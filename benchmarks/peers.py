@@ -5,7 +5,8 @@ greedy answers of G tokens each after them. Every peer is a process of its own; 
 every round, then all stay, idle, while they are asked in turns, and medians are taken. llama.cpp, openvino-genai and
 ours read the prompt once for all answers, the others once for each. Beside the speeds stands how far the logits are
 from transformers' in float32 over a text: the largest difference and the share of positions with the same first token.
-Needs ``make peers``; what is made for the peers stays in the cache.
+A peer that cannot be made, or that crashes, loses its rows, with the reason in the table. Needs ``make peers``; what is
+made for the peers stays in the cache.
 
     .venv/bin/python benchmarks/peers.py --model 0.5b -p 512 -g 64 -n 1,8,16
 """
@@ -15,14 +16,15 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 import numpy as np
 from peer_inputs import BENCHMARKS, PEERS_PYTHON, ROOT, Input, make_models, prepare
-from peer_process import Worker
+from peer_process import Worker, WorkerError
 from tokenizers import Tokenizer
 
 THREADS = str(os.cpu_count())
@@ -125,40 +127,47 @@ def bench(
     if costs:
         click.echo(json.dumps(made, indent=2) if as_json else _costs(made))
         return
-    lost = {name: str(facts["error"]) for name, facts in made.items() if "error" in facts}
-    runs = [entry for entry in entries if entry.file not in lost]
+    unmade = {name: str(facts["error"]) for name, facts in made.items() if "error" in facts}
+    lost = {entry.name: f"not made: {unmade[entry.file]}" for entry in entries if entry.file in unmade}
     counts = [int(count) for count in answers.split(",")]
-    rows = _rows(given, runs, prompt_tokens, new_tokens, counts, rounds, probe_tokens)
-    for name, error in lost.items():
-        click.echo(f"{name} is left out: {error}", err=True)
-    click.echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else _table(rows))
+    runs = [entry for entry in entries if entry.name not in lost]
+    rows = _rows(given, runs, prompt_tokens, new_tokens, counts, rounds, probe_tokens, lost)
+    found = [asdict(row) for row in rows] + [{"peer": name, "lost": reason} for name, reason in lost.items()]
+    click.echo(json.dumps(found, indent=2) if as_json else _table(rows, lost))
 
 
 def _rows(
-    given: Input, entries: Sequence[Entry], prompt: int, new: int, counts: Sequence[int], rounds: int, probe: int
+    given: Input,
+    entries: Sequence[Entry],
+    prompt: int,
+    new: int,
+    counts: Sequence[int],
+    rounds: int,
+    probe: int,
+    lost: dict[str, str],
 ) -> list[Row]:
+    """Time every entry; one whose worker ends early goes into ``lost`` with the reason, and the others go on."""
     starts: dict[str, list[dict[str, float]]] = {entry.name: [] for entry in entries}
     workers: dict[str, Worker] = {}
     replies: dict[tuple[str, int], list[dict[str, float]]] = {(e.name, n): [] for e in entries for n in counts}
     try:
         for last in [False] * (rounds - 1) + [True]:
-            for entry in entries:
-                script, *arguments = entry.worker
-                path = given.file(entry.file)
-                command = [entry.python, str(BENCHMARKS / script), *arguments, str(path)]
-                worker = Worker(command, given.place / "logs" / f"{entry.name}.log")
-                starts[entry.name].append(worker.started)
-                if last:
-                    workers[entry.name] = worker
-                else:
-                    worker.close()
+            for entry in [entry for entry in entries if entry.name not in lost]:
+                with _losing(entry.name, lost):
+                    worker = _started(given, entry)
+                    starts[entry.name].append(worker.started)
+                    if last:
+                        workers[entry.name] = worker
+                    else:
+                        worker.close()
         for turn in range(rounds):
             for count in counts:
-                for name, worker in workers.items():
+                for name, worker in [pair for pair in workers.items() if pair[0] not in lost]:
                     request = {"prompt": prompt, "new": new, "answers": count, "seed": 100 * count + turn}
-                    replies[name, count].append(worker.ask(request))
-        idle = {name: worker.idle() for name, worker in workers.items()}
-        agreement = _agreement(workers, _text(given, probe))
+                    with _losing(name, lost):
+                        replies[name, count].append(worker.ask(request))
+        idle = {name: worker.idle() for name, worker in workers.items() if name not in lost}
+        agreement = _agreement({n: w for n, w in workers.items() if n not in lost}, _text(given, probe), lost)
     finally:
         for worker in workers.values():
             worker.close()
@@ -175,7 +184,23 @@ def _rows(
         )
         for count in counts
         for entry in entries
+        if entry.name not in lost
     ]
+
+
+def _started(given: Input, entry: Entry) -> Worker:
+    script, *arguments = entry.worker
+    command = [entry.python, str(BENCHMARKS / script), *arguments, str(given.file(entry.file))]
+    return Worker(command, given.place / "logs" / f"{entry.name}.log")
+
+
+@contextmanager
+def _losing(name: str, lost: dict[str, str]) -> Iterator[None]:
+    """Record a worker that ends inside the block; the first reason stays."""
+    try:
+        yield
+    except WorkerError as reason:
+        lost.setdefault(name, str(reason))
 
 
 def _medians(found: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -189,22 +214,29 @@ def _text(given: Input, count: int) -> list[int]:
     return ids[:count]
 
 
-def _agreement(workers: dict[str, Worker], ids: Sequence[int]) -> dict[str, tuple[float, float]]:
-    """Largest difference of logits to the reference, and the share of positions with the same first token."""
+def _agreement(workers: dict[str, Worker], ids: Sequence[int], lost: dict[str, str]) -> dict[str, tuple[float, float]]:
+    """Largest difference of logits to the reference, and the share of positions with the same first token.
+
+    Both are NaN where the reference is lost.
+    """
     with tempfile.TemporaryDirectory() as place:
         files = {name: Path(place) / f"{number}.npy" for number, name in enumerate(workers)}
         for name, worker in workers.items():
-            worker.ask({"ids": list(ids), "save": str(files[name])})
+            with _losing(name, lost):
+                worker.ask({"ids": list(ids), "save": str(files[name])})
+        kept = [name for name in workers if name not in lost]
+        if REFERENCE.name not in kept:
+            return dict.fromkeys(kept, (float("nan"), float("nan")))
         true = np.load(files[REFERENCE.name])
         found: dict[str, tuple[float, float]] = {}
-        for name, file in files.items():
-            logits = np.load(file)
+        for name in kept:
+            logits = np.load(files[name])
             same = logits.argmax(-1) == true.argmax(-1)
             found[name] = float(np.abs(logits - true).max()), float(same.mean())
     return found
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row], lost: dict[str, str]) -> str:
     lines = [
         f"{'peer':24} {'bits':>4} {'answers':>7} {'prefill s':>9} {'ms/step':>8} {'tokens/s':>8} {'total s':>8} "
         f"{'load to first s':>15} {'max diff':>8} {'top-1':>6}"
@@ -214,6 +246,7 @@ def _table(rows: Sequence[Row]) -> str:
         f"{row.total_s:8.2f} {row.first_token_s:15.2f} {row.max_diff:8.2e} {row.top1:6.1%}"
         for row in rows
     ]
+    lines += [f"{name:24} lost: {reason}" for name, reason in lost.items()]
     spun = {row.peer: row.idle for row in rows if row.idle > IDLE}
     lines += [f"{name} took {cores:.2f} cores while idle, which slowed the others" for name, cores in spun.items()]
     return "\n".join(lines)
