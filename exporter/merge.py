@@ -11,7 +11,8 @@ from pos2d.exporter.artifact.hf_config import baked_config
 from pos2d.exporter.artifact.sidecars import copy_code, copy_sidecars
 from pos2d.exporter.artifact.staging import JOURNAL, check_output, file_facts, staged, write_json
 from pos2d.exporter.files.parallel import limited_threads
-from pos2d.exporter.inputs.checkpoint import INDEX, Checkpoint
+from pos2d.exporter.inputs.checkpoint import Checkpoint
+from pos2d.exporter.inputs.weight_files import INDEX
 from pos2d.exporter.merging.journal import Journal
 from pos2d.exporter.merging.ledger import Ledger, Totals, read_ledger, total, warnings
 from pos2d.exporter.merging.preflight import Needs, needs_of

@@ -4,11 +4,49 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pos2d.config_values import ConfigValues
 from pos2d.errors import InputError
 
 MODEL_TYPE_PREFIX = "pos2d_"
 CLASS_NAMES = {"llama": "Pos2DLlama", "mistral": "Pos2DMistral", "qwen2": "Pos2DQwen2", "qwen3": "Pos2DQwen3"}
-DEFAULT_HEAD_DIM = {"qwen3": 128}
+# What transformers, 4.57 and 5 alike, takes for a key that config.json leaves out.
+_QWEN = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
+DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+}
+DEFAULT_NORM_EPS = 1e-6
+DEFAULT_WINDOW = 4096
+DEFAULT_MAX_WINDOW_LAYERS = 28
+# Names of one function.
+SILU = ("silu", "swish")
+MAX_LAYERS = 10_000
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,46 +75,90 @@ class Dimensions:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str) -> "Dimensions":
-        """Read the dimensions; ``source`` names the file in errors.
+        """Read the dimensions, as transformers does; ``source`` names the file in errors.
 
         Raises:
-            InputError: a missing key or an activation other than SiLU.
+            InputError: a value of another type or out of range, heads that do not divide, an unknown architecture, or
+                an activation other than SiLU.
         """
-        family = str(config["model_type"]).removeprefix(MODEL_TYPE_PREFIX)
-        attention_bias = bool(config.get("attention_bias", False))
-        try:
-            heads = config["num_attention_heads"]
-            head_dim = config.get("head_dim") or DEFAULT_HEAD_DIM.get(family) or config["hidden_size"] // heads
-            sizes = cls(
-                family=family,
-                hidden=config["hidden_size"],
-                intermediate=config["intermediate_size"],
-                layers=config["num_hidden_layers"],
-                heads=heads,
-                kv_heads=config.get("num_key_value_heads") or heads,
-                head_dim=head_dim,
-                vocab=config["vocab_size"],
-                context_length=_context_length(config, family),
-                norm_eps=config.get("rms_norm_eps", 1e-6),
-                tied=bool(config.get("tie_word_embeddings", False)),
-                qkv_bias=family == "qwen2" or attention_bias,
-                output_bias=family != "qwen2" and attention_bias,
-                mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
-                qk_norm=family == "qwen3",
-            )
-        except KeyError as missing:
-            raise InputError(f"{source}: key {missing} is missing") from None
-        if config.get("hidden_act", "silu") != "silu":
+        values = ConfigValues(config, source)
+        family = str(values.text("model_type")).removeprefix(MODEL_TYPE_PREFIX)
+        if family not in DEFAULTS:
+            raise InputError(f"{source}: unknown architecture {family!r}; supported are {', '.join(DEFAULTS)}")
+        defaults = DEFAULTS[family]
+        if values.text("hidden_act", SILU[0]) not in SILU:
             raise InputError(f"{source}: hidden_act {config['hidden_act']!r} is not supported; these families use silu")
-        return sizes
+        layers = values.whole("num_hidden_layers", defaults["num_hidden_layers"], 1, MAX_LAYERS)
+        heads, kv_heads, head_dim = _heads(values, family)
+        # Mistral has no biases, whatever its configuration says, and Qwen2 always has the same three.
+        attention_bias = family in ("llama", "qwen3") and values.switch("attention_bias", False)
+        return cls(
+            family=family,
+            hidden=values.whole("hidden_size", defaults["hidden_size"], 1),
+            intermediate=values.whole("intermediate_size", defaults["intermediate_size"], 1),
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            vocab=values.whole("vocab_size", defaults["vocab_size"], 1),
+            context_length=_context_length(values, family, layers),
+            norm_eps=float(values.number("rms_norm_eps", DEFAULT_NORM_EPS)),
+            tied=values.switch("tie_word_embeddings", False),
+            qkv_bias=family == "qwen2" or attention_bias,
+            output_bias=attention_bias,
+            mlp_bias=family == "llama" and values.switch("mlp_bias", False),
+            qk_norm=family == "qwen3",
+        )
 
 
-def _context_length(config: Mapping[str, Any], family: str) -> int:
+def _heads(values: ConfigValues, family: str) -> tuple[int, int, int]:
+    """The numbers of heads and of those for keys and values, and the size of a head."""
+    defaults = DEFAULTS[family]
+    hidden: int = values.whole("hidden_size", defaults["hidden_size"], 1)
+    heads: int = values.whole("num_attention_heads", defaults["num_attention_heads"], 1)
+    kv_heads: int = heads
+    if values.has("num_key_value_heads") or "num_key_value_heads" not in values.values:
+        kv_heads = values.whole("num_key_value_heads", defaults.get("num_key_value_heads", heads), 1)
+    if heads % kv_heads:
+        raise values.wrong("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
+    head_dim: int | None = values.whole("head_dim", defaults.get("head_dim"), 1)
+    if (head_dim is None or family == "llama") and hidden % heads:
+        raise values.wrong("hidden_size", f"a multiple of num_attention_heads, {heads}")
+    head_dim = head_dim or hidden // heads
+    if head_dim % 2:
+        raise values.wrong("head_dim" if values.has("head_dim") else "hidden_size", "such that heads have an even size")
+    return heads, kv_heads, head_dim
+
+
+def _context_length(values: ConfigValues, family: str, layers: int) -> int:
     """Number of positions that the model supports; a sliding window limits it, because columns have no window."""
-    limit = int(config["max_position_embeddings"])
-    slides = family == "mistral" or (family.startswith("qwen") and config.get("use_sliding_window", False))
-    window = config.get("sliding_window") if slides else None
-    return min(limit, int(window)) if window else limit
+    limit: int = values.whole("max_position_embeddings", DEFAULTS[family]["max_position_embeddings"], 1)
+    window = _window(values, family, layers)
+    return min(limit, window) if window else limit
+
+
+def _window(values: ConfigValues, family: str, layers: int) -> int | None:
+    """The number of positions that a layer sees, or None if every layer sees all.
+
+    Mistral has a window in every layer, Qwen in those that ``layer_types`` names, or the later ones, Llama nowhere.
+    """
+    if family == "llama":
+        return None
+    window: int | None = None
+    if values.has("sliding_window") or "sliding_window" not in values.values:
+        window = values.whole("sliding_window", DEFAULT_WINDOW, 1)
+    if family == "mistral":
+        return window
+    window = window if values.switch("use_sliding_window", False) else None
+    first: int = values.whole("max_window_layers", DEFAULT_MAX_WINDOW_LAYERS)
+    kinds = values.texts("layer_types", None)
+    if kinds is None:
+        return window if first < layers else None
+    if len(kinds) != layers or not set(kinds) <= {SLIDING, FULL}:
+        raise values.wrong("layer_types", f"{layers} times {FULL} or {SLIDING}, as there are layers")
+    if SLIDING in kinds and window is None:
+        raise values.wrong("layer_types", f"without {SLIDING} where use_sliding_window and sliding_window are not set")
+    return window if SLIDING in kinds else None
 
 
 def expected_tensors(sizes: Dimensions) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,7 @@ from pos2d.exporter.adapters.deltas import Added, Delta, Dora, LowRank, Replaced
 from pos2d.exporter.adapters.peft_config import LoraSettings, read_settings
 from pos2d.exporter.adapters.peft_modules import Coverage, Shape, cover, tensor_shapes
 from pos2d.exporter.artifact.staging import sha256
+from pos2d.exporter.files.git_lfs import refuse_pointer
 from pos2d.exporter.files.pth import read_pth
 from pos2d.exporter.inputs.checkpoint import EMBED_TOKENS, EMBEDDING, HEAD, LM_HEAD, Checkpoint
 
@@ -95,6 +96,7 @@ def _read_tensors(file: Path) -> "Tensors":
         if not file.is_file():
             raise InputError(f"{file.parent} has no {SAFE_WEIGHTS} and no {PICKLED_WEIGHTS}; save the adapter again")
         return read_pth(file)
+    refuse_pointer(file)
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from pos2d.config_values import shown
 from pos2d.errors import InputError
 from pos2d.exporter.artifact.sidecars import GENERATION_SETTINGS, read_settings
-from pos2d.exporter.inputs.base import rope_settings
 from pos2d.exporter.inputs.checkpoint import Checkpoint
+from pos2d.exporter.inputs.rope import rope_settings
+from pos2d.exporter.inputs.weight_files import CONFIG
 from pos2d.families import CLASS_NAMES, MODEL_TYPE_PREFIX
 from pos2d.spec import Rope2DSpec
 
@@ -13,15 +15,32 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+# Rope settings go into the keys that both releases of transformers read; the others belong to the base's files.
+DROPPED = (
+    "rope_parameters",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "torch_dtype",
+    "_name_or_path",
+    "transformers_weights",
+    "quantization_config",
+    "compression_config",
+    "quantization",
+)
+# Llama has no window, but the caches of transformers take one from any configuration.
+WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "attention_chunk_size")
+
+
 def baked_config(base: Checkpoint, spec: Rope2DSpec, dtype: str, tied: bool) -> dict[str, Any]:
     """The base's configuration, as every supported transformers reads it, with our ``model_type`` and ``rope_2d``."""
     config = {
         key: value
         for key, value in base.config.items()
-        if key not in ("rope_parameters", "torch_dtype", "_name_or_path")
+        if key not in DROPPED and not (base.sizes.family == "llama" and key in WINDOW_KEYS)
     }
-    rope = rope_settings(base.config)
+    rope = rope_settings(base.config, str(base.directory / CONFIG))
     theta = rope.pop("rope_theta")
+    sizes = base.sizes
     class_name = CLASS_NAMES[base.sizes.family]
     return config | {
         "model_type": MODEL_TYPE_PREFIX + base.sizes.family,
@@ -31,7 +50,14 @@ def baked_config(base: Checkpoint, spec: Rope2DSpec, dtype: str, tied: bool) -> 
             "AutoModel": f"modeling_pos2d.{class_name}Model",
             "AutoModelForCausalLM": f"modeling_pos2d.{class_name}ForCausalLM",
         },
-        "head_dim": base.sizes.head_dim,
+        "vocab_size": sizes.vocab,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.intermediate,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_dim,
+        "rms_norm_eps": sizes.norm_eps,
         "tie_word_embeddings": tied,
         "dtype": dtype,
         "rope_theta": theta,
@@ -59,6 +85,8 @@ def end_tokens(base: Checkpoint) -> tuple[int, ...]:
     settings = read_settings(path) if path.is_file() else {}
     stored = settings.get("eos_token_id", base.config.get("eos_token_id"))
     tokens = [] if stored is None else stored if isinstance(stored, list) else [stored]
-    if not all(isinstance(token, int) for token in tokens):
-        raise InputError(f"{base.directory}: eos_token_id is {stored!r}, not token ids; correct it in {path.name}")
-    return tuple(tokens)
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+        file = GENERATION_SETTINGS if "eos_token_id" in settings else CONFIG
+        raise InputError(f"{base.directory / file}: eos_token_id is {shown(stored)}, not token ids; correct it there")
+    # A model never writes a token outside its vocabulary, so such an id, often -1, ends nothing.
+    return tuple(token for token in tokens if 0 <= token < base.sizes.vocab)

@@ -6,6 +6,7 @@ from typing import Any
 
 from pos2d import hf
 from pos2d.exporter.artifact.staging import write_json
+from pos2d.exporter.files.git_lfs import refuse_pointer
 from pos2d.exporter.files.json_object import read_json_object
 
 SIDECARS = (
@@ -35,8 +36,10 @@ def check_sidecars(source: Path) -> None:
     """Check, before anything is written, that :func:`copy_sidecars` will be able to read ``source``.
 
     Raises:
-        InputError: a settings file is not a JSON object.
+        InputError: a settings file is not a JSON object, or a file is a Git LFS pointer.
     """
+    for name in SIDECARS:
+        refuse_pointer(source / name)
     for name in (TOKENIZER_SETTINGS, GENERATION_SETTINGS):
         if (source / name).is_file():
             read_settings(source / name)

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 from pos2d.errors import InputError, UnsafeInputError
+from pos2d.exporter.files.git_lfs import refuse_pointer
 
 STORAGES = ("BFloat16", "Half", "Float", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
 ALLOWED_GLOBALS = {
@@ -24,8 +25,9 @@ def check_pickle(path: Path) -> None:
 
     Raises:
         UnsafeInputError: the pickle names something that is not part of a plain tensor.
-        InputError: the file is not what ``torch.save`` writes.
+        InputError: the file is not what ``torch.save`` writes, or a Git LFS pointer.
     """
+    refuse_pointer(path)
     is_archive = zipfile.is_zipfile(path)
     data = _pickle_of_archive(path) if is_archive else _start_of(path)
     forbidden = _forbidden_objects(io.BytesIO(data))

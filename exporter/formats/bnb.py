@@ -17,7 +17,8 @@ from pos2d.exporter.files.safetensors_layout import index_of, lay_out, split
 from pos2d.exporter.files.tensor_io import TensorFile, opened, write_at
 from pos2d.exporter.files.tensor_places import TensorPlace
 from pos2d.exporter.formats.options import ExportOptions
-from pos2d.exporter.inputs.checkpoint import INDEX, LM_HEAD
+from pos2d.exporter.inputs.checkpoint import LM_HEAD
+from pos2d.exporter.inputs.weight_files import INDEX
 from pos2d.exporter.quantisation.encodings import Encoding, Int8Rows, Nf4Blocks, Rounded
 from pos2d.exporter.quantisation.module_names import named_modules
 from pos2d.exporter.quantisation.summary import summarise

@@ -4,23 +4,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pos2d.errors import InputError, UsageError
+from pos2d.config_values import shown
+from pos2d.errors import InputError
 from pos2d.exporter.files.tensor_io import opened, sha256_of
-from pos2d.exporter.inputs.checkpoint import (
-    EMBEDDING,
-    HEAD,
-    OLD_INDEX,
-    OLD_SINGLE,
-    Checkpoint,
-    read_checkpoint,
-    read_config,
-)
+from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD, Checkpoint, read_checkpoint, read_config
+from pos2d.exporter.inputs.location import locate
+from pos2d.exporter.inputs.quantised import refuse_quantised_config
+from pos2d.exporter.inputs.rope import rope_settings
+from pos2d.exporter.inputs.weight_files import CONFIG
 from pos2d.families import CLASS_NAMES, MODEL_TYPE_PREFIX
 
 ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters", "rotary_emb_base", "rotary_dim", "rotary_pct"}
-BAKED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
-HUB_PICKLES = [OLD_SINGLE, OLD_INDEX, "pytorch_model-*.bin"]
+# transformers reads the base of such a directory, and not the weights in it.
+ADAPTER = "adapter_config.json"
 
 
 def read_base(base_model: str | Path, *, revision: str | None = None, bake_rope: bool = True) -> Checkpoint:
@@ -33,46 +29,43 @@ def read_base(base_model: str | Path, *, revision: str | None = None, bake_rope:
             that differs from the embedding it is tied to.
         UnsafeInputError: an index that names files outside the directory, or weights that would run code.
     """
-    directory, commit = _resolve(str(base_model), revision)
+    directory, commit = locate(str(base_model), revision)
     config = read_config(directory)
-    model_type = str(config.get("model_type"))
-    source = str(directory / "config.json")
+    model_type = str(config["model_type"])
+    name = shown(model_type).strip("'")
+    source = str(directory / CONFIG)
     if model_type.startswith(MODEL_TYPE_PREFIX):
-        raise InputError(f"{source}: this base is merged already ({model_type}); merge into the original base instead")
+        raise InputError(f"{source}: this base is merged already ({name}); merge into the original base instead")
     if model_type not in CLASS_NAMES:
-        if bake_rope and not ROPE_KEYS & set(config):
+        text_config = config.get("text_config")
+        inner = text_config.get("model_type") if isinstance(text_config, dict) else None
+        if isinstance(inner, str) and inner in CLASS_NAMES:
             raise InputError(
-                f"{source}: {model_type} has no rotary position embedding, so 2D RoPE cannot be baked into it"
+                f"{source}: {name} holds a {inner} among other models (text_config); save its "
+                "language model alone, and give that directory"
             )
-        raise InputError(f"{source}: unknown architecture {model_type!r}; supported are {', '.join(CLASS_NAMES)}")
-    if "quantization_config" in config:
-        raise InputError(f"{source}: the base is quantised; merge into the unquantised base, then quantise the result")
-    _check_rope(config, source)
+        if bake_rope and not ROPE_KEYS & set(config):
+            raise InputError(f"{source}: {name} has no rotary position embedding, so 2D RoPE cannot be baked into it")
+        raise InputError(f"{source}: unknown architecture {name!r}; supported are {', '.join(CLASS_NAMES)}")
+    refuse_quantised_config(config, source)
+    _refuse_other_models(directory, config)
+    rope_settings(config, source)
     base = read_checkpoint(directory, config, commit)
     _check_redundant_head(base)
     return base
 
 
-def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Theta, type and scaling in one flat dictionary, from a configuration of transformers 4 or 5."""
-    settings: dict[str, Any] = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)}
-    for key in ("rope_scaling", "rope_parameters"):
-        block = dict(config.get(key) or {})
-        if "type" in block:
-            block.setdefault("rope_type", block.pop("type"))
-        settings |= block
-    return settings
-
-
-def _check_rope(config: Mapping[str, Any], source: str) -> None:
-    settings = rope_settings(config)
-    if settings["rope_type"] not in BAKED_ROPE_TYPES:
+def _refuse_other_models(directory: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a directory from which transformers would load something else than the model of ``config``."""
+    if (directory / ADAPTER).is_file():
         raise InputError(
-            f"{source}: rope type {settings['rope_type']!r} changes with the length and cannot be baked; "
-            f"supported are {', '.join(BAKED_ROPE_TYPES)}"
+            f"{directory} holds a model and {ADAPTER}, by which transformers loads another base with that adapter; "
+            "move one of the two to a directory of its own"
         )
-    if config.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise InputError(f"{source}: partial_rotary_factor is not supported; all of a head must be rotary")
+    if config.get("text_config") is not None:
+        raise InputError(
+            f"{directory / CONFIG}: text_config and the keys beside it describe two models; keep one of them"
+        )
 
 
 def _check_redundant_head(base: Checkpoint) -> None:
@@ -92,31 +85,3 @@ def _check_redundant_head(base: Checkpoint) -> None:
             f"{base.directory}: {HEAD} differs from {EMBEDDING}, which config.json ties it to; set tie_word_embeddings "
             "to false there to keep both, or remove the head"
         )
-
-
-def _resolve(base_model: str, revision: str | None) -> tuple[Path, str | None]:
-    """The local directory of a base, and its commit if it came from the Hub."""
-    if Path(base_model).is_dir():
-        if revision is not None:
-            raise UsageError(f"`revision` is for a Hub id; {base_model} is a directory")
-        return Path(base_model), None
-    looks_like_path = base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
-    if looks_like_path or Path(base_model).exists():
-        raise InputError(f"base model {base_model} is not a directory; give a Hugging Face model directory or a Hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
-
-    try:
-        path = Path(snapshot_download(base_model, revision=revision, allow_patterns=HUB_FILES))
-        if not list(path.glob("*.safetensors")):
-            path = Path(snapshot_download(base_model, revision=revision, allow_patterns=HUB_FILES + HUB_PICKLES))
-    except RevisionNotFoundError:
-        raise InputError(
-            f"base model {base_model} has no revision {revision!r}; give a commit, tag or branch"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"base model {base_model} is neither a directory nor a model that can be downloaded from the Hub: {reason}"
-        ) from None
-    return path, path.name

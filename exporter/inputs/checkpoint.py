@@ -8,15 +8,17 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from pos2d.config_values import ConfigValues
 from pos2d.dtypes import FLOAT_TYPES
-from pos2d.errors import InputError, UnsafeInputError
+from pos2d.errors import InputError
+from pos2d.exporter.files.git_lfs import refuse_pointer
 from pos2d.exporter.files.json_object import read_json_object
 from pos2d.exporter.files.pth import check_storage, read_pth
 from pos2d.exporter.files.tensor_places import TensorPlace, safetensors_name
+from pos2d.exporter.inputs.quantised import refuse_quantised_tensors
+from pos2d.exporter.inputs.weight_files import CONFIG, weight_files
 from pos2d.families import Dimensions, expected_tensors
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 EMBED_TOKENS, LM_HEAD = "model.embed_tokens", "lm_head"
 EMBEDDING, HEAD = f"{EMBED_TOKENS}.weight", f"{LM_HEAD}.weight"
 # A header has about a hundred bytes for each tensor.
@@ -59,10 +61,12 @@ def read_checkpoint(directory: Path, config: Mapping[str, Any], revision: str | 
         InputError: no or damaged weights, a type that is not floating point, or tensors that do not fit ``config``.
         UnsafeInputError: an index that names files outside the directory, or a ``.bin`` that would run code.
     """
-    sizes = Dimensions.from_config(config, str(directory / "config.json"))
+    sizes = Dimensions.from_config(config, str(directory / CONFIG))
     expected = expected_tensors(sizes)
     # Loaders ignore stored frequencies too and compute them from the configuration.
-    tensors = {name: place for name, place in _scan(directory).items() if not name.endswith("rotary_emb.inv_freq")}
+    tensors = {
+        name: place for name, place in _scan(directory, config).items() if not name.endswith("rotary_emb.inv_freq")
+    }
     redundant_head = tensors.pop(HEAD, None) if sizes.tied else None
     missing = sorted(set(expected) - set(tensors))
     unknown = sorted(set(tensors) - set(expected))
@@ -80,24 +84,37 @@ def read_checkpoint(directory: Path, config: Mapping[str, Any], revision: str | 
         if names
     ]
     if faults:
+        refuse_quantised_tensors(directory, tensors)
+        _refuse_empty(directory, known)
         raise InputError(f"{directory}: the weights do not fit config.json: {'; '.join(faults)}")
     return Checkpoint(directory, config, sizes, tensors, revision, redundant_head)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Read ``config.json`` of a model directory; raises InputError if it is missing or has no ``model_type``."""
-    path = directory / "config.json"
+    path = directory / CONFIG
     if not path.is_file():
         raise InputError(f"{path} does not exist; give a Hugging Face model directory")
     config = read_json_object(path, "copy the model again")
     if "model_type" not in config:
         raise InputError(f"{path} has no model_type; give a Hugging Face model directory")
+    ConfigValues(config, str(path)).text("model_type")
     return config
 
 
-def _scan(directory: Path) -> dict[str, TensorPlace]:
+def _refuse_empty(directory: Path, tensors: Mapping[str, TensorPlace]) -> None:
+    empty = sorted(name for name, place in tensors.items() if place.elements == 0)
+    if empty:
+        raise InputError(
+            f"{directory}: {len(empty)} tensors are empty, such as {empty[0]}: DeepSpeed ZeRO-3 saved the model "
+            "without gathering it; save it with stage3_gather_16bit_weights_on_model_save, or convert the checkpoint "
+            "with DeepSpeed's zero_to_fp32.py"
+        )
+
+
+def _scan(directory: Path, config: Mapping[str, Any]) -> dict[str, TensorPlace]:
     tensors: dict[str, TensorPlace] = {}
-    for file in _weight_files(directory):
+    for file in weight_files(directory, config):
         of_file = _scan_safetensors(directory, file) if file.endswith(".safetensors") else _scan_pth(directory, file)
         repeated = sorted(set(of_file) & set(tensors))
         if repeated:
@@ -110,6 +127,7 @@ def _scan_safetensors(directory: Path, file: str) -> dict[str, TensorPlace]:
     path = directory / file
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file; copy the model again")
+    refuse_pointer(path)
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -136,29 +154,3 @@ def _scan_pth(directory: Path, file: str) -> dict[str, TensorPlace]:
         name: TensorPlace(file, tuple(tensor.shape), safetensors_name(str(tensor.dtype)))
         for name, tensor in tensors.items()
     }
-
-
-def _weight_files(directory: Path) -> list[str]:
-    """Names of the files of weights: safetensors before pickles, an index before a single file."""
-    for single, index in ((SINGLE, INDEX), (OLD_SINGLE, OLD_INDEX)):
-        if (directory / index).is_file():
-            return _files_of_index(directory / index)
-        if (directory / single).is_file():
-            return [single]
-    raise InputError(
-        f"{directory} has no {SINGLE}, {INDEX}, {OLD_SINGLE} or {OLD_INDEX}; give a directory with weights"
-    )
-
-
-def _files_of_index(index: Path) -> list[str]:
-    try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"{index} cannot be read: {error!r}") from None
-    ending = ".safetensors" if index.name == INDEX else ".bin"
-    for file in files:
-        if Path(str(file)).name != file:
-            raise UnsafeInputError(f"{index} names {file!r}, which is outside its directory; do not trust this model")
-        if not file.endswith(ending):
-            raise InputError(f"{index} names {file!r}, which is not a {ending} file; copy the model again")
-    return files

@@ -14,6 +14,7 @@ from pos2d.exporter.adapters.peft import ADAPTER_CONFIG
 from pos2d.exporter.adapters.peft_config import KEY_OF_PATTERN
 from pos2d.exporter.adapters.trainer import SUFFIXES, pair_factors, without_prefixes
 from pos2d.exporter.artifact.staging import sha256
+from pos2d.exporter.files.git_lfs import refuse_pointer
 from pos2d.exporter.files.json_object import read_json_object
 from pos2d.exporter.files.pth import read_pth
 from pos2d.exporter.files.tensor_places import torch_name
@@ -151,6 +152,7 @@ def _peft_scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
 def _safetensors(path: Path) -> Tensors:
     from safetensors import SafetensorError, safe_open
 
+    refuse_pointer(path)
     try:
         reader: Any = safe_open(path, framework="pt")
         slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 - not a mapping

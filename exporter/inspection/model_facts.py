@@ -9,8 +9,9 @@ from typing import Any
 from pos2d.exporter.adapters.adapter import module_kind
 from pos2d.exporter.artifact.hf_config import end_tokens
 from pos2d.exporter.files.tensor_places import torch_name
-from pos2d.exporter.inputs.base import rope_settings
 from pos2d.exporter.inputs.checkpoint import Checkpoint
+from pos2d.exporter.inputs.rope import rope_settings
+from pos2d.exporter.inputs.weight_files import CONFIG
 from pos2d.exporter.inspection.known_bases import KINDS
 from pos2d.manifest import read_manifest
 from pos2d.onnx_io import GraphInfo
@@ -85,7 +86,7 @@ def base_facts(base: Checkpoint) -> BaseFacts:
         vocab=sizes.vocab,
         context_length=sizes.context_length,
         tied=sizes.tied,
-        rope=rope_settings(base.config),
+        rope=rope_settings(base.config, str(base.directory / CONFIG)),
         eos_token_ids=end_tokens(base),
         trainer_covers=tuple(name for name in KINDS if name in square),
     )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pos2d.exporter.files.safetensors_layout import index_of, lay_out, split
 from pos2d.exporter.files.tensor_places import TensorPlace
-from pos2d.exporter.inputs.checkpoint import SINGLE, Checkpoint
+from pos2d.exporter.inputs.checkpoint import Checkpoint
+from pos2d.exporter.inputs.weight_files import SINGLE
 from pos2d.exporter.tensors.tensor_plan import PlannedTensor, TensorPlan
 
 

@@ -43,6 +43,13 @@ def causal_mask(past, length, padding=None, device=None):
     return mask if padding is None else mask & padding[:, None, None, :].bool()
 
 
+def sliding_window(config):
+    """The number of tokens that a layer sees, or None if every layer sees all; Llama ignores a window."""
+    kinds = getattr(config, "layer_types", None) if config.model_type.endswith(("qwen2", "qwen3")) else None
+    slides = not config.model_type.endswith("llama") and (kinds is None or "sliding_attention" in kinds)
+    return getattr(config, "sliding_window", None) if slides else None
+
+
 def additive(mask, dtype):
     """The mask as attention kernels add it to their scores: 0 where True, the lowest finite value elsewhere."""
     lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
@@ -115,7 +122,7 @@ class Pos2DModelMixin:
         if getattr(past_key_values, "is_compileable", False):
             raise ValueError("caches of fixed length are not supported; leave cache_implementation out")
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        window = getattr(self.config, "sliding_window", None)
+        window = sliding_window(self.config)
         if window is not None and past + length > window:
             raise ValueError(
                 f"{past + length} tokens do not fit the sliding window of {window}; columns have no window"

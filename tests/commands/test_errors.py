@@ -198,10 +198,10 @@ def edited_base(golden: Golden, target: Path, **changes: object) -> Path:
         ({"model_type": "pos2d_qwen2"}, "merged already"),
         ({"quantization_config": {"load_in_8bit": True}}, "quantised"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"hidden_size": ...}, "key 'hidden_size' is missing"),
+        ({"hidden_size": ...}, "wrong shapes"),  # 4096, transformers' default
         ({"model_type": ...}, "has no model_type"),
-        ({"num_hidden_layers": 3}, "missing tensors model.layers.2"),
-        ({"num_hidden_layers": 1}, "unknown tensors model.layers.1"),
+        ({"num_hidden_layers": 3, "layer_types": ...}, "missing tensors model.layers.2"),
+        ({"num_hidden_layers": 1, "layer_types": ...}, "unknown tensors model.layers.1"),
         ({"intermediate_size": 100}, "wrong shapes"),
     ],
 )
@@ -250,6 +250,7 @@ def test_base_weights_with_nan(merge: Callable[..., Result], qwen2: Golden, tmp_
 
 def test_an_index_that_leaves_its_directory(merge: Callable[..., Result], qwen2: Golden, tmp_path: Path) -> None:
     base = edited_base(qwen2, tmp_path / "base")
+    (base / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     expect(merge(base=base), 4, "../outside.safetensors", "do not trust")

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from pos2d.errors import InputError
 from pos2d.families import Dimensions
 
 CONFIG = {
@@ -28,14 +29,24 @@ def test_every_head_has_keys_of_its_own_by_default() -> None:
 
 @pytest.mark.parametrize(("family", "expected"), [("llama", 16), ("mistral", 16), ("qwen2", 16), ("qwen3", 128)])
 def test_heads_have_their_familys_width_by_default(family: str, expected: int) -> None:
-    assert sizes(family).head_dim == sizes(family, head_dim=None).head_dim == expected
-    assert sizes(family, head_dim=32).num_frequencies == 16
+    assert sizes(family, num_key_value_heads=4).head_dim == expected
+    assert sizes(family, num_key_value_heads=4, head_dim=32).num_frequencies == 16
+    if family == "qwen3":  # no release of transformers takes null there
+        with pytest.raises(InputError, match="head_dim is null, it must be a whole number"):
+            sizes(family, num_key_value_heads=4, head_dim=None)
+    else:
+        assert sizes(family, num_key_value_heads=4, head_dim=None).head_dim == expected
 
 
 def test_a_sliding_window_limits_the_context() -> None:
-    assert sizes("mistral", sliding_window=1024).context_length == 1024
-    assert sizes("mistral", sliding_window=None).context_length == 4096
-    assert sizes("mistral", sliding_window=9999).context_length == 4096
-    assert sizes("qwen2", sliding_window=1024, use_sliding_window=True).context_length == 1024
-    assert sizes("qwen2", sliding_window=1024, use_sliding_window=False).context_length == 4096
-    assert sizes("llama", sliding_window=1024).context_length == 4096
+    def length(family: str, **changes: Any) -> int:
+        return sizes(family, num_key_value_heads=4, max_position_embeddings=8192, **changes).context_length
+
+    assert length("mistral") == 4096  # by default
+    assert length("mistral", sliding_window=1024) == 1024
+    assert length("mistral", sliding_window=None) == 8192
+    assert length("mistral", sliding_window=9999) == 8192
+    assert length("qwen2", sliding_window=1024, use_sliding_window=True, max_window_layers=1) == 1024
+    assert length("qwen2", sliding_window=1024, use_sliding_window=True) == 8192  # the first 28 layers have none
+    assert length("qwen2", sliding_window=1024, use_sliding_window=False) == 8192
+    assert length("llama", sliding_window=1024) == 8192

@@ -84,6 +84,7 @@ def test_a_base_of_pickles_is_not_run(tied: Path, lora: Path, tmp_path: Path) ->
     with pytest.raises(UnsafeInputError, match=r"pytorch_model\.bin would run"):
         exporter.merge(base, lora, tmp_path / "out")
     assert not (tmp_path / "sentinel").exists()
+    (base / "pytorch_model.bin").unlink()  # a whole file comes before an index
     index = {"weight_map": {EMBEDDING: "../elsewhere.bin"}}
     (base / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UnsafeInputError, match=r"\.\./elsewhere\.bin"):
@@ -121,6 +122,7 @@ def test_a_tensor_in_two_files_is_refused(tied: Path, lora: Path, tmp_path: Path
     tensors = weights(base)
     save_file(tensors, base / "one.safetensors")
     save_file({"model.norm.weight": tensors["model.norm.weight"] + 1}, base / "two.safetensors")
+    (base / "model.safetensors").unlink()
     index = {"weight_map": dict.fromkeys(tensors, "one.safetensors") | {"model.norm.weight": "two.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(

@@ -65,6 +65,8 @@ def test_what_it_refuses(model: Any) -> None:
     with pytest.raises(ValueError, match="fixed length"):
         model(IDS, past_key_values=StaticCache(config=model.config, max_cache_len=16), use_cache=True)
     model.config.sliding_window = model.model.config.sliding_window = 5
+    assert model(IDS).logits.isfinite().all()  # no layer slides
+    model.config.layer_types = model.model.config.layer_types = ["sliding_attention"] * model.config.num_hidden_layers
     with pytest.raises(ValueError, match="sliding window of 5"):
         model(IDS)
     with pytest.raises(ValueError, match="float32 frequencies"):
