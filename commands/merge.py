@@ -67,6 +67,8 @@ def report_text(report: "MergeReport") -> str:
     changed = report.totals.merged + report.totals.replaced
     summary = f"{changed} of {report.totals.tensors} tensors changed ({report.dtype}), {size_text(report.bytes)}"
     tables = filter(None, [ledger_table(report.ledger)])
+    if report.was_finished:
+        return "\n".join([*tables, *lines, f"{report.output}: was finished already, nothing was written; {summary}"])
     return "\n".join([*tables, *lines, f"{report.output}: {summary} in {report.seconds:.1f} s"])
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pos2d.dtypes import ComputeDtype
@@ -12,7 +13,7 @@ from pos2d.exporter.artifact.sidecars import copy_code, copy_sidecars
 from pos2d.exporter.artifact.staging import JOURNAL, check_output, file_facts, staged, write_json
 from pos2d.exporter.files.parallel import limited_threads
 from pos2d.exporter.inputs.checkpoint import Checkpoint
-from pos2d.exporter.inputs.weight_files import INDEX
+from pos2d.exporter.inputs.weight_files import CONFIG, INDEX
 from pos2d.exporter.merging.journal import Journal
 from pos2d.exporter.merging.ledger import Ledger, Totals, read_ledger, total, warnings
 from pos2d.exporter.merging.preflight import Needs, needs_of
@@ -55,11 +56,13 @@ class MergeOptions:
 class MergeReport:
     """What a merge wrote, or with ``dry_run`` would write; ``bytes`` is the size of the whole directory.
 
+    ``was_finished``: a resumed merge found its output complete, and wrote nothing.
     ``ledger`` maps tensor names to what was done to them; it and ``totals`` are None after a dry run.
     """
 
     output: str
     dry_run: bool
+    was_finished: bool
     family: str
     dtype: str
     rope_2d: Mapping[str, Any]
@@ -135,13 +138,14 @@ def merge(
     job = _checked(source, settings)
     needs = needs_of(job.layout, source.adapters, output)
 
-    manifest = finished_artifact(output, job.recipe, source.base, job.layout) if resume and not dry_run else None
+    manifest = _finished(job, output) if resume and not dry_run else None
+    was_finished = manifest is not None
     if manifest is None:
         check_output(output, force=force)
         needs.check(output)
         with limited_threads(threads):
             manifest = None if dry_run else _write(job, output, force, resume)
-    return _report(job, output, needs, manifest, time.monotonic() - started)
+    return _report(job, output, needs, manifest, was_finished, time.monotonic() - started)
 
 
 def _checked(source: Source, settings: MergeOptions) -> CheckedMerge:
@@ -156,6 +160,14 @@ def _checked(source: Source, settings: MergeOptions) -> CheckedMerge:
     return CheckedMerge(source, plan, layout, rounding, source.origin | {"options": recorded})
 
 
+def _finished(merge: CheckedMerge, output: Path) -> Manifest | None:
+    """The manifest of ``output`` if it is what this merge would write."""
+    with TemporaryDirectory() as directory:
+        _write_small_files(merge, Path(directory))
+        small_files = {name: facts["sha256"] for name, facts in file_facts(Path(directory)).items()}
+    return finished_artifact(output, merge.recipe, merge.source.base, merge.layout, small_files)
+
+
 def _write(merge: CheckedMerge, output: Path, force: bool, resume: bool) -> Manifest:
     with staged(output, force=force, resume=resume) as staging:
         journal = Journal(staging.parent / JOURNAL, merge.recipe | {"base_files": _stamps(merge.source.base)})
@@ -166,12 +178,7 @@ def _write(merge: CheckedMerge, output: Path, force: bool, resume: bool) -> Mani
 def _write_settings(merge: CheckedMerge, ledger: Ledger, staging: Path) -> Manifest:
     """Write everything but the weights, the manifest last."""
     base, plan = merge.source.base, merge.plan
-    index = merge.layout.index()
-    if index is not None:
-        write_json(staging / INDEX, index)
-    write_json(staging / "config.json", baked_config(base, merge.source.spec, plan.dtype, plan.tied))
-    copy_code(staging)
-    copy_sidecars(base.directory, staging)
+    _write_small_files(merge, staging)
     manifest = Manifest(
         kind="merged",
         family=base.sizes.family,
@@ -190,11 +197,25 @@ def _write_settings(merge: CheckedMerge, ledger: Ledger, staging: Path) -> Manif
     return manifest
 
 
-def _report(merge: CheckedMerge, output: Path, needs: Needs, manifest: Manifest | None, seconds: float) -> MergeReport:
+def _write_small_files(merge: CheckedMerge, target: Path) -> None:
+    """Write everything but weights and manifest."""
+    base, plan = merge.source.base, merge.plan
+    index = merge.layout.index()
+    if index is not None:
+        write_json(target / INDEX, index)
+    write_json(target / CONFIG, baked_config(base, merge.source.spec, plan.dtype, plan.tied))
+    copy_code(target)
+    copy_sidecars(base.directory, target)
+
+
+def _report(
+    merge: CheckedMerge, output: Path, needs: Needs, manifest: Manifest | None, was_finished: bool, seconds: float
+) -> MergeReport:
     ledger = read_ledger(manifest) if manifest is not None else None
     return MergeReport(
         output=str(output),
         dry_run=manifest is None,
+        was_finished=was_finished,
         family=merge.source.base.sizes.family,
         dtype=merge.plan.dtype,
         rope_2d=merge.recipe["rope_2d"],

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pos2d.exporter.files.tensor_io import PIECE_BYTES, opened, pieces, sha256_o
 from pos2d.exporter.inputs.checkpoint import Checkpoint
 from pos2d.exporter.merging.ledger import TensorEntry, read_ledger
 from pos2d.exporter.merging.shards import Shard, ShardLayout
+from pos2d.exporter.tensors.tensor_plan import PlannedTensor
 from pos2d.manifest import Manifest, read_manifest
 
 
@@ -35,11 +36,12 @@ def is_intact(shard: Shard, entries: Mapping[str, TensorEntry], directory: Path)
 
 
 def finished_artifact(
-    output: Path, recipe: Mapping[str, Any], base: Checkpoint, layout: ShardLayout
+    output: Path, recipe: Mapping[str, Any], base: Checkpoint, layout: ShardLayout, small_files: Mapping[str, str]
 ) -> Manifest | None:
     """The manifest of ``output`` if that is complete, has the same recipe and was made from the same weights.
 
-    A run may be killed after its last step but before it could report; its leftover workspace is then removed.
+    ``small_files``: the SHA-256 of every file that this run would write besides weights, by name. A run
+    may be killed after its last step but before it could report; its leftover workspace is then removed.
     """
     try:
         manifest = read_manifest(output)
@@ -49,23 +51,28 @@ def finished_artifact(
     if json.loads(json.dumps({key: made[key] for key in recipe})) != json.loads(json.dumps(recipe)):
         return None
     ledger = read_ledger(manifest)
-    if not (_is_complete(output, manifest, layout, ledger) and _is_made_from(base, layout, ledger)):
+    hashed = {name: facts["sha256"] for name, facts in manifest.files.items() if "sha256" in facts}
+    if hashed != small_files or not _is_complete(output, hashed, layout, ledger):
+        return None
+    if not is_made_from(base.directory, layout.tensors, ledger):
         return None
     discard_workspace(output)
     return manifest
 
 
-def _is_complete(output: Path, manifest: Manifest, layout: ShardLayout, ledger: Mapping[str, TensorEntry]) -> bool:
-    hashed = {name: facts["sha256"] for name, facts in manifest.files.items() if "sha256" in facts}
+def _is_complete(
+    output: Path, hashed: Mapping[str, str], layout: ShardLayout, ledger: Mapping[str, TensorEntry]
+) -> bool:
     return all(sha256(output / name) == digest for name, digest in hashed.items()) and all(
         is_intact(shard, {t.name: ledger[t.name] for t in shard.tensors if t.name in ledger}, output)
         for shard in layout.shards
     )
 
 
-def _is_made_from(base: Checkpoint, layout: ShardLayout, ledger: Mapping[str, TensorEntry]) -> bool:
-    with opened(base.directory, base.files) as files:
+def is_made_from(base: Path, tensors: Sequence[PlannedTensor], ledger: Mapping[str, TensorEntry]) -> bool:
+    """Whether the base's tensors have the hashes that a ledger recorded for them."""
+    with opened(base, {tensor.source.file for tensor in tensors}) as files:
         return all(
             t.name in ledger and ledger[t.name].sha256_in == sha256_of(files[t.source.file], t.origin, t.source)
-            for t in layout.tensors
+            for t in tensors
         )

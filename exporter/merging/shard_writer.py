@@ -1,11 +1,13 @@
 """Writes the weights of a merge: shard after shard, each tensor by tensor on a few threads."""
 
 import hashlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from pos2d.errors import OutputError
 from pos2d.exporter.adapters.deltas import Delta, Replaced
 from pos2d.exporter.files.parallel import single_threaded_torch, submitted, worker_count
 from pos2d.exporter.files.tensor_io import BLOCK, TensorFile, create_file, opened, pieces, write_at
@@ -13,7 +15,7 @@ from pos2d.exporter.files.tensor_places import torch_dtype
 from pos2d.exporter.merging.background_fsync import BackgroundFsync
 from pos2d.exporter.merging.journal import Journal
 from pos2d.exporter.merging.ledger import Action, TensorEntry
-from pos2d.exporter.merging.resume import is_intact
+from pos2d.exporter.merging.resume import is_intact, is_made_from
 from pos2d.exporter.merging.rounded_rows import check_copied, rounded_rows
 from pos2d.exporter.merging.shards import Shard, ShardLayout
 from pos2d.exporter.tensors.rounding import Rounding, round_nearest
@@ -77,14 +79,9 @@ def write_weights(
 
     Raises:
         InputError: values that are not finite, in the base or after rounding, or a base that changed meanwhile.
-        OutputError: see :meth:`pos2d.exporter.merging.journal.Journal.read`.
+        OutputError: finished shards of other weights; see :meth:`pos2d.exporter.merging.journal.Journal.read`.
     """
-    recorded = journal.read()
-    finished = {
-        shard.file: recorded[shard.file]
-        for shard in layout.shards
-        if shard.file in recorded and is_intact(shard, recorded[shard.file], target)
-    }
+    finished = _finished_shards(layout, base, journal, target)
     # An interrupted run may leave an unfinished shard, or files that are written after the weights.
     for path in target.iterdir():
         if path.name not in finished:
@@ -109,6 +106,30 @@ def write_weights(
             fsync.finish(descriptor, partial(journal.write, dict(finished)))
         fsync.wait()
     return {name: entry for shard in layout.shards for name, entry in finished[shard.file].items()}
+
+
+def _finished_shards(
+    layout: ShardLayout, base: Path, journal: Journal, target: Path
+) -> dict[str, Mapping[str, TensorEntry]]:
+    """The ledger of every shard that an earlier run finished and that is intact, by file.
+
+    Raises:
+        OutputError: one was made from other weights than the base has now. Times and sizes do not tell: copies keep
+            them, and images and archives give all files one time.
+    """
+    recorded = journal.read()
+    finished: dict[str, Mapping[str, TensorEntry]] = {}
+    for shard in layout.shards:
+        entries = recorded.get(shard.file)
+        if entries is None or not is_intact(shard, entries, target):
+            continue
+        if not is_made_from(base, shard.tensors, entries):
+            raise OutputError(
+                f"{target.parent} belongs to a merge of other weights: {shard.file} was not made from those "
+                f"that are in {base} now; `resume=True` needs the same inputs, `force=True` starts over"
+            )
+        finished[shard.file] = entries
+    return finished
 
 
 def _outgrows_cache(layout: ShardLayout) -> bool:

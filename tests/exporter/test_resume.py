@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -335,6 +336,46 @@ def test_a_finished_output_is_believed_by_its_hashes(inputs: Inputs, tmp_path: P
             exporter.merge(*inputs, tmp_path / "out", resume=True)
 
 
+def test_a_finished_output_is_told_from_one_with_other_companions(
+    inputs: Inputs, tmp_path: Path, call: Callable[..., Result]
+) -> None:
+    """The tokenizer's files belong to what is resumed: an output with older ones is not what this merge makes."""
+    base, lora = shutil.copytree(inputs[0], tmp_path / "base"), inputs[1]
+    flags = ("merge", "--base-model", base, "--lora", lora, "-o", tmp_path / "out", "--resume")
+    assert "written" not in call(*flags).stdout
+    made = tree(tmp_path / "out")
+    again = call(*flags)
+    assert (again.exit_code, "was finished already, nothing was written" in again.stdout) == (0, True)
+    assert exporter.merge(base, lora, tmp_path / "out", resume=True).was_finished
+    assert tree(tmp_path / "out") == made
+    (base / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    with pytest.raises(OutputError, match="exists already"):
+        exporter.merge(base, lora, tmp_path / "out", resume=True)
+    assert not exporter.merge(base, lora, tmp_path / "out", resume=True, force=True).was_finished
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
+
+
+def test_other_weights_of_the_same_size_and_time_are_not_mixed_in(
+    interrupted: Callable[[BaseException], Path], inputs: Inputs, tmp_path: Path
+) -> None:
+    """The second of two finished shards was made from weights that the base no longer has."""
+    output = interrupted(KeyboardInterrupt())
+    base = shutil.copytree(inputs[0], tmp_path / "copy")  # with all times
+    shard = base / "model-00002-of-00004.safetensors"
+    time, content = shard.stat().st_mtime_ns, bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    os.utime(shard, ns=(time, time))
+    (tmp_path / "base").symlink_to(base)
+    with pytest.raises(
+        OutputError, match=r"00002-of-00004\.safetensors was not made from those that are in .*base now"
+    ):
+        exporter.merge(tmp_path / "base", inputs[1], output, resume=True)
+    shard.write_bytes((inputs[0] / shard.name).read_bytes())
+    os.utime(shard, ns=(time, time))
+    assert not exporter.merge(tmp_path / "base", inputs[1], output, resume=True).was_finished
+
+
 def test_a_dry_run_leaves_what_can_be_resumed(
     interrupted: Callable[[BaseException], Path], inputs: Inputs, whole: dict[str, bytes]
 ) -> None:
@@ -349,8 +390,6 @@ def test_a_dry_run_leaves_what_can_be_resumed(
 def test_needs_are_checked_before_the_first_byte(
     inputs: Inputs, tmp_path: Path, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     import psutil
 
     base, lora = inputs
