@@ -57,7 +57,8 @@ class OnnxBackend:
         self._without_capture = without_capture()
         check_memory(directory, manifest, manifest.dtype)
         assert manifest.graph is not None
-        self.graphs = OnnxGraphs(directory, manifest.graph.graphs, self.device, threads=options.threads)
+        graph = manifest.graph
+        self.graphs = OnnxGraphs(directory, graph.data, graph.graphs, self.device, threads=options.threads)
         self._context_length = manifest.context_length
         self._vocab_size = manifest.vocab_size
         self._dtype = manifest.dtype

@@ -6,8 +6,11 @@ from pathlib import Path
 from pos2d.onnx_io import kinds_of_weight
 
 
-def with_float_activations(path: Path, kinds: Collection[str]) -> bytes:
-    """The serialised graph at ``path`` with accuracy level 0 in the layers of ``kinds``, such as ``down_proj``."""
+def with_float_activations(path: Path, kinds: Collection[str], weights: str) -> bytes:
+    """The serialised graph at ``path`` with accuracy level 0 in the layers of ``kinds``, such as ``down_proj``.
+
+    ``weights`` is the name of the file that has its weights.
+    """
     import onnx
 
     model = onnx.load(path, load_external_data=False)
@@ -16,5 +19,9 @@ def with_float_activations(path: Path, kinds: Collection[str]) -> bytes:
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
                     attribute.i = 0
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = weights
     serialised: bytes = model.SerializeToString()
     return serialised

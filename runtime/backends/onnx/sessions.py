@@ -30,8 +30,8 @@ WEIGHTS_DIRECTORY = "session.model_external_initializers_file_folder_path"
 class OnnxGraphs:
     """The graph variants of an artifact on ``device``, ``cpu`` or ``cuda``.
 
-    ``graphs`` are the manifest's; ``float_kinds`` are the kinds of layers that compute with float activations.
-    ``threads`` compute on the CPU; None is :func:`pos2d.threads.default_threads`.
+    ``data``, the file of the weights, and ``graphs`` are the manifest's; ``float_kinds`` are the kinds of layers that
+    compute with float activations. ``threads`` compute on the CPU; None is :func:`pos2d.threads.default_threads`.
 
     Raises:
         InputError: a graph that cannot be loaded.
@@ -41,13 +41,14 @@ class OnnxGraphs:
     def __init__(
         self,
         directory: Path,
+        data: str,
         graphs: Mapping[GraphName, GraphFile],
         device: str,
         float_kinds: Collection[str] = (),
         threads: int | None = None,
     ) -> None:
-        self._directory, self._graphs, self._device, self._float_kinds = directory, graphs, device, float_kinds
-        self._threads = threads
+        self._directory, self._data, self._graphs = directory, data, graphs
+        self._device, self._float_kinds, self._threads = device, float_kinds, threads
         self._session: ort.InferenceSession | None = None
         # Indices in VARIANTS: of the session that is or was loaded last, and of what has been announced.
         self._variant = -1
@@ -58,7 +59,7 @@ class OnnxGraphs:
 
     def with_float_activations(self, kinds: Collection[str]) -> "OnnxGraphs":
         """The same graphs with accuracy level 0 in the layers of ``kinds``; no session is loaded yet."""
-        graphs = OnnxGraphs(self._directory, self._graphs, self._device, kinds, self._threads)
+        graphs = OnnxGraphs(self._directory, self._data, self._graphs, self._device, kinds, self._threads)
         graphs._expected = self._expected
         return graphs
 
@@ -121,8 +122,10 @@ class OnnxGraphs:
         try:
             graph: Path | bytes = path
             if self._float_kinds:
-                graph = with_float_activations(path, self._float_kinds)
-                options.add_session_config_entry(WEIGHTS_DIRECTORY, str(self._directory))
+                # ONNX Runtime refuses weights that a link places outside their directory, as the Hub's cache does.
+                weights = (self._directory / self._data).resolve()
+                graph = with_float_activations(path, self._float_kinds, weights.name)
+                options.add_session_config_entry(WEIGHTS_DIRECTORY, str(weights.parent))
             session = ort.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # ONNX Runtime has no public error class
             raise InputError(f"{path} cannot be loaded: {error}; export it again") from None
