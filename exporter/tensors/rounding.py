@@ -47,6 +47,7 @@ def round_nearest(exact: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor"
 
     if dtype == torch.float64:
         return exact
+    exact = exact.contiguous()  # indexed flat below, and a conversion keeps the strides
     single = exact.to(torch.float32)
     rounded = single.to(dtype)
     if dtype != torch.float32:
