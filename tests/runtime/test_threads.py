@@ -1,47 +1,58 @@
-"""``threads``: every backend computes with as many as were asked for, and the answers stay the same."""
+"""Threads share one loaded model: every answer is the one that it has alone."""
 
-from collections.abc import Iterator
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 from pos2d import runtime
-from pos2d.runtime.backends.onnx.backend import OnnxBackend
+from pos2d.runtime.backends.onnx.sessions import OnnxGraphs
+
+# Branches of each job: two branches and a batch each need a more general graph than one branch does.
+JOBS = ([[1, 2, 3]], [[9], [8, 7]], [[4, 5]], [[6], [5], [4]])
 
 
-@pytest.fixture(autouse=True)
-def torch_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture
+def slow_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait between the choice of a session and its binding, so that threads meet there."""
+    bind: Callable[..., Any] = OnnxGraphs.binding
+
+    def slow(graphs: OnnxGraphs, cache: Any) -> Any:
+        time.sleep(0.002)
+        return bind(graphs, cache)
+
+    monkeypatch.setattr(OnnxGraphs, "binding", slow)
 
 
-def test_torch_gets_the_number(talking: Path) -> None:
-    runtime.load(talking / "merged", threads=1)
-    assert torch.get_num_threads() == 1
-    runtime.load(talking / "merged", threads=2)
-    assert torch.get_num_threads() == 2
-
-
-def test_a_quota_lowers_the_number_and_never_raises_it(talking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(2)
-    monkeypatch.setattr("pos2d.threads.cpu_quota", lambda: 1.0)
-    runtime.load(talking / "merged")
-    assert torch.get_num_threads() == 1
-    monkeypatch.setattr("pos2d.threads.cpu_quota", lambda: 8.0)
-    runtime.load(talking / "merged")
-    assert torch.get_num_threads() == 1
-
-
-def test_onnx_sessions_get_the_number(talking: Path) -> None:
-    model = runtime.load(talking / "onnx", threads=1)
-    assert isinstance(model.backend, OnnxBackend)
-    _, session = model.backend.graphs.session("causal")
-    assert session.get_session_options().intra_op_num_threads == 1
-
-
+@pytest.mark.usefixtures("slow_bindings")
 @pytest.mark.parametrize("kind", ["merged", "onnx"])
-def test_answers_are_the_same(talking: Path, kind: str) -> None:
-    one, two = (runtime.load(talking / kind, threads=count).generate("Hello", max_new_tokens=8) for count in (1, 2))
-    assert one == two
+def test_threads_get_the_answers_that_each_has_alone(talking: Path, kind: str) -> None:
+    def answer(model: runtime.Model, branches: list[list[int]]) -> list[list[int]]:
+        return model.generate_ids(branches, max_new_tokens=12, ignore_eos=True)
+
+    alone = [answer(runtime.load(talking / kind), branches) for branches in JOBS]
+    shared = runtime.load(talking / kind)
+    with ThreadPoolExecutor(len(JOBS)) as threads:
+        together = list(threads.map(lambda branches: answer(shared, branches), JOBS))
+    assert together == alone
+
+
+@pytest.mark.usefixtures("slow_bindings")
+@pytest.mark.parametrize("kind", ["merged", "onnx"])
+def test_agenerate_runs_beside_generate(talking: Path, kind: str) -> None:
+    texts = [["tea"], ["a cat", "a dog"]]
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.0, "ignore_chat_template": True}
+    alone = [runtime.load(talking / kind).generate(prompts, **options) for prompts in texts]
+    shared = runtime.load(talking / kind)
+
+    async def both() -> tuple[Any, Any]:
+        beside = asyncio.to_thread(shared.generate, texts[1], **options)
+        return await asyncio.gather(shared.agenerate(texts[0], **options), beside)
+
+    assert [[one.text for one in answers] for answers in asyncio.run(both())] == [
+        [one.text for one in answers] for answers in alone
+    ]

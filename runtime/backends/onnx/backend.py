@@ -4,11 +4,11 @@ from collections.abc import Collection
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from pos2d.errors import InputError, UsageError
 from pos2d.layout import Bools, Ints
@@ -37,7 +37,7 @@ from pos2d.runtime.engine.backend import Floats
 
 
 class OnnxBackend:
-    """One decoder on the CPU or a CUDA GPU.
+    """One decoder on the CPU or a CUDA GPU; threads may share it, each with caches of its own.
 
     Raises:
         UsageError: an option that this artifact cannot use.
@@ -59,6 +59,9 @@ class OnnxBackend:
         assert manifest.graph is not None
         graph = manifest.graph
         self.graphs = OnnxGraphs(directory, graph.data, graph.graphs, self.device, threads=options.threads)
+        # A pass holds it from the choice of a session to the end of its run: another thread may need a more general
+        # graph, which replaces the session, and two passes at once would share the same cores anyway.
+        self._lock = Lock()
         self._context_length = manifest.context_length
         self._vocab_size = manifest.vocab_size
         self._dtype = manifest.dtype
@@ -66,7 +69,8 @@ class OnnxBackend:
         self._cache_shapes = {i.name: i.shape for i in inputs if i.name.startswith(PAST_PREFIX)}
 
     def expect_branches(self, count: int) -> None:
-        self.graphs.expect(CAUSAL if count == 1 else GENERAL)
+        with self._lock:
+            self.graphs.expect(CAUSAL if count == 1 else GENERAL)
 
     def with_float_activations(self, kinds: Collection[str]) -> "OnnxBackend":
         """The same decoder with float activations in the quantised layers of ``kinds``; slow, for comparisons."""
@@ -98,26 +102,29 @@ class OnnxBackend:
         cache = self._cache(new, batch) if cache is None else cache
         self._check_positions(position_ids, pos2d)
         cache.reserve(cache.length + new)
-        variant, session = self.graphs.session(_cheapest_variant(mask, cache))
         rows = np.arange(new) if rows is None else rows
-        fixed = self.fixed_steps and variant != BATCH and rows.shape[-1] == new <= MAX_STEP_TOKENS
-        width = cache.capacity if fixed or variant == BATCH else cache.length + new
         feeds: dict[str, npt.NDArray[Any]] = {
             INPUT_IDS: input_ids,
             POSITION_IDS: position_ids,
             POS2D: pos2d,
             LOGITS_ROWS: np.broadcast_to(rows, (batch, rows.shape[-1])),
-            **_attention_feeds(variant, mask, cache, new, width),
         }
         logits = np.empty((batch, rows.shape[-1], self._vocab_size), dtype=self._dtype)
-        if fixed:
-            self.graphs.steps.run(feeds, cache, logits)
-        else:
-            self._run(session, feeds, cache, logits)
+        with self._lock:
+            self._run(feeds, mask, cache, logits)
         cache.lengths = cache.lengths + (new if counts is None else counts)
         return logits.astype(np.float32, copy=False)
 
-    def _run(self, session: ort.InferenceSession, feeds: Arrays, cache: OnnxCache, logits: npt.NDArray[Any]) -> None:
+    def _run(self, feeds: Arrays, mask: Bools, cache: OnnxCache, logits: npt.NDArray[Any]) -> None:
+        """Fill ``logits`` with the cheapest graph; ``feeds`` are the inputs that every graph has."""
+        variant, session = self.graphs.session(_cheapest_variant(mask, cache))
+        new = feeds[INPUT_IDS].shape[1]
+        fixed = self.fixed_steps and variant != BATCH and logits.shape[1] == new <= MAX_STEP_TOKENS
+        width = cache.capacity if fixed or variant == BATCH else cache.length + new
+        feeds = {**feeds, **_attention_feeds(variant, mask, cache, new, width)}
+        if fixed:
+            self.graphs.steps.run(feeds, cache, logits)
+            return
         binding = self.graphs.binding(cache)
         inputs = {name: np.ascontiguousarray(array) for name, array in feeds.items()}  # alive during the run
         for name, array in inputs.items():

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Self
 
 import torch
@@ -28,12 +29,14 @@ from pos2d.threads import default_threads
 
 
 class TorchBackend:
-    """One decoder on one device, or on several by a device map."""
+    """One decoder on one device, or on several by a device map; threads may share it, each with caches of its own."""
 
     prefill_chunk = TORCH_PREFILL_CHUNK
 
     def __init__(self, model: PreTrainedModel, device_map: DeviceMap) -> None:
         self._model = model
+        # Layers of bitsandbytes keep values between their steps, and nothing may run while a CUDA graph is captured.
+        self._lock = Lock()
         self._device = device_lookup(device_map)("model.embed_tokens")
         self.device = self._device.type
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
@@ -105,7 +108,7 @@ class TorchBackend:
         }
         tensors = {name: torch.tensor(values, device=self._device) for name, values in inputs.items()}
         # bitsandbytes logs every cast of every layer.
-        with errors_only() if self._uses_bitsandbytes else nullcontext():
+        with self._lock, errors_only() if self._uses_bitsandbytes else nullcontext():
             if isinstance(cache, FixedCache):
                 logits = self._forward_fixed(cache, tensors)
             else:
