@@ -14,6 +14,7 @@ import click
 from pos2d import __version__
 from pos2d.commands.shared.errors import EXIT_CODES, TERMINATED, ErrorsToExitCodes
 from pos2d.commands.shared.progress_bars import progress_bar
+from pos2d.commands.shared.streams import prepare_streams
 from pos2d.progress import show_with
 
 # Commands by workflow, with the lines that the top-level help shows: it imports none of their modules.
@@ -85,6 +86,7 @@ def cli() -> None:
 
 
 def main() -> None:
+    prepare_streams()
     # A terminated run leaves through its finally blocks, so that nothing half-written stays.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     # What torch imports, hundreds of thousands of objects, stays until the process dies with it: looking through it for

@@ -1,7 +1,6 @@
 """``pos2d run``: its flags, its call, and how completions are shown."""
 
 import dataclasses
-import json
 from typing import Any
 
 import click
@@ -14,22 +13,13 @@ from pos2d.commands.shared.flags import (
     text_or_standard_input,
 )
 from pos2d.commands.shared.help import SectionedCommand
-from pos2d.commands.shared.report import show
+from pos2d.commands.shared.presets import list_presets_flag
+from pos2d.commands.shared.report import show, warn
+from pos2d.commands.shared.streams import has_piped_input, print_json, read_input
 from pos2d.errors import UsageError
 from pos2d.runtime.backends.options import LoadOptions
-from pos2d.runtime.engine.sampling import PRESETS, SamplingOptions
+from pos2d.runtime.engine.sampling import SamplingOptions
 from pos2d.runtime.text.options import LayoutOptions, PromptOptions
-
-
-def list_presets(ctx: click.Context, _option: click.Parameter, is_given: bool) -> None:
-    """Print the presets and leave."""
-    if is_given:
-        from pos2d.commands.shared.tables import table
-
-        names = list(next(iter(PRESETS.values())))
-        rows = [(preset, *(str(values[name]) for name in names)) for preset, values in PRESETS.items()]
-        click.echo(table(("preset", *names), rows))
-        ctx.exit()
 
 
 @click.command(cls=SectionedCommand)
@@ -44,14 +34,7 @@ def list_presets(ctx: click.Context, _option: click.Parameter, is_given: bool) -
 @prompt_flag(callback=text_or_standard_input)
 @context_flag
 @flags_of(SamplingOptions, "Sampling")
-@click.option(
-    "--list-presets",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=list_presets,
-    help="Print the options that every preset sets, and exit.",
-)
+@list_presets_flag
 @flags_of(LayoutOptions, "Branches")
 @flags_of(PromptOptions, "Options")
 @flags_of(LoadOptions, "Loading")
@@ -60,7 +43,8 @@ def list_presets(ctx: click.Context, _option: click.Parameter, is_given: bool) -
 def run(mode: str, prompt: tuple[str, ...], as_json: bool, jsonl: bool, **flags: Any) -> None:
     """Answer prompts with an ARTIFACT, or chat with it.
 
-    Several prompts are branches of one sequence, and are answered in parallel. Defaults that are "the artifact's" come
+    Several prompts are branches of one sequence, and are answered in parallel. Without --prompt, the prompt is read
+    from standard input unless that is a terminal. Defaults that are "the artifact's" come
     from its generation_config.json and from its training.
     """
     if flags["logprobs"] and not (as_json or jsonl):
@@ -73,12 +57,22 @@ def run(mode: str, prompt: tuple[str, ...], as_json: bool, jsonl: bool, **flags:
         from pos2d.commands.terminal.chat import chat
 
         chat(**flags)
-    elif not prompt:
-        raise UsageError("there is no prompt; give --prompt TEXT, or --mode chat")
-    elif as_json and jsonl:
+        return
+    if as_json and jsonl:
         raise UsageError("--json prints one report and --jsonl a line for every token; give one of them")
-    else:
-        generate(prompt, as_json, jsonl, flags)
+    generate(prompt or piped_prompt(), as_json, jsonl, flags)
+
+
+def piped_prompt() -> tuple[str, ...]:
+    """The prompt on standard input, where none was given as a flag.
+
+    Raises:
+        UsageError: there is none.
+    """
+    text = read_input().rstrip("\n") if has_piped_input() else ""
+    if not text.strip():
+        raise UsageError("there is no prompt; give --prompt TEXT, standard input, or --mode chat")
+    return (text,)
 
 
 def generate(prompt: tuple[str, ...], as_json: bool, jsonl: bool, flags: dict[str, Any]) -> None:
@@ -87,16 +81,18 @@ def generate(prompt: tuple[str, ...], as_json: bool, jsonl: bool, flags: dict[st
     from pos2d.commands.terminal.panels import Display
 
     def write_line(event: runtime.Event) -> None:
-        click.echo(json.dumps(dataclasses.asdict(event), ensure_ascii=False))
+        print_json(dataclasses.asdict(event))
 
     if as_json or jsonl:
         report = runtime.run(prompt=prompt, on_event=write_line if jsonl else None, **flags)
         if as_json:
             show(report, as_json, "")
+        warn(report.warnings)
         return
     with Display(prompt) as display:
         report = runtime.run(prompt=prompt, on_event=display.show, **flags)
     display.finish(report.completions)
+    warn(report.warnings)
     click.echo(summary(report), err=True)
 
 

@@ -132,7 +132,7 @@ def generate_text(
     ids = encode_prompts(tokenizer, [prompt], None, chat=chat, add_special_tokens=True).branches[0]
     ends = model.generation_config.eos_token_id
     end_tokens = set(ends) if isinstance(ends, list) else {ends} - {None}
-    sampler = TextSampler(tokenizer, sampling, (0,), end_tokens, set(ids))
+    sampler = TextSampler(tokenizer, sampling, (0,), end_tokens, ids)
     backend = TorchBackend(model, getattr(model, "hf_device_map", None) or {"": model.device})
     limit = Dimensions.from_config(model.config.to_dict(), "the model's configuration").context_length
     for _ in decode(backend, build_layout([ids], spec), [sampler], context_length=limit):

@@ -15,6 +15,7 @@ from pos2d.manifest_upgrades import upgraded
 from pos2d.onnx_io import GraphInfo
 from pos2d.recipes import BnbRecipe, GraphRecipe
 from pos2d.spec import Rope2DSpec
+from pos2d.text_files import read_text
 
 Kind = Literal["merged", "bnb", "onnx"]
 
@@ -140,8 +141,9 @@ def read_manifest(directory: Path) -> Manifest:
         raise InputError(f"{directory} does not exist; give the directory of an artifact")
     if not path.is_file():
         raise InputError(f"{directory} is not an artifact of this tool (it has no {FILE_NAME}); {_cure(directory)}")
+    text = read_text(path)
     try:
-        manifest = Manifest.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        manifest = Manifest.from_dict(json.loads(text))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}); make the artifact again") from None
     except InputError as error:

@@ -35,7 +35,8 @@ class Option:
 
     ``minimum`` and ``maximum`` are inclusive. ``default_text`` is what help shows as the default, where the dataclass's
     own default only applies if the artifact has none. ``flags`` are further spellings on the command line, such as
-    ``-n``; ``section`` is the heading under which the help page has the option.
+    ``-n``; ``section`` is the heading under which the help page has the option. With ``escapes`` the command line reads
+    a backslash and a letter as what they stand for in Python, such as a line break.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Option:
     default_text: str | None = None
     flags: tuple[str, ...] = ()
     section: str | None = None
+    escapes: bool = False
 
 
 def option(default: Any, help: str, **facts: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pos2d.errors import InputError
+from pos2d.text_files import open_text
 
 PAIRS = (("prompt", "answer"), ("question", "answer"), ("instruction", "output"), ("q", "a"))
 CHATS = ("messages", "conversations")
@@ -49,7 +50,7 @@ def read_rows(path: Path, tokenizer: Any, max_tokens: int) -> Iterator[Row]:
         InputError: a file that cannot be read, or a line in an unknown form.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with open_text(path) as file:
             for place, value in _values(file, path):
                 yield _row(value, tokenizer, max_tokens, f"{path}, {place}")
     except (OSError, UnicodeDecodeError) as error:

@@ -24,7 +24,7 @@ class RunReport:
 
     ``first_seconds`` covers prefill and the first column, ``decode_seconds`` all later columns. ``tokens_per_second``
     is the rate of the later columns over all branches, 0 if there were none. ``sampling`` has the sampling options in
-    force; ``settings`` says them in words.
+    force; ``settings`` says them in words. ``warnings`` name generation settings of the artifact that are not used.
     """
 
     visibility: Visibility
@@ -37,6 +37,7 @@ class RunReport:
     first_seconds: float
     decode_seconds: float
     tokens_per_second: float
+    warnings: tuple[str, ...] = ()
 
 
 @takes_options(SamplingOptions, LayoutOptions, PromptOptions, LoadOptions)
@@ -87,6 +88,7 @@ def run(
         first_seconds=first - loaded,
         decode_seconds=ended - first,
         tokens_per_second=later_tokens / (ended - first) if later_tokens else 0.0,
+        warnings=tuple(request.sampling.warnings(model.path)),
     )
 
 

@@ -9,10 +9,16 @@ from typing import Any
 import click
 
 from pos2d.commands.shared.help import SectionedOption
+from pos2d.commands.shared.streams import read_input
 from pos2d.errors import InputError, UsageError
 from pos2d.options import Option, options_of
+from pos2d.text_files import read_text
 
 QUOTES = "'\""
+# Escapes that the command line reads in options which say so.
+ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+ESCAPE = re.compile(r"\\([ntr\\]|u[0-9a-fA-F]{4})")
+ESCAPES_HELP = r" \n, \t, \r and \u followed by four digits are read as in JSON, and \\ as a backslash."
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 
@@ -37,7 +43,7 @@ def flags_of(group: type[Any], section: str, *, without: Collection[str] = ()) -
 def flag_of(option: Option, section: str) -> Decorator:
     """One flag. click checks choices and the kind of value; the library checks ranges and what belongs together."""
     names = [flag_name(option.name), *option.flags, option.name]
-    text = in_terms_of_flags(option.help)
+    text = in_terms_of_flags(option.help) + (ESCAPES_HELP if option.escapes else "")
     section = option.section or section
     if option.kind is bool:
         return click.option(*names, is_flag=True, default=False, help=text, cls=SectionedOption, section=section)
@@ -50,6 +56,7 @@ def flag_of(option: Option, section: str) -> Decorator:
         multiple=option.kind is tuple,
         default=None,
         metavar=option.metavar,
+        callback=unescaped if option.escapes else None,
         help=text if default is None else f"{text}  [default: {default}]",
         cls=SectionedOption,
         section=section,
@@ -83,13 +90,25 @@ def whole_numbers(_context: click.Context, _option: click.Parameter, value: str)
         raise click.BadParameter(f"{value!r} must be whole numbers, such as 1,8,16") from None
 
 
+def unescaped(_context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Read the escapes in texts that a shell hands over as they are typed; other backslashes stay."""
+
+    def character(match: re.Match[str]) -> str:
+        letter, number = match[1][0], match[1][1:]
+        return chr(int(number, 16)) if number else ESCAPED[letter]
+
+    texts = (ESCAPE.sub(character, value) for value in values)
+    # Two escapes may be the halves of one character, as in JSON.
+    return tuple(text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass") for text in texts)
+
+
 def text_or_file(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
     """Read the file that ``@FILE`` names; other texts stand for themselves."""
     if value is None or not value.startswith("@"):
         return value
     try:
-        text = Path(value[1:]).read_text(encoding="utf-8").rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(Path(value[1:])).rstrip("\n")
+    except (OSError, ValueError) as error:
         raise InputError(f"{value[1:]} cannot be read as text: {error}") from None
     if not text.strip():
         raise InputError(f"{value[1:]} is empty; leave it out, or put some text there")
@@ -104,10 +123,7 @@ def text_or_standard_input(
         raise InputError("standard input is closed; `prompt='-'` reads it")
     if values.count("-") > 1:
         raise UsageError("`prompt='-'` reads standard input, which can be read once; give it once")
-    try:
-        return tuple(sys.stdin.read().rstrip("\n") if value == "-" else value for value in values)
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not text in UTF-8: {error}") from None
+    return tuple(read_input().rstrip("\n") if value == "-" else value for value in values)
 
 
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

@@ -1,18 +1,21 @@
 """How the command line shows what a verb returns."""
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from typing import Any
 
 import click
 
 from pos2d.commands.shared.flags import in_terms_of_flags
+from pos2d.commands.shared.streams import print_json, print_out
 
 
 def show(report: Any, as_json: bool, summary: str) -> None:
     """Print a report: as JSON for programs, else its summary."""
-    click.echo(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) if as_json else summary)
+    if as_json:
+        print_json(dataclasses.asdict(report), indent=2)
+    else:
+        print_out(summary)
 
 
 def warn(warnings: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pos2d.commands.shared.flags import in_terms_of_flags
+from pos2d.commands.shared.report import warn
 from pos2d.commands.terminal.line_editor import is_interactive, line_editing, read_message
 from pos2d.commands.terminal.panels import Display
 from pos2d.commands.terminal.transcript import load_messages, save_messages
@@ -43,6 +44,7 @@ def chat(artifact: str | Path, *, context: str | None = None, **options: Any) ->
     answering = request_options(Path(artifact), options)
     (loading,) = split_options(options, LoadOptions)
     model = load(artifact, **loading)
+    warn(answering.sampling.warnings(model.path))
     system: list[Message] = [{"role": "system", "content": context}] if context else []
     session = Session(Conversation(model, system, answering), system)
     if is_interactive():

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from pos2d.commands.shared.streams import decode_input
+
 HISTORY_LINES = 1000
 
 
@@ -32,10 +34,23 @@ def _read_line(prompt: str) -> str:
         return input(prompt)
     if is_interactive():  # answers go to a file, but the prompt is for the person
         print(prompt, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline() if sys.stdin is not None else ""
+    line = _next_line()
     if not line:
         raise EOFError
     return line
+
+
+def _next_line() -> str:
+    """A line of standard input, with its line break; empty at the end.
+
+    Raises:
+        UnicodeDecodeError: the line is not text.
+        InputError: the input is text in UTF-16 or UTF-32.
+    """
+    buffer = getattr(sys.stdin, "buffer", None)
+    if buffer is None:
+        return sys.stdin.readline() if sys.stdin is not None else ""
+    return decode_input(buffer.readline())
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pos2d.errors import InputError, OutputError, StorageError
+from pos2d.text_files import read_text
 
 
 def save_messages(name: str, messages: Sequence[Mapping[str, str]]) -> None:
@@ -47,10 +48,10 @@ def load_messages(name: str) -> list[Mapping[str, str]]:
 
 def _messages(path: Path) -> list[Mapping[str, str]] | None:
     try:
-        block: Any = json.loads(path.read_text(encoding="utf-8"))
+        block: Any = json.loads(read_text(path))
         messages = block["messages"]
         json.dumps(messages, ensure_ascii=False).encode()  # lone surrogates could not be written again
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, InputError):
         return None
     return messages if isinstance(messages, list) else None
 

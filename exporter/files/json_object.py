@@ -6,6 +6,7 @@ from typing import Any
 
 from pos2d.errors import InputError
 from pos2d.exporter.files.git_lfs import refuse_pointer
+from pos2d.text_files import read_text
 
 # Far above what any settings need, and far below what Python can write again.
 MAX_DEPTH = 100
@@ -20,9 +21,9 @@ def read_json_object(path: Path, cure: str) -> dict[str, Any]:
     """
     refuse_pointer(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(path))
         fault = _fault(content)
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError, RecursionError, InputError) as error:
         raise InputError(f"{path} cannot be read: {error}; {cure}") from None
     if fault is not None:
         raise InputError(f"{path} {fault}; {cure}")

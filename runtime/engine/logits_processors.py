@@ -4,11 +4,18 @@ Each computes what the transformers processor of the same purpose computes. :mod
 their order.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from pos2d.runtime.engine.backend import Floats
+
+Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
+# Ids and biases of the tokens that may follow a beginning, by its length and its tokens.
+Biases = Mapping[int, Mapping[tuple[int, ...], tuple[Array, Array]]]
+NO_BIAS: tuple[Array, Array] = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+TOP_H_TOKENS = 100
 
 
 def penalise_repetition(logits: Floats, tokens: Collection[int], penalty: float) -> Floats:
@@ -23,7 +30,7 @@ def penalise_repetition(logits: Floats, tokens: Collection[int], penalty: float)
 def suppress(logits: Floats, tokens: Collection[int]) -> Floats:
     """Set the logits of ``tokens`` to -inf."""
     processed = logits.copy()
-    processed[list(tokens)] = -np.inf
+    processed[[token for token in tokens if token < len(logits)]] = -np.inf
     return processed
 
 
@@ -65,3 +72,96 @@ def log_probability(logits: Floats, token: int) -> float:
     """Log softmax of one token, in float64."""
     shifted = logits.astype(np.float64) - logits.max()
     return float(shifted[token] - np.log(np.exp(shifted).sum()))
+
+
+def keep_top_h(logits: Floats, share: float) -> Floats:
+    """Keep the most likely tokens whose terms of the entropy add up to ``share`` of it, among the 100 most likely."""
+    ids = np.argsort(-logits, kind="stable")[:TOP_H_TOKENS]
+    ids = ids[logits[ids] > -np.inf]
+    p = probabilities(logits[ids])
+    terms = -p * np.log(p, where=p > 0, out=np.zeros_like(p))
+    kept = np.cumsum(terms) <= share * terms.sum()
+    kept[0] = True
+    return _only(logits, ids[kept])
+
+
+def keep_typical(logits: Floats, mass: float) -> Floats:
+    """Keep the tokens whose surprise is nearest to the entropy, as many as it takes for a probability of ``mass``."""
+    p = probabilities(logits)
+    with np.errstate(divide="ignore"):
+        surprise = -np.log(p)
+    entropy = (p * surprise)[p > 0].sum()
+    distance = np.abs(surprise - entropy)
+    order = np.argsort(distance, kind="stable")
+    last = min(int((np.cumsum(p[order]) < mass).sum()), len(p) - 1)
+    return np.where(distance > distance[order[last]], -np.inf, logits)
+
+
+def keep_above(logits: Floats, probability: float) -> Floats:
+    """Keep tokens of at least ``probability``, and the most likely one."""
+    return np.where((probabilities(logits) < probability) & (logits < logits.max()), -np.inf, logits)
+
+
+def keep_eta(logits: Floats, epsilon: float) -> Floats:
+    """Keep tokens above a probability that falls with the entropy and is at most ``epsilon``."""
+    p = probabilities(logits)
+    entropy = -(p * np.log(p, where=p > 0, out=np.zeros_like(p))).sum()
+    return keep_above(logits, min(epsilon, float(np.sqrt(epsilon) * np.exp(-entropy))))
+
+
+def repeating(sequence: Sequence[int], size: int, source: Sequence[int]) -> list[int]:
+    """The tokens that would end ``sequence`` with ``size`` tokens that ``source`` has in the same order."""
+    if len(source) < size or len(sequence) < size - 1:
+        return []
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(source), size)
+    ending = np.asarray(sequence[len(sequence) - size + 1 :], dtype=np.int64)
+    found: list[int] = windows[(windows[:, :-1] == ending).all(axis=1), -1].tolist()
+    return found
+
+
+def add_biases(logits: Floats, sequence: Sequence[int], biases: Biases) -> Floats:
+    """Add the bias of every sequence of tokens that ``sequence`` ends with, but for its last token, to that token."""
+    biased = logits.copy()
+    for length, endings in biases.items():
+        if length <= len(sequence):
+            ids, values = endings.get(tuple(sequence[len(sequence) - length :]), NO_BIAS)
+            known = ids < len(logits)
+            np.add.at(biased, ids[known], values[known])
+    return biased
+
+
+def biases_of(sequences: Iterable[tuple[Sequence[int], float]]) -> Biases:
+    """The table that :func:`add_biases` takes: the tokens that may follow, by the length of what stands before them."""
+    table: dict[int, dict[tuple[int, ...], tuple[list[int], list[float]]]] = {}
+    for (*before, token), bias in sequences:
+        ids, values = table.setdefault(len(before), {}).setdefault(tuple(before), ([], []))
+        ids.append(token)
+        values.append(bias)
+    return {
+        length: {
+            before: (np.array(ids, dtype=np.int64), np.array(values, dtype=np.float32))
+            for before, (ids, values) in endings.items()
+        }
+        for length, endings in table.items()
+    }
+
+
+def raise_end_tokens(logits: Floats, tokens: Collection[int], factor: float) -> Floats:
+    """Add ``factor - 1`` times the size of their own logit to ``tokens``."""
+    ids = np.array([token for token in tokens if np.isfinite(logits[token])], dtype=np.int64)
+    processed = logits.copy()
+    processed[ids] += np.abs(logits[ids]) * (factor - 1)
+    return processed
+
+
+def force(logits: Floats, tokens: Collection[int]) -> Floats:
+    """Leave only ``tokens``, all equally likely."""
+    forced = np.full_like(logits, -np.inf)
+    forced[list(tokens)] = 0
+    return forced
+
+
+def _only(logits: Floats, ids: Array) -> Floats:
+    kept = np.full_like(logits, -np.inf)
+    kept[ids] = logits[ids]
+    return kept

@@ -6,17 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from pos2d.errors import InputError
 from pos2d.options import options_of
 from pos2d.runtime.engine import logits_processors as processors
 from pos2d.runtime.engine.backend import Floats
+from pos2d.runtime.engine.generation_settings import NO_SETTINGS
 from pos2d.runtime.engine.sampling import Sampling
 
 # Changes logits ``[V]``, given the value of its option and the branch's sampler.
 Processor = Callable[[Floats, Any, "Sampler"], Floats]
-
-
-def _penalise(logits: Floats, penalty: float, branch: "Sampler") -> Floats:
-    return processors.penalise_repetition(logits, branch.seen_tokens, penalty)
 
 
 def _suppress_end_tokens(logits: Floats, minimum: int, branch: "Sampler") -> Floats:
@@ -25,17 +23,83 @@ def _suppress_end_tokens(logits: Floats, minimum: int, branch: "Sampler") -> Flo
     return processors.suppress(logits, branch.end_tokens)
 
 
-# The processor of each option, in the order in which transformers applies them. One whose option is at its default is
-# left out. Greedy decoding applies the first table only.
+def _no_repetition(logits: Floats, size: int, branch: "Sampler") -> Floats:
+    return processors.suppress(logits, processors.repeating(branch.tokens, size, branch.tokens))
+
+
+def _no_repetition_of_prompt(logits: Floats, size: int, branch: "Sampler") -> Floats:
+    return processors.suppress(logits, processors.repeating(branch.tokens, size, branch.prompt))
+
+
+def _add_biases(logits: Floats, _: Any, branch: "Sampler") -> Floats:
+    return processors.add_biases(logits, branch.tokens, branch.biases)
+
+
+def _no_bad_words(logits: Floats, _: Any, branch: "Sampler") -> Floats:
+    return processors.add_biases(logits, branch.tokens, branch.bad_words)
+
+
+def _force_first(logits: Floats, token: int, branch: "Sampler") -> Floats:
+    return processors.force(logits, _known([token], logits)) if len(branch.tokens) == 1 else logits
+
+
+def _force_last(logits: Floats, tokens: Collection[int], branch: "Sampler") -> Floats:
+    is_last = branch.new_tokens == branch.max_new_tokens - 1
+    return processors.force(logits, _known(tokens, logits)) if is_last else logits
+
+
+def _raise_end_tokens(logits: Floats, decay: tuple[int, float], branch: "Sampler") -> Floats:
+    start, factor = decay
+    beyond = branch.new_tokens - start
+    return processors.raise_end_tokens(logits, branch.end_tokens, factor**beyond) if beyond > 0 else logits
+
+
+def _suppress_at_begin(logits: Floats, tokens: Collection[int], branch: "Sampler") -> Floats:
+    forced = branch.sampling.generation.forced_bos_token_id is not None and len(branch.prompt) <= 1
+    return processors.suppress(logits, tokens) if branch.new_tokens == int(forced) else logits
+
+
+def _known(tokens: Collection[int], logits: Floats) -> Collection[int]:
+    """Check tokens that are forced.
+
+    Raises:
+        InputError: one is outside the vocabulary.
+    """
+    if max(tokens) >= len(logits):
+        raise InputError(f"the generation settings force token {max(tokens)}, the vocabulary has {len(logits)}")
+    return tokens
+
+
+# The processor of each option or generation setting, in the order in which transformers applies them. One whose value
+# is at its default is left out. Greedy decoding applies the first table only.
 PENALTIES: Mapping[str, Processor] = {
-    "repetition_penalty": _penalise,
+    "sequence_bias": _add_biases,
+    "encoder_repetition_penalty": lambda logits, penalty, branch: processors.penalise_repetition(
+        logits, set(branch.prompt), 1 / penalty
+    ),
+    "repetition_penalty": lambda logits, penalty, branch: processors.penalise_repetition(
+        logits, branch.seen_tokens, penalty
+    ),
+    "no_repeat_ngram_size": _no_repetition,
+    "encoder_no_repeat_ngram_size": _no_repetition_of_prompt,
+    "bad_words_ids": _no_bad_words,
+    "min_length": lambda logits, minimum, branch: _suppress_end_tokens(logits, minimum - len(branch.prompt), branch),
     "min_new_tokens": _suppress_end_tokens,
+    "forced_bos_token_id": _force_first,
+    "forced_eos_token_id": _force_last,
+    "exponential_decay_length_penalty": _raise_end_tokens,
+    "suppress_tokens": lambda logits, tokens, _: processors.suppress(logits, tokens),
+    "begin_suppress_tokens": _suppress_at_begin,
 }
 WARPERS: Mapping[str, Processor] = {
     "temperature": lambda logits, temperature, _: processors.apply_temperature(logits, temperature),
+    "top_h": lambda logits, share, _: processors.keep_top_h(logits, share),
     "top_k": lambda logits, k, _: processors.keep_top_k(logits, k),
     "top_p": lambda logits, p, _: processors.keep_top_p(logits, p),
     "min_p": lambda logits, p, _: processors.keep_min_p(logits, p),
+    "typical_p": lambda logits, mass, _: processors.keep_typical(logits, mass),
+    "epsilon_cutoff": lambda logits, probability, _: processors.keep_above(logits, probability),
+    "eta_cutoff": lambda logits, epsilon, _: processors.keep_eta(logits, epsilon),
 }
 
 
@@ -43,7 +107,8 @@ class Sampler:
     """Chooses the tokens of one branch; a :class:`pos2d.runtime.engine.sequence.BranchSampler`.
 
     ``random_stream`` identifies the branch's random numbers under the seed, so what is sampled depends neither on the
-    other branches nor on their number. ``seen_tokens`` are those of the prompt, its context and the answer.
+    other branches nor on their number. ``prompt`` are the tokens that the branch would have before its answer if it
+    were alone, in their order: the context's and its own. ``tokens`` has those of the answer as well.
     """
 
     def __init__(
@@ -51,13 +116,15 @@ class Sampler:
         sampling: Sampling,
         random_stream: Sequence[int] = (0,),
         end_tokens: Collection[int] = (),
-        prompt_ids: Collection[int] = (),
+        prompt_ids: Sequence[int] = (),
     ) -> None:
         self.sampling = sampling
         self.end_tokens = end_tokens
-        self.max_new_tokens = sampling.max_new_tokens
+        self.max_new_tokens = new_token_limit(sampling, len(prompt_ids))
         self.new_tokens = 0
-        self.seen_tokens = set(prompt_ids)
+        self.prompt: Sequence[int] = prompt_ids
+        self.tokens = list(prompt_ids)
+        self.seen_tokens: set[int] = set(prompt_ids)
         self._random_stream = tuple(random_stream)
         self._greedy = sampling.temperature == 0.0
         self._processors = _active(sampling, PENALTIES if self._greedy else {**PENALTIES, **WARPERS})
@@ -67,10 +134,21 @@ class Sampler:
         # Only when sampling: numpy loads numpy.random on first use, which greedy decoding does without.
         return np.random.default_rng(np.random.SeedSequence(self.sampling.seed, spawn_key=self._random_stream))
 
+    @cached_property
+    def biases(self) -> processors.Biases:
+        return processors.biases_of(self.sampling.generation.sequence_bias)
+
+    @cached_property
+    def bad_words(self) -> processors.Biases:
+        """An end token is no bad word."""
+        words = self.sampling.generation.bad_words_ids
+        return processors.biases_of((ids, -np.inf) for ids in words if len(ids) > 1 or ids[0] not in self.end_tokens)
+
     def choose(self, logits: Floats) -> tuple[int, float | None]:
         """A token id from logits ``[V]``, and its log probability if the options record it."""
         token = self._sample(self.processed(logits))
         self.new_tokens += 1
+        self.tokens.append(token)
         self.seen_tokens.add(token)
         return token, processors.log_probability(logits, token) if self.sampling.logprobs else None
 
@@ -85,14 +163,39 @@ class Sampler:
         return logits
 
     def _sample(self, logits: Floats) -> int:
+        likeliest = int(logits.argmax())
+        if logits[likeliest] == -np.inf:
+            raise InputError("the options and the artifact's generation settings forbid every token; loosen them")
         if self._greedy:
-            return int(logits.argmax())
+            return likeliest
         ids = np.flatnonzero(logits > -np.inf)
         return int(ids[self._random.choice(len(ids), p=processors.probabilities(logits[ids]))])
 
 
+def new_token_limit(sampling: Sampling, prompt_tokens: int) -> int:
+    """The most tokens of an answer after ``prompt_tokens``.
+
+    Raises:
+        InputError: the prompt leaves none.
+    """
+    length = sampling.generation.max_length
+    if length is None:
+        return sampling.max_new_tokens
+    if prompt_tokens >= length:
+        raise InputError(
+            f"max_length in the artifact's generation_config.json is {length} tokens, and the prompt has "
+            f"{prompt_tokens}; give `max_new_tokens`, which takes precedence"
+        )
+    return min(sampling.max_new_tokens, length - prompt_tokens)
+
+
 def _active(sampling: Sampling, table: Mapping[str, Processor]) -> list[tuple[Processor, Any]]:
-    """The processors whose options differ from their defaults, each with the value of its option."""
-    declared = options_of(Sampling)
-    values = {name: getattr(sampling, name) for name in table}
-    return [(table[name], value) for name, value in values.items() if value != declared[name].default]
+    """The processors whose values differ from their defaults, each with its value."""
+    options = options_of(Sampling)
+    values = [
+        (name, getattr(sampling, name), options[name].default)
+        if name in options
+        else (name, getattr(sampling.generation, name), getattr(NO_SETTINGS, name))
+        for name in table
+    ]
+    return [(table[name], value) for name, value, default in values if value != default]

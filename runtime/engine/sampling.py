@@ -2,12 +2,23 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pos2d.errors import InputError, UsageError
 from pos2d.options import check_option, check_options, option, options_of, split_options, texts
+from pos2d.runtime.engine.generation_settings import (
+    NO_SETTINGS,
+    OPTION_KEYS,
+    SAMPLING_KEYS,
+    STOP_KEY,
+    GenerationSettings,
+    not_heeded_warning,
+    read_settings,
+    read_stop,
+)
+from pos2d.text_files import read_text
 
 Preset = Literal["factual", "creative", "code", "chat", "translate"]
 # The middle of the ranges that the trainer's inference guide recommends.
@@ -19,12 +30,11 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     "translate": {"temperature": 0.1, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.0},
 }
 GENERATION_CONFIG = "generation_config.json"
-# Keys of generation_config.json that are used; they have the names of our options.
-CONFIG_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "min_new_tokens")
 # Transformers' defaults for a configuration with do_sample.
 DO_SAMPLE_DEFAULTS = {"temperature": 1.0, "top_k": 50}
-# Options that greedy decoding does not use.
-NARROWING = ("top_k", "top_p", "min_p")
+# Options that greedy decoding does not use, and the values at which they ask for nothing else.
+NARROWING: Mapping[str, tuple[float, ...]] = {"top_k": (0, 1), "top_p": (1,), "min_p": (0,)}
+DEFAULT_MAX_NEW_TOKENS = 256
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100
 # Sizes that no model and no random number generator takes.
 TOO_MANY_TOKENS, TOO_LARGE_SEED = 2**32, 2**64
@@ -42,7 +52,7 @@ class Sampling:
     """
 
     max_new_tokens: int = option(
-        256,
+        DEFAULT_MAX_NEW_TOKENS,
         "Maximum number of new tokens for each prompt.",
         minimum=1,
         default_text="the artifact's, else 256",
@@ -83,7 +93,10 @@ class Sampling:
         default_text="the artifact's, else 1",
     )
     stop: tuple[str, ...] = option(
-        (), "End the answer before this text. Repeat the option for several texts.", metavar="TEXT"
+        (),
+        "End the answer before this text, or at this special token. Repeat the option for several texts.",
+        metavar="TEXT",
+        escapes=True,
     )
     end_token: tuple[str, ...] = option(
         (),
@@ -92,6 +105,7 @@ class Sampling:
     )
     seed: int = option(0, "Random seed for sampling.", minimum=0)
     logprobs: bool = option(False, "Add the log probability of every token to the JSON output.")
+    generation: GenerationSettings = field(default=NO_SETTINGS)  # the artifact's, where no option has them
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -120,7 +134,11 @@ class Sampling:
         for name in (*(NARROWING if self.temperature else ()), "repetition_penalty"):
             if getattr(self, name) != options_of(Sampling)[name].default:
                 named.append(f"{name} {getattr(self, name):g}")
-        return ", ".join(named)
+        return ", ".join([*named, *self.generation.names()])
+
+    def warnings(self, directory: Path) -> list[str]:
+        """What the generation settings of the artifact in ``directory`` ask for and is not done."""
+        return not_heeded_warning(self.generation, str(directory / GENERATION_CONFIG))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,13 +175,28 @@ def resolve_sampling(
     limit = given.get("max_new_tokens")
     if "min_new_tokens" not in given and isinstance(limit, int):  # a short limit overrides a default minimum
         values["min_new_tokens"] = min(values.get("min_new_tokens", 0), max(0, limit))
+    values["generation"] = _overridden(values.get("generation", NO_SETTINGS), given)
     sampling = Sampling(**values)
-    unused = [f"`{name}`" for name in NARROWING if name in given and sampling.temperature == 0.0]
-    if unused:
+    unused = [f"`{name}`" for name, off in NARROWING.items() if name in given and given[name] not in off]
+    if unused and sampling.temperature == 0.0:
         raise UsageError(
             f"greedy decoding (temperature 0) does not use {', '.join(unused)}; give a `temperature` above 0"
         )
     return sampling
+
+
+def values_of(sampling: Sampling) -> dict[str, Any]:
+    """The values of ``sampling``, as :func:`resolve_sampling` takes them for ``defaults``."""
+    return {f.name: getattr(sampling, f.name) for f in fields(Sampling)}
+
+
+def _overridden(settings: GenerationSettings, given: Mapping[str, Any]) -> GenerationSettings:
+    """``settings`` without the lengths that ``given`` options replace, as those of ``generate`` do."""
+    if "max_new_tokens" in given:
+        settings = replace(settings, max_length=None)
+    if "min_new_tokens" in given:
+        settings = replace(settings, min_length=0)
+    return settings
 
 
 def generation_defaults(directory: Path) -> dict[str, Any]:
@@ -178,16 +211,36 @@ def generation_defaults(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        settings = {name: config[name] for name in CONFIG_KEYS if config.get(name) is not None}
-        if config.get("do_sample"):
-            settings = DO_SAMPLE_DEFAULTS | settings
-        else:
-            settings = {name: value for name, value in settings.items() if name not in ("temperature", *NARROWING)}
-        Sampling(**settings)
-    except (ValueError, TypeError, AttributeError, UsageError) as error:
+        config = json.loads(read_text(path))
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
+        defaults = _defaults(config)
+        Sampling(**defaults)
+    except (ValueError, RecursionError, OSError, InputError, UsageError) as error:
         reason = str(error).replace("`", "")  # these are keys of the file, not parameters of a function
         raise InputError(
             f"{path} cannot be used: {reason}; correct it in the base, and make the artifact again"
         ) from None
-    return settings
+    return defaults
+
+
+def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a configuration sets, and its other settings as ``generation``.
+
+    Raises:
+        ValueError: a value of another type or out of range.
+    """
+    settings = read_settings(config)
+    values = {name: config[name] for name in OPTION_KEYS if config.get(name) is not None}
+    if config.get("do_sample"):
+        values = DO_SAMPLE_DEFAULTS | values
+    else:
+        values = {name: value for name, value in values.items() if name not in SAMPLING_KEYS}
+    if config.get(STOP_KEY) is not None:
+        values["stop"] = read_stop(config[STOP_KEY])
+    if settings.max_length is not None:  # the prompt has at least one of its tokens
+        values["max_new_tokens"] = max(1, settings.max_length - 1)
+    limit, least = values.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS), values.get("min_new_tokens")
+    if isinstance(limit, int) and isinstance(least, int) and limit > 0:
+        values["min_new_tokens"] = min(least, limit)
+    return values if settings == NO_SETTINGS else values | {"generation": settings}

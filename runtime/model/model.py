@@ -1,9 +1,11 @@
 """A loaded artifact: logits and generation, from token ids and from texts, the same for every backend."""
 
+import warnings
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from pos2d.runtime.model.async_iteration import iterate_in
 from pos2d.runtime.text.artifact import LoadedArtifact
 from pos2d.runtime.text.completions import Completion, Event, collect
 from pos2d.runtime.text.conversation import Conversation
-from pos2d.runtime.text.options import LayoutOptions, PromptOptions, request_options
+from pos2d.runtime.text.options import LayoutOptions, PromptOptions, RequestOptions, request_options
 from pos2d.runtime.text.requests import prepare_request, stream_events
 from pos2d.spec import Visibility
 
@@ -58,7 +60,7 @@ class Model(LoadedArtifact):
             UsageError: a value out of range.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return stream_events(self, prepare_request(self, texts, context, request_options(self.path, options)))
+        return stream_events(self, prepare_request(self, texts, context, self._request_options(options)))
 
     @takes_options(SamplingOptions)
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Completion:
@@ -75,7 +77,7 @@ class Model(LoadedArtifact):
     @takes_options(SamplingOptions, LayoutOptions, PromptOptions)
     def conversation(self, messages: Sequence[Mapping[str, str]] = (), **options: Any) -> Conversation:
         """A conversation that continues ``messages``, with one KV cache for all turns."""
-        return Conversation(self, messages, request_options(self.path, options))
+        return Conversation(self, messages, self._request_options(options))
 
     @takes_options(SamplingOptions, LayoutOptions, PromptOptions)
     async def agenerate(
@@ -95,6 +97,13 @@ class Model(LoadedArtifact):
         """:meth:`chat`, without blocking the event loop."""
         events = iterate_in(self._worker, lambda: self._next_turn(messages, options))
         return collect([event async for event in events], [messages[-1]["content"]])[0]
+
+    def _request_options(self, options: Mapping[str, Any]) -> RequestOptions:
+        """The options of a request; warns of generation settings of the artifact that are not used."""
+        found = request_options(self.path, options)
+        for warning in found.sampling.warnings(self.path):
+            warnings.warn(warning, stacklevel=4)
+        return found
 
     def _next_turn(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> Iterator[Event]:
         *earlier, last = messages or [{}]
@@ -178,20 +187,40 @@ class Model(LoadedArtifact):
 
         Raises:
             InputError: no prompt or an empty one, ids outside the vocabulary, prompts longer than the model.
-            UsageError: a value out of range, or texts that end answers.
+            UsageError: a value out of range, texts that end answers, or end tokens that are no token ids.
         """
         sampling = resolve_sampling(self.path, options, defaults={})
         if sampling.stop or sampling.end_token:
             raise UsageError("`stop` and `end_token` are texts; use stream() or generate(), or `eos_token_ids`")
         layout = build_layout(branches, self.manifest.rope_2d, context_ids, visibility)
         self.check_ids(layout.ids)
-        ends = self.manifest.eos_token_ids if eos_token_ids is None else eos_token_ids
-        end_tokens = {ends} if isinstance(ends, int) else set(ends)
+        end_tokens = self._end_tokens(eos_token_ids)
         samplers = [
             Sampler(sampling, (branch,), () if ignore_eos else end_tokens, [*(context_ids or ()), *ids])
             for branch, ids in enumerate(branches)
         ]
         return decode(self.backend, layout, samplers, context_length=self.manifest.context_length)
+
+    def _end_tokens(self, given: Collection[int] | int | None) -> set[int]:
+        """The end tokens of the caller, else of the artifact, whose tokenizer may have more tokens than the model.
+
+        Raises:
+            UsageError: a token of the caller that is not in the vocabulary.
+        """
+        vocabulary = range(self.manifest.vocab_size)
+        if given is None:
+            return {token for token in self.manifest.eos_token_ids if token in vocabulary}
+        try:
+            tokens = {index(token) for token in (given if isinstance(given, Collection) else [given])}
+        except TypeError:
+            raise UsageError(f"`eos_token_ids` {given!r} are not token ids") from None
+        outside = sorted(token for token in tokens if token not in vocabulary)
+        if outside:
+            raise UsageError(
+                f"`eos_token_ids` {', '.join(map(str, outside))} are outside the vocabulary of {len(vocabulary)}; "
+                "`ignore_eos=True` decodes without an end token"
+            )
+        return tokens
 
 
 def _for_batch(values: npt.ArrayLike, shape: tuple[int, ...], name: str) -> Ints:

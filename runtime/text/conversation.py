@@ -8,9 +8,11 @@ import numpy as np
 from pos2d.errors import InputError, UsageError
 from pos2d.layout import Layout, build_layout
 from pos2d.runtime.engine.prefix_cache import PrefixCache
+from pos2d.runtime.engine.sampler import new_token_limit
 from pos2d.runtime.text.artifact import LoadedArtifact
 from pos2d.runtime.text.chat_template import render_messages, require_chat_template, split_prefix
 from pos2d.runtime.text.completions import Event
+from pos2d.runtime.text.end_tokens import end_token_ids
 from pos2d.runtime.text.options import RequestOptions
 from pos2d.runtime.text.requests import lay_out, stream_events
 from pos2d.runtime.text.text_decode import decode_text
@@ -38,6 +40,7 @@ class Conversation:
         require_chat_template(artifact.tokenizer)
         spec = artifact.manifest.rope_2d
         options.layout.check_effect(spec)
+        end_token_ids(artifact.tokenizer, options.sampling)
         self._artifact = artifact
         self._spec = options.layout.apply_to(spec)
         self._branches_per_sequence = options.layout.branches_per_sequence
@@ -72,6 +75,7 @@ class Conversation:
         limit = self._artifact.manifest.context_length
         if len(ids) > limit:
             raise InputError(f"the conversation takes {len(ids)} positions, the model has {limit}; begin a new one")
+        new_token_limit(self._sampling, len(ids))
         self._artifact.check_ids(np.array(ids))
         self._open = self._answer(message, text, ids, build_layout([ids], self._spec))
         return self._open

@@ -6,12 +6,14 @@ from typing import Any
 
 from pos2d.layout import Layout, build_layout
 from pos2d.runtime.engine.prefix_cache import PrefixCache
+from pos2d.runtime.engine.sampler import new_token_limit
 from pos2d.runtime.engine.sampling import Sampling
 from pos2d.runtime.engine.sequence import check_length
 from pos2d.runtime.text.artifact import LoadedArtifact
 from pos2d.runtime.text.completions import Event
+from pos2d.runtime.text.end_tokens import end_token_ids
 from pos2d.runtime.text.options import RequestOptions
-from pos2d.runtime.text.text_decode import decode_text, end_token_ids
+from pos2d.runtime.text.text_decode import decode_text
 from pos2d.runtime.text.tokenization import EncodedPrompts, encode_prompts
 from pos2d.spec import Rope2DSpec
 
@@ -66,10 +68,13 @@ def lay_out(
     """Lay out encoded prompts.
 
     Raises:
-        InputError: token ids outside the vocabulary, or a sequence that is longer than the model.
+        InputError: token ids outside the vocabulary, a sequence that is longer than the model, or a prompt that leaves
+            no room below the artifact's ``max_length``.
         UsageError: an end token that the tokenizer does not have.
     """
     end_token_ids(artifact.tokenizer, sampling)
+    for branch in encoded.branches:
+        new_token_limit(sampling, len(encoded.context or ()) + len(branch))
     size = branches_per_sequence
     groups = (encoded.branches[first : first + size] for first in range(0, len(encoded.branches), size))
     layouts = tuple(build_layout(branches, spec, encoded.context) for branches in groups)

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-from pos2d.errors import UsageError
 from pos2d.layout import CONTEXT, Layout
 from pos2d.runtime.engine.backend import KVCache
 from pos2d.runtime.engine.decode import decode
@@ -13,6 +12,7 @@ from pos2d.runtime.engine.sequence import Column
 from pos2d.runtime.text.artifact import LoadedArtifact
 from pos2d.runtime.text.completions import Event
 from pos2d.runtime.text.detokenizer import StreamDetokenizer
+from pos2d.runtime.text.end_tokens import end_tokens
 
 
 class TextSampler(Sampler):
@@ -24,7 +24,7 @@ class TextSampler(Sampler):
         sampling: Sampling,
         random_stream: Sequence[int],
         end_tokens: Collection[int],
-        prompt_ids: Collection[int],
+        prompt_ids: Sequence[int],
     ) -> None:
         super().__init__(sampling, random_stream, end_tokens, prompt_ids)
         self._detokenizer = StreamDetokenizer(tokenizer, sampling.stop)
@@ -59,8 +59,8 @@ def decode_text(
             artifact.tokenizer,
             sampling,
             random_stream,
-            _end_tokens(artifact, sampling),
-            set(layout.ids[(layout.owners == branch) | (layout.owners == CONTEXT)].tolist()),
+            end_tokens(artifact, sampling),
+            layout.ids[(layout.owners == branch) | (layout.owners == CONTEXT)].tolist(),
         )
         for branch, (sampling, random_stream) in enumerate(zip(samplings, random_streams, strict=True))
     ]
@@ -89,24 +89,3 @@ def _events(columns: Iterable[Column], samplers: Sequence[TextSampler]) -> Itera
             for branch in live
         ]
         live = [branch for branch in live if column.finished[branch] is None]
-
-
-def _end_tokens(artifact: LoadedArtifact, sampling: Sampling) -> set[int]:
-    """The end tokens of the artifact and of the options; a tokenizer may have tokens that the model does not have."""
-    tokens = {*artifact.manifest.eos_token_ids, *end_token_ids(artifact.tokenizer, sampling)}
-    return {token for token in tokens if token < artifact.manifest.vocab_size}
-
-
-def end_token_ids(tokenizer: Any, sampling: Sampling) -> list[int]:
-    """The ids of the option ``end_token``.
-
-    Raises:
-        UsageError: a token that the tokenizer does not have.
-    """
-    vocabulary = tokenizer.get_vocab() if sampling.end_token else {}
-    unknown = [token for token in sampling.end_token if token not in vocabulary]
-    if unknown:
-        raise UsageError(
-            f"`end_token` {', '.join(map(ascii, unknown))} is not in the tokenizer; `stop` ends answers before any text"
-        )
-    return [vocabulary[token] for token in sampling.end_token]
