@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from pos2d.options import split_options, takes_options
 from pos2d.progress import Progress
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.batching.answers import records_in_order
-from pos2d.runtime.batching.input_file import JSON_SUFFIXES, count_lines, windows
+from pos2d.runtime.batching.input_file import JSON_SUFFIXES, count_lines, input_file, windows
 from pos2d.runtime.batching.lines import parse_line
 from pos2d.runtime.batching.output import BatchOutput, write_records
 from pos2d.runtime.engine.sampling import SamplingOptions
@@ -31,7 +32,9 @@ ENCODING_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinj
 class BatchReport:
     """Counts of lines: all ``lines`` of the output, those with an error, and those ``resumed`` from an earlier run.
 
-    ``new_tokens``, ``seconds`` and ``tokens_per_second`` are those of this run, without loading.
+    ``common_error`` is the most frequent error, with the number of lines that have it and the first of them.
+    ``new_tokens``, ``seconds`` and ``tokens_per_second`` are those of this run, without loading. ``settings_warnings``
+    name generation settings of the artifact that are not used.
     """
 
     output: str
@@ -41,10 +44,28 @@ class BatchReport:
     new_tokens: int
     seconds: float
     tokens_per_second: float
+    common_error: str | None = None
+    common_error_count: int = 0
+    common_error_line: int | None = None
+    settings_warnings: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> list[str]:
-        return [f"{self.errors} of {self.lines} lines have an error in place of an answer"] if self.errors else []
+        if not self.errors:
+            return [*self.settings_warnings]
+        share = "" if self.common_error_count == self.errors else f"{self.common_error_count} of them: "
+        if self.common_error_count == 1:
+            share = ""
+        return [
+            *self.settings_warnings,
+            f"{self.errors} of {self.lines} lines have an error in place of an answer; {share}line "
+            f"{self.common_error_line}: {self.common_error}",
+        ]
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether no line has an answer."""
+        return self.errors == self.lines
 
     def summary(self) -> str:
         resumed = f", {self.resumed} of them from an earlier run" if self.resumed else ""
@@ -54,12 +75,19 @@ class BatchReport:
 
 @takes_options(SamplingOptions, LayoutOptions, PromptOptions, LoadOptions)
 def batch(
-    artifact: str | Path, input: str | Path, output: str | Path, *, force: bool = False, **options: Any
+    artifact: str | Path,
+    input: str | Path,
+    output: str | Path,
+    *,
+    context: str | None = None,
+    force: bool = False,
+    **options: Any,
 ) -> BatchReport:
     """Write ``output`` with a record for every line of ``input``, in the same order.
 
     Lines with one prompt are decoded as isolated branches of shared sequences. The branches of one line see each
-    other as the artifact was trained. A line that cannot be answered has an ``error``.
+    other as the artifact was trained. A line that cannot be answered has an ``error``. ``context`` is the context, or
+    the system message, of every line that has none. The ``input`` ``-`` is standard input.
 
     The output appears when it is whole. The same call continues an interrupted run, to the same bytes, and does
     nothing if the run was finished; ``force`` replaces the output of another run. The options are those of
@@ -70,26 +98,33 @@ def batch(
         UsageError: a value that cannot be used.
         OutputError: the output of another run, or one that another process writes.
     """
-    source = Path(input)
     answering = request_options(Path(artifact), options)
+    warnings = tuple(answering.sampling.warnings(Path(artifact)))
     (loading,) = split_options(options, LoadOptions)
-    lines = count_lines(source)
-    recipe = _recipe(Path(artifact), source, answering, LoadOptions(**loading))
-    result = BatchOutput(Path(output), recipe)
-    if any(path.exists() and path.samefile(source) for path in result.files):
-        raise UsageError(f"{output} would be written over {input}; name another output")
-    if result.is_finished(force):
-        return _report(result.path, lines, resumed=lines, new_tokens=0, seconds=0.0)
-    model = load(artifact, **loading)
-    answering.layout.check_effect(model.manifest.rope_2d)
-    _ = model.tokenizer  # an artifact without one is refused before the output is opened
-    started = time.monotonic()
-    resumed, new_tokens = _answer_lines(model, source, lines, result, answering, force)
-    return _report(result.path, lines, resumed, new_tokens, time.monotonic() - started)
+    with input_file(input) as source:
+        lines = count_lines(source)
+        recipe = _recipe(Path(artifact), source, answering, LoadOptions(**loading), context)
+        result = BatchOutput(Path(output), recipe)
+        if any(path.exists() and path.samefile(source) for path in result.files):
+            raise UsageError(f"{output} would be written over {input}; name another output")
+        if result.is_finished(force):
+            return _report(result.path, lines, lines, 0, 0.0, warnings)
+        model = load(artifact, **loading)
+        answering.layout.check_effect(model.manifest.rope_2d)
+        _ = model.tokenizer  # an artifact without one is refused before the output is opened
+        started = time.monotonic()
+        resumed, new_tokens = _answer_lines(model, source, lines, result, answering, context, force)
+        return _report(result.path, lines, resumed, new_tokens, time.monotonic() - started, warnings)
 
 
 def _answer_lines(
-    model: Model, source: Path, lines: int, result: BatchOutput, options: RequestOptions, force: bool
+    model: Model,
+    source: Path,
+    lines: int,
+    result: BatchOutput,
+    options: RequestOptions,
+    context: str | None,
+    force: bool,
 ) -> tuple[int, int]:
     """Write the missing records; return the number of records that were there, and of tokens that were generated."""
     plain = source.suffix not in JSON_SUFFIXES
@@ -97,7 +132,7 @@ def _answer_lines(
     with result.opened(force) as (file, done), Progress("answering", lines) as progress:
         progress.advance(done)
         for window in windows(source, done):
-            parsed = [parse_line(number, raw, model, options, plain) for number, raw in window]
+            parsed = [parse_line(number, raw, model, options, plain, context) for number, raw in window]
             for records in records_in_order(model, parsed, done, options.layout.branches_per_sequence):
                 write_records(file, records)
                 new_tokens += sum(map(_token_count, records))
@@ -109,10 +144,14 @@ def _token_count(record: Mapping[str, Any]) -> int:
     return sum(completion["new_tokens"] for completion in record.get("completions", ()))
 
 
-def _recipe(artifact: Path, source: Path, options: RequestOptions, loading: LoadOptions) -> dict[str, Any]:
+def _recipe(
+    artifact: Path, source: Path, options: RequestOptions, loading: LoadOptions, context: str | None
+) -> dict[str, Any]:
     """Everything that the output depends on; equal recipes give equal bytes on the same machine."""
     layout = {name: value for name, value in asdict(options.layout).items() if value is not None}
-    prompts = {"ignore_chat_template": True} if options.ignore_chat_template else {}
+    prompts: dict[str, Any] = {"ignore_chat_template": True} if options.ignore_chat_template else {}
+    if context is not None:
+        prompts["context"] = context
     hashed = (artifact / name for name in (FILE_NAME, *ENCODING_FILES))
     recipe = {
         "input": {"name": source.name, "sha256": _sha256(source)},
@@ -130,15 +169,24 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _report(output: Path, lines: int, resumed: int, new_tokens: int, seconds: float) -> BatchReport:
+def _report(
+    output: Path, lines: int, resumed: int, new_tokens: int, seconds: float, warnings: tuple[str, ...]
+) -> BatchReport:
     with output.open("rb") as file:
-        errors = sum("error" in json.loads(line) for line in file)
+        records = (json.loads(line) for line in file)
+        errors = [(record["error"], record["line"]) for record in records if "error" in record]
+    # Of errors that are equally common, the first.
+    common, count = next(iter(Counter(error for error, _ in errors).most_common(1)), (None, 0))
     return BatchReport(
         output=str(output),
         lines=lines,
-        errors=errors,
+        errors=len(errors),
         resumed=resumed,
         new_tokens=new_tokens,
         seconds=seconds,
         tokens_per_second=new_tokens / seconds if seconds else 0.0,
+        common_error=common,
+        common_error_count=count,
+        common_error_line=next((line for error, line in errors if error == common), None),
+        settings_warnings=warnings,
     )

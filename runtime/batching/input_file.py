@@ -1,10 +1,15 @@
-"""The input file of a batch: raw lines, read twice in windows of fixed size."""
+"""The input of a batch: raw lines of a file or of standard input, read twice in windows of fixed size."""
 
+import contextlib
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from pos2d.errors import InputError
+from pos2d.text_files import LONGEST_MARK, check_mark
 
 # Lines are grouped into sequences within such a window and nowhere else, so that a run that was interrupted computes
 # the remaining lines exactly as it would have.
@@ -13,16 +18,43 @@ WINDOW = 64
 JSON_SUFFIXES = (".jsonl", ".json")
 
 
+STANDARD_INPUT = "-"
+
+
+@contextlib.contextmanager
+def input_file(name: str | Path) -> Iterator[Path]:
+    """The file with the lines; ``-`` is a copy of standard input, since the lines are read twice.
+
+    Raises:
+        InputError: standard input is closed or cannot be read.
+        StorageError: the copy cannot be written.
+    """
+    if str(name) != STANDARD_INPUT:
+        yield Path(name)
+        return
+    if sys.stdin is None:
+        raise InputError("standard input is closed; `input='-'` reads it")
+    with tempfile.TemporaryDirectory(prefix="pos2d-") as directory:
+        path = Path(directory) / "standard input"
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        if path.stat().st_size == 0:
+            raise InputError("standard input is empty; it must have a line for every question")
+        yield path
+
+
 def count_lines(path: Path) -> int:
     """Number of lines of a file.
 
     Raises:
-        InputError: it is not a regular file, cannot be read, or is empty.
+        InputError: it is not a regular file, cannot be read, is empty, or is not in UTF-8.
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is not a regular file, and it must be read twice; write the lines to a file")
     try:
         with path.open("rb") as file:
+            check_mark(file.read(LONGEST_MARK), str(path))
+            file.seek(0)
             count = sum(1 for _ in file)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None

@@ -3,12 +3,13 @@
 import codecs
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pos2d.errors import InputError, Pos2DError
-from pos2d.options import nearest, options_of
-from pos2d.runtime.engine.sampling import Sampling, SamplingOptions, resolve_sampling
+from pos2d.options import options_of
+from pos2d.runtime.batching.own_keys import own_keys
+from pos2d.runtime.engine.sampling import Sampling, SamplingOptions, resolve_sampling, values_of
 from pos2d.runtime.text.artifact import LoadedArtifact
 from pos2d.runtime.text.chat_template import render_messages, require_chat_template
 from pos2d.runtime.text.options import LayoutOptions, RequestOptions
@@ -19,7 +20,9 @@ from pos2d.text_samples import PAIRS, TEXTS
 
 PROMPT_KEYS = ("prompt", "messages", "prompts", "branches")
 CONTEXT_KEYS = ("context", "main")
-ECHOED_KEYS = ("id", "meta")
+OPTION_KEYS = (*options_of(SamplingOptions), *options_of(LayoutOptions))
+KNOWN_KEYS = (*OPTION_KEYS, *PROMPT_KEYS, *CONTEXT_KEYS)
+SYSTEM_ROLES = ("system", "developer")
 SEPARATOR = "||"
 FORMS = (
     'a line is {"prompt": ...}, {"messages": [...]}, {"context": ..., "prompts": [...]}, {"branches": [...]}, or "a||b"'
@@ -28,7 +31,10 @@ FORMS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Line:
-    """A line, counted from 1, with its ``request`` or an ``error``; ``echoed`` are the user's own keys."""
+    """A line, counted from 1, with its ``request`` or an ``error``; ``echoed`` are the user's own keys.
+
+    ``shares`` is equal for lines that may share a sequence without being seen by each other, and None for others.
+    """
 
     number: int
     echoed: Mapping[str, Any]
@@ -36,18 +42,31 @@ class Line:
     error: str | None = None
 
     @property
-    def is_single(self) -> bool:
-        """One prompt without a context, which may share a sequence with other lines without being seen by them."""
-        return self.request is not None and len(self.request.encoded.branches) == 1 and not self.request.encoded.context
+    def shares(self) -> tuple[Any, ...] | None:
+        if self.request is None or len(self.request.encoded.branches) != 1:
+            return None
+        context = self.request.encoded.context
+        # Without a context the positions of one branch do not depend on the stride.
+        return (tuple(context), self.request.spec.branch_stride) if context else ()
 
 
-def parse_line(number: int, raw: bytes, artifact: LoadedArtifact, options: RequestOptions, plain: bool = False) -> Line:
-    """Read a line; ``options`` apply where the line has none. ``plain`` takes a line that is not JSON as a prompt."""
+def parse_line(
+    number: int,
+    raw: bytes,
+    artifact: LoadedArtifact,
+    options: RequestOptions,
+    plain: bool = False,
+    context: str | None = None,
+) -> Line:
+    """Read a line; ``options`` and ``context`` apply where the line has none.
+
+    ``plain`` takes a line that is not JSON as a prompt.
+    """
     echoed: dict[str, Any] = {}
     try:
         block = _block(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, plain)
-        echoed = _echoed(block)
-        return Line(number, echoed, request=_request(block, artifact, options))
+        echoed = own_keys(block, KNOWN_KEYS)
+        return Line(number, echoed, request=_request(_with_context(block, context), artifact, options))
     except Pos2DError as error:
         return Line(number, echoed, error=" ".join(str(error).split()))
 
@@ -77,20 +96,17 @@ def _block(raw: bytes, plain: bool) -> dict[str, Any]:
     return value
 
 
-def _echoed(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's own keys, which the record repeats.
-
-    Raises:
-        InputError: values that JSON in UTF-8 cannot hold.
-    """
-    echoed = {name: block[name] for name in ECHOED_KEYS if name in block}
-    try:
-        json.dumps(echoed, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError):
-        raise InputError(
-            f"{' or '.join(echoed)} cannot be written again: it has NaN, Infinity or a lone surrogate"
-        ) from None
-    return echoed
+def _with_context(block: dict[str, Any], context: str | None) -> dict[str, Any]:
+    """The line with the context of the whole file, unless it has one of its own; an empty one is one of its own."""
+    if not context or any(block.get(name) is not None for name in CONTEXT_KEYS):
+        return block
+    turns = block.get("messages")
+    if turns is None:
+        return block | {"context": context}
+    roles = [turn.get("role") for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
+    if not roles or any(role in SYSTEM_ROLES for role in roles):
+        return block
+    return block | {"messages": [{"role": "system", "content": context}, *turns]}
 
 
 def _request(block: Mapping[str, Any], artifact: LoadedArtifact, options: RequestOptions) -> Request:
@@ -100,32 +116,15 @@ def _request(block: Mapping[str, Any], artifact: LoadedArtifact, options: Reques
         InputError: keys, texts or lengths that cannot be used.
         UsageError: options that cannot be used.
     """
-    given = _options(block)
+    given = {name: block[name] for name in OPTION_KEYS if name in block}
     # The options of the batch have the artifact's generation settings in them already.
-    sampling: Sampling = resolve_sampling(artifact.path, given, defaults=asdict(options.sampling))
+    sampling: Sampling = resolve_sampling(artifact.path, given, defaults=values_of(options.sampling))
     in_line = {name: given[name] for name in options_of(LayoutOptions) if given.get(name) is not None}
     LayoutOptions(**in_line).check_effect(options.layout.apply_to(artifact.manifest.rope_2d))
     layout = replace(options.layout, **in_line)
     spec = layout.apply_to(artifact.manifest.rope_2d)
     encoded = _encoded(block, artifact, spec, options.ignore_chat_template)
     return lay_out(artifact, encoded, spec, sampling, layout.branches_per_sequence)
-
-
-def _options(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a line.
-
-    Raises:
-        InputError: a key that no line has.
-    """
-    declared = [*options_of(SamplingOptions), *options_of(LayoutOptions)]
-    known = [*declared, *PROMPT_KEYS, *CONTEXT_KEYS, *ECHOED_KEYS]
-    unknown = [name for name in block if name not in known]
-    if unknown:
-        hints = "".join(nearest(name, known) for name in unknown)
-        raise InputError(
-            f'a line has no {", ".join(map(repr, unknown))}{hints} (your own data may stand under "id" and "meta")'
-        )
-    return {name: block[name] for name in declared if name in block}
 
 
 def _encoded(

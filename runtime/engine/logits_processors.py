@@ -90,7 +90,7 @@ def keep_typical(logits: Floats, mass: float) -> Floats:
     p = probabilities(logits)
     with np.errstate(divide="ignore"):
         surprise = -np.log(p)
-    entropy = (p * surprise)[p > 0].sum()
+    entropy = (p[p > 0] * surprise[p > 0]).sum()
     distance = np.abs(surprise - entropy)
     order = np.argsort(distance, kind="stable")
     last = min(int((np.cumsum(p[order]) < mass).sum()), len(p) - 1)

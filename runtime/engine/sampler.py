@@ -147,10 +147,14 @@ class Sampler:
     def choose(self, logits: Floats) -> tuple[int, float | None]:
         """A token id from logits ``[V]``, and its log probability if the options record it."""
         token = self._sample(self.processed(logits))
+        self.add(token)
+        return token, processors.log_probability(logits, token) if self.sampling.logprobs else None
+
+    def add(self, token: int) -> None:
+        """Count a token as one of the answer, for the processors that look at it."""
         self.new_tokens += 1
         self.tokens.append(token)
         self.seen_tokens.add(token)
-        return token, processors.log_probability(logits, token) if self.sampling.logprobs else None
 
     def append(self, token: int) -> bool:
         """Whether the answer ends with ``token``: never, since only text can hold a stop string."""

@@ -353,7 +353,8 @@ def test_command_line_says_what_it_did(call: Call, talking: Path, tmp_path: Path
     result = call("batch", talking / "onnx", "-i", source, "-o", tmp_path / "out.jsonl", "-n", 4)
     assert result.exit_code == 0
     assert "2 lines; 4 tokens in" in result.stdout
-    assert result.stderr == "warning: 1 of 2 lines have an error in place of an answer\n"
+    reason = "line 2: prompt 1 is empty; give it some text"
+    assert result.stderr == f"warning: 1 of 2 lines have an error in place of an answer; {reason}\n"
 
 
 def test_errors_of_the_library(talking: Path, tmp_path: Path) -> None:
