@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from pos2d.commands.shared.flags import in_terms_of_flags
-from pos2d.commands.shared.streams import discard_output, standard_output_fails
+from pos2d.commands.shared.streams import STANDARD_OUTPUT, discard_output
 from pos2d.errors import Pos2DError
 
 EXIT_CODES = (
@@ -59,8 +59,9 @@ def exit_codes() -> Iterator[None]:
             raise
         fail(_with_notes("terminated", end), TERMINATED)
     except OSError as error:
-        name = error.filename or ("standard output" if standard_output_fails() else "a file")
-        fail(f"{name}: {error.strerror or error}", 5)
+        if error.filename == STANDARD_OUTPUT:
+            discard_output()
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}", 5)
     except Exception as error:
         if os.environ.get("POS2D_TRACEBACK"):
             raise

@@ -1,10 +1,12 @@
 """Standard input, output and error: closed ones, full ones, and terminals and pipes that are not UTF-8."""
 
 import codecs
+import contextlib
 import io
 import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -13,7 +15,29 @@ from pos2d.errors import InputError, StorageError
 from pos2d.text_files import check_encoding, check_mark, with_newlines
 
 # Handlers of errors with which a stream may refuse a character of an answer.
+STANDARD_OUTPUT = "standard output"
 REFUSING = ("strict", "surrogateescape")
+
+
+class StandardOutput(io.TextIOWrapper):
+    """Standard output whose errors name it, as those of files do."""
+
+    def write(self, text: str, /) -> int:
+        with _named_errors():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _named_errors():
+            super().flush()
+
+
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = STANDARD_OUTPUT
+        raise
 
 
 class ClosedOutput(io.TextIOBase):
@@ -43,6 +67,9 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in REFUSING and not _is_lossless(stream):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        plain, encoding, errors, lines = sys.stdout, sys.stdout.encoding, sys.stdout.errors, sys.stdout.line_buffering
+        sys.stdout = StandardOutput(plain.detach(), encoding, errors, line_buffering=lines)
 
 
 def _is_lossless(stream: io.TextIOWrapper) -> bool:
@@ -66,16 +93,6 @@ def print_json(value: Any, indent: int | None = None) -> None:
     """Print a value as JSON, in ASCII alone where standard output is not UTF-8."""
     ascii_only = not _is_utf8(getattr(sys.stdout, "encoding", None))
     print_out(json.dumps(value, indent=indent, ensure_ascii=ascii_only))
-
-
-def standard_output_fails() -> bool:
-    """Whether standard output cannot take what was written to it; if so, the rest of it is discarded."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        discard_output()
-        return True
-    return False
 
 
 def discard_output() -> None:
