@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from pos2d.errors import InputError, UsageError
 from pos2d.families import MODEL_TYPE_PREFIX, Dimensions
+from pos2d.hf.tokenizer import VOCABULARIES, load_tokenizer
 from pos2d.layout import build_layout
 from pos2d.memory_costs import least_memory
 from pos2d.runtime.backends.memory import check_least
@@ -30,8 +31,6 @@ from pos2d.runtime.engine.sampling import GENERATION_CONFIG, Sampling
 from pos2d.runtime.text.text_decode import TextSampler
 from pos2d.runtime.text.tokenization import encode_prompts
 from pos2d.spec import Align, Rope2DSpec
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_model_with_lora(
@@ -146,14 +145,9 @@ def _tokenizer(directory: Path) -> Any:
     Raises:
         InputError: the base has no tokenizer, or none that transformers can read.
     """
-    # Without any of these files transformers 5 makes a tokenizer with an empty vocabulary.
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise InputError(f"{directory} has none of {', '.join(TOKENIZER_FILES)}; copy the model again")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # a damaged file may raise anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"the tokenizer in {directory} cannot be read: {reason}; copy the model again") from None
+    if not any((directory / name).is_file() for name in VOCABULARIES):
+        raise InputError(f"{directory} has none of {', '.join(VOCABULARIES)}; copy the model again")
+    tokenizer: Any = load_tokenizer(directory)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

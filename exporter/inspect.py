@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pos2d.errors import InputError, UsageError
 from pos2d.exporter.adapters import Adapter, read_adapters
@@ -15,12 +15,10 @@ from pos2d.exporter.inspection.guess import guess_positions
 from pos2d.exporter.inspection.model_facts import ArtifactFacts, BaseFacts, artifact_facts, base_facts
 from pos2d.exporter.inspection.ranking import Guess
 from pos2d.exporter.inspection.samples import read_samples
+from pos2d.hf.tokenizer import load_tokenizer
 from pos2d.manifest import FILE_NAME
 from pos2d.options import takes_options
 from pos2d.threads import ThreadOptions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 DESCRIPTIONS = {
     "trainer": "LoRA of the trainer",
@@ -159,13 +157,5 @@ def _read_both(path: Path, base_model: str | Path, revision: str | None) -> tupl
 
 
 def _guess(base: Checkpoint, adapters: list[Adapter], text: str | Path) -> Guess:
-    samples = read_samples(Path(text), _tokenizer(base.directory))
+    samples = read_samples(Path(text), load_tokenizer(base.directory))
     return guess_positions(base, adapters, samples)
-
-
-def _tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
-    if not (directory / "tokenizer.json").is_file():
-        raise InputError(f"{directory} has no tokenizer.json, so text cannot be tokenized for it; copy the file there")
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(directory)

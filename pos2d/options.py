@@ -10,8 +10,8 @@ keywords, and a line of a ``batch`` file has them as keys::
         def __post_init__(self) -> None:
             check_options(self)
 
-A field's type is ``bool``, ``int``, ``float``, ``str``, a ``Literal`` of strings, ``tuple[str, ...]``, or one of them
-``| None``.
+A field's type is ``bool``, ``int``, ``float``, ``str``, a ``Literal`` of strings, ``tuple[str, ...]``,
+``Mapping[str, Any]``, or one of them ``| None``.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -26,7 +26,14 @@ from pos2d.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 METADATA_KEY = "option"
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a text or several"}
+KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "a text or several",
+    Mapping: "a JSON object",
+}
 
 
 @dataclass(frozen=True, slots=True)

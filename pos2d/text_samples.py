@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pos2d.errors import InputError
+from pos2d.messages import content_text
 from pos2d.text_files import open_text
 
 PAIRS = (("prompt", "answer"), ("question", "answer"), ("instruction", "output"), ("q", "a"))
@@ -123,9 +124,9 @@ def _texts(entry: Any, tokenizer: Any, place: str) -> tuple[str, str]:
 
 def _conversation(turns: list[Any], tokenizer: Any, place: str) -> tuple[str, str]:
     """The text of the chat template up to the last turn, and that turn; without a template, the turns as they are."""
-    if not all(isinstance(turn, Mapping) and isinstance(turn.get("content"), str) for turn in turns):
+    if not all(isinstance(turn, Mapping) and content_text(turn.get("content")) is not None for turn in turns):
         raise InputError(f"{place}: a turn has no content; {FORMS}")
-    *earlier, last = turns
+    *earlier, last = ({**turn, "content": content_text(turn["content"])} for turn in turns)
     if not tokenizer.chat_template:
         return "".join(f"{turn['content']}\n" for turn in earlier), last["content"]
     try:

@@ -152,6 +152,8 @@ def _recipe(
     prompts: dict[str, Any] = {"ignore_chat_template": True} if options.ignore_chat_template else {}
     if context is not None:
         prompts["context"] = context
+    if options.chat_template_kwargs:
+        prompts["chat_template_kwargs"] = dict(options.chat_template_kwargs)
     hashed = (artifact / name for name in (FILE_NAME, *ENCODING_FILES))
     recipe = {
         "input": {"name": source.name, "sha256": _sha256(source)},

@@ -1,7 +1,7 @@
 """Draw positions, branches and times: prompts on a grid, and what one of their tokens attends to."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from pos2d.layout import Layout, build_layout
 from pos2d.manifest import read_manifest
 from pos2d.options import takes_options
 from pos2d.runtime.layout_view.picture import Picture, clipped, placed_tokens, printable
-from pos2d.runtime.text.options import MAX_BRANCHES, LayoutOptions
+from pos2d.runtime.text.options import MAX_BRANCHES, LayoutOptions, PromptOptions
 from pos2d.runtime.text.requests import encode_for
 from pos2d.runtime.text.tokenization import EncodedPrompts, load_tokenizer
 from pos2d.spec import Align, Rope2DSpec, Visibility
@@ -41,6 +41,7 @@ def show_layout(
     align_to: Align | None = None,
     branch_stride: int | None = None,
     ignore_chat_template: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
     force: bool = False,
 ) -> LayoutReport:
@@ -58,8 +59,10 @@ def show_layout(
     prompt = [prompt] if isinstance(prompt, str) else prompt
     if len(prompt) > MAX_BRANCHES:
         raise UsageError(f"{len(prompt)} prompts do not fit in one sequence; give at most {MAX_BRANCHES}")
-    if ignore_chat_template and artifact is None:
-        raise UsageError("`ignore_chat_template` concerns an artifact's template; give an artifact, or leave it out")
+    encoding = PromptOptions(ignore_chat_template=ignore_chat_template, chat_template_kwargs=chat_template_kwargs)
+    if encoding != PromptOptions() and artifact is None:
+        name = "ignore_chat_template" if ignore_chat_template else "chat_template_kwargs"
+        raise UsageError(f"`{name}` concerns an artifact's template; give an artifact, or leave it out")
     spec = PLAIN_SPEC if artifact is None else read_manifest(Path(artifact)).rope_2d
     options = LayoutOptions(visibility=visibility, align_to=align_to, branch_stride=branch_stride)
     options.check_effect(spec)
@@ -67,7 +70,7 @@ def show_layout(
     if artifact is None:
         encoded, text_of = _words(prompt, context)
     else:
-        encoded, text_of = _tokens(Path(artifact), prompt, context, spec, ignore_chat_template)
+        encoded, text_of = _tokens(Path(artifact), prompt, context, spec, encoding)
     layout = build_layout(encoded.branches, spec, encoded.context)
     texts = [text_of(int(number)) for number in layout.ids]
     chosen = _chosen(token, texts, layout)
@@ -122,11 +125,11 @@ def _words(prompts: Sequence[str], context: str | None) -> tuple[EncodedPrompts,
 
 
 def _tokens(
-    directory: Path, prompts: Sequence[str], context: str | None, spec: Rope2DSpec, ignore_chat_template: bool
+    directory: Path, prompts: Sequence[str], context: str | None, spec: Rope2DSpec, options: PromptOptions
 ) -> tuple[EncodedPrompts, Callable[[int], str]]:
     """The token ids that ``run`` would feed, and a function from an id to its text."""
     tokenizer: Any = load_tokenizer(directory)
-    encoded = encode_for(tokenizer, prompts, context, spec, ignore_chat_template)
+    encoded = encode_for(tokenizer, prompts, context, spec, options.ignore_chat_template, options.chat_template_kwargs)
 
     def text_of(number: int) -> str:
         text: str = tokenizer.decode([number], clean_up_tokenization_spaces=False)

@@ -1,8 +1,9 @@
 """Flags of the command line: made from the groups of options that the library declares, and those that verbs share."""
 
+import json
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def flag_of(option: Option, section: str) -> Decorator:
         default = f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
     return click.option(
         *names,
-        type=click.Choice(option.choices) if option.choices else str if option.kind is tuple else option.kind,
+        type=_type_of(option),
         multiple=option.kind is tuple,
         default=None,
         metavar=option.metavar,
@@ -61,6 +62,25 @@ def flag_of(option: Option, section: str) -> Decorator:
         cls=SectionedOption,
         section=section,
     )
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Read a JSON object, such as ``{"enable_thinking": false}``."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise click.BadParameter(f"{text!r} must be a JSON object, such as '{{\"enable_thinking\": false}}'")
+    return values
+
+
+def _type_of(option: Option) -> Any:
+    """The type of a flag, or of each of its values."""
+    if option.choices:
+        return click.Choice(option.choices)
+    readers: dict[Any, Any] = {tuple: str, Mapping: json_object}
+    return readers.get(option.kind, option.kind)
 
 
 def flag_name(option: str) -> str:

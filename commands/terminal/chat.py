@@ -45,7 +45,7 @@ def chat(artifact: str | Path, *, context: str | None = None, **options: Any) ->
     (loading,) = split_options(options, LoadOptions)
     model = load(artifact, **loading)
     warn(answering.sampling.warnings(model.path))
-    system: list[Message] = [{"role": "system", "content": context}] if context else []
+    system: list[Message] = [{"role": "system", "content": context}] if context is not None else []
     session = Session(Conversation(model, system, answering), system)
     if is_interactive():
         _print_note(f"{artifact} ({answering.sampling.summary()}); /help shows the commands")

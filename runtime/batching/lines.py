@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pos2d.errors import InputError, Pos2DError
+from pos2d.messages import text_messages
 from pos2d.options import options_of
 from pos2d.runtime.batching.own_keys import own_keys
 from pos2d.runtime.engine.sampling import Sampling, SamplingOptions, resolve_sampling, values_of
 from pos2d.runtime.text.artifact import LoadedArtifact
-from pos2d.runtime.text.chat_template import render_messages, require_chat_template
-from pos2d.runtime.text.options import LayoutOptions, RequestOptions
+from pos2d.runtime.text.chat_template import check_arguments, render_for_answer, require_chat_template
+from pos2d.runtime.text.options import LayoutOptions, PromptOptions, RequestOptions
 from pos2d.runtime.text.requests import Request, encode_for, lay_out
 from pos2d.runtime.text.tokenization import EncodedPrompts, encode
 from pos2d.spec import Rope2DSpec
@@ -20,7 +21,7 @@ from pos2d.text_samples import PAIRS, TEXTS
 
 PROMPT_KEYS = ("prompt", "messages", "prompts", "branches")
 CONTEXT_KEYS = ("context", "main")
-OPTION_KEYS = (*options_of(SamplingOptions), *options_of(LayoutOptions))
+OPTION_KEYS = (*options_of(SamplingOptions), *options_of(LayoutOptions), "chat_template_kwargs")
 KNOWN_KEYS = (*OPTION_KEYS, *PROMPT_KEYS, *CONTEXT_KEYS)
 SYSTEM_ROLES = ("system", "developer")
 SEPARATOR = "||"
@@ -98,7 +99,7 @@ def _block(raw: bytes, plain: bool) -> dict[str, Any]:
 
 def _with_context(block: dict[str, Any], context: str | None) -> dict[str, Any]:
     """The line with the context of the whole file, unless it has one of its own; an empty one is one of its own."""
-    if not context or any(block.get(name) is not None for name in CONTEXT_KEYS):
+    if context is None or any(block.get(name) is not None for name in CONTEXT_KEYS):
         return block
     turns = block.get("messages")
     if turns is None:
@@ -123,12 +124,16 @@ def _request(block: Mapping[str, Any], artifact: LoadedArtifact, options: Reques
     LayoutOptions(**in_line).check_effect(options.layout.apply_to(artifact.manifest.rope_2d))
     layout = replace(options.layout, **in_line)
     spec = layout.apply_to(artifact.manifest.rope_2d)
-    encoded = _encoded(block, artifact, spec, options.ignore_chat_template)
+    arguments = given.get("chat_template_kwargs")
+    if arguments is not None:
+        PromptOptions(ignore_chat_template=options.ignore_chat_template, chat_template_kwargs=arguments)
+        options = replace(options, chat_template_kwargs=arguments)
+    encoded = _encoded(block, artifact, spec, options)
     return lay_out(artifact, encoded, spec, sampling, layout.branches_per_sequence)
 
 
 def _encoded(
-    block: Mapping[str, Any], artifact: LoadedArtifact, spec: Rope2DSpec, ignore_chat_template: bool
+    block: Mapping[str, Any], artifact: LoadedArtifact, spec: Rope2DSpec, options: RequestOptions
 ) -> EncodedPrompts:
     """Token ids of the line's prompts and context."""
     keys = [name for name in PROMPT_KEYS if name in block]
@@ -137,12 +142,14 @@ def _encoded(
     context = _context(block)
     if keys != ["messages"]:
         prompts = _prompts(block[keys[0]], keys[0])
-        return encode_for(artifact.tokenizer, prompts, context, spec, ignore_chat_template)
+        return encode_for(
+            artifact.tokenizer, prompts, context, spec, options.ignore_chat_template, options.chat_template_kwargs
+        )
     if context is not None:
         raise InputError("messages has its own system turn; put the context there")
-    if ignore_chat_template:
+    if options.ignore_chat_template:
         raise InputError("messages need the chat template; use prompt, or leave `ignore_chat_template` out")
-    return _encoded_messages(block["messages"], artifact.tokenizer)
+    return _encoded_messages(block["messages"], artifact.tokenizer, options.chat_template_kwargs)
 
 
 def _context(block: Mapping[str, Any]) -> str | None:
@@ -170,12 +177,15 @@ def _prompt(entry: Any, key: str) -> str:
     raise InputError(f"{key} has {entry!r}, which is not a text")
 
 
-def _encoded_messages(messages: Any, tokenizer: Any) -> EncodedPrompts:
+def _encoded_messages(messages: Any, tokenizer: Any, arguments: Mapping[str, Any] | None) -> EncodedPrompts:
+    """Token ids of a conversation, whose last message is answered, or continued if it is the assistant's."""
     turns = messages if isinstance(messages, list) else []
     if not turns or not all(
-        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str | list)
         for turn in turns
     ):
         raise InputError("messages must be a list of turns, each with a role and a content")
+    turns = text_messages(turns)
     require_chat_template(tokenizer)
-    return EncodedPrompts([encode(tokenizer, render_messages(tokenizer, turns, add_generation_prompt=True))], None)
+    check_arguments(tokenizer, arguments, uses_template=True)
+    return EncodedPrompts([encode(tokenizer, render_for_answer(tokenizer, turns, arguments))], None)

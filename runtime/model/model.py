@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pos2d.errors import InputError, UsageError
 from pos2d.layout import Ints, build_layout, columnar_mask
+from pos2d.messages import content_text
 from pos2d.options import takes_options
 from pos2d.runtime.engine.backend import Floats
 from pos2d.runtime.engine.decode import decode
@@ -62,9 +63,11 @@ class Model(LoadedArtifact):
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         return stream_events(self, prepare_request(self, texts, context, self._request_options(options)))
 
-    @takes_options(SamplingOptions)
-    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Completion:
-        """The answer to ``messages``, each with its ``role`` and ``content``; the last one is the user's.
+    @takes_options(SamplingOptions, PromptOptions)
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Completion:
+        """The answer to ``messages``, each with its ``role`` and ``content``.
+
+        A content is a text or a list of text parts. If the last message is the assistant's, it is continued.
 
         :meth:`conversation` keeps the KV cache of earlier turns.
 
@@ -72,10 +75,10 @@ class Model(LoadedArtifact):
             InputError: no chat template, or messages that it does not accept.
             UsageError: a value out of range.
         """
-        return collect(self._next_turn(messages, options), [messages[-1]["content"]])[0]
+        return collect(self._next_turn(messages, options), [_last_text(messages)])[0]
 
     @takes_options(SamplingOptions, LayoutOptions, PromptOptions)
-    def conversation(self, messages: Sequence[Mapping[str, str]] = (), **options: Any) -> Conversation:
+    def conversation(self, messages: Sequence[Mapping[str, Any]] = (), **options: Any) -> Conversation:
         """A conversation that continues ``messages``, with one KV cache for all turns."""
         return Conversation(self, messages, self._request_options(options))
 
@@ -92,11 +95,11 @@ class Model(LoadedArtifact):
         """:meth:`stream`, without blocking the event loop; leaving it early stops the generation."""
         return iterate_in(self._worker, lambda: self.stream(prompts, context, **options))
 
-    @takes_options(SamplingOptions)
-    async def achat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Completion:
+    @takes_options(SamplingOptions, PromptOptions)
+    async def achat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Completion:
         """:meth:`chat`, without blocking the event loop."""
         events = iterate_in(self._worker, lambda: self._next_turn(messages, options))
-        return collect([event async for event in events], [messages[-1]["content"]])[0]
+        return collect([event async for event in events], [_last_text(messages)])[0]
 
     def _request_options(self, options: Mapping[str, Any]) -> RequestOptions:
         """The options of a request; warns of generation settings of the artifact that are not used."""
@@ -105,7 +108,7 @@ class Model(LoadedArtifact):
             warnings.warn(warning, stacklevel=4)
         return found
 
-    def _next_turn(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> Iterator[Event]:
+    def _next_turn(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Iterator[Event]:
         *earlier, last = messages or [{}]
         return self.conversation(earlier, **options).ask(last)
 
@@ -221,6 +224,10 @@ class Model(LoadedArtifact):
                 "`ignore_eos=True` decodes without an end token"
             )
         return tokens
+
+
+def _last_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    return content_text(messages[-1]["content"]) or ""
 
 
 def _for_batch(values: npt.ArrayLike, shape: tuple[int, ...], name: str) -> Ints:

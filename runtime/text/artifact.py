@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from pos2d.errors import InputError
+from pos2d.hf.tokenizer import load_tokenizer
 from pos2d.layout import Ints
 from pos2d.manifest import Manifest
 from pos2d.runtime.engine.backend import Backend
-from pos2d.runtime.text.tokenization import load_tokenizer
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,51 +1,116 @@
 """Rendering messages with the tokenizer's chat template."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pos2d.errors import InputError
+from pos2d.errors import InputError, UsageError
+from pos2d.runtime.text.common_prefix import common_length
+
+Arguments = Mapping[str, Any]
 
 
-def render_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+def render_messages(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    arguments: Arguments | None = None,
+    *,
+    add_generation_prompt: bool,
+) -> str:
     """The text of ``messages``; ``add_generation_prompt`` opens the assistant's message after them.
+
+    ``arguments`` are further variables of the template.
 
     Raises:
         InputError: the template does not accept these messages.
     """
     try:
         text: str = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **(arguments or {})
         )
     except Exception as error:  # a template may raise anything
         raise InputError(f"the chat template does not accept these messages: {error}") from None
     return text
 
 
-def render_chat(tokenizer: Any, prompts: Sequence[str], context: str | None) -> tuple[list[str], str | None]:
-    """The text of every prompt as a user message, and of the context as the system message before them.
+def render_for_answer(tokenizer: Any, messages: Sequence[Mapping[str, Any]], arguments: Arguments | None = None) -> str:
+    """The text that an answer to ``messages`` follows; a last message of the assistant is an answer to continue.
 
     Raises:
-        InputError: the template does not render the system message as a prefix of the whole chat.
+        InputError: the template does not accept these messages, or changes the answer that is to be continued.
     """
-    users = [{"role": "user", "content": prompt} for prompt in prompts]
-    if not context:
-        return [render_messages(tokenizer, [user], add_generation_prompt=True) for user in users], None
-    system = {"role": "system", "content": context}
-    chats = [render_messages(tokenizer, [system, user], add_generation_prompt=True) for user in users]
-    prefix = render_messages(tokenizer, [system], add_generation_prompt=False)
-    prompts_after = split_prefix(chats, prefix)
-    if prompts_after is None:
-        raise InputError(
-            "this chat template cannot start with the context as a system message; use `ignore_chat_template=True`"
+    if not messages or messages[-1]["role"] != "assistant":
+        return render_messages(tokenizer, messages, arguments, add_generation_prompt=True)
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, continue_final_message=True, **(arguments or {})
         )
-    return prompts_after, prefix
+    except Exception as error:
+        reason = str(error).partition("!")[0]  # transformers adds the whole conversation
+        raise InputError(f"the chat template cannot continue the assistant's last message: {reason}") from None
+    return text
 
 
-def split_prefix(texts: Sequence[str], prefix: str) -> list[str] | None:
-    """Every text after ``prefix``, or None if one of them does not continue it."""
-    if not all(text.startswith(prefix) and len(text) > len(prefix) for text in texts):
-        return None
-    return [text[len(prefix) :] for text in texts]
+def render_chat(
+    tokenizer: Any, prompts: Sequence[str], context: str | None, arguments: Arguments | None = None
+) -> tuple[list[str], str]:
+    """The text of every prompt as a user's message, after the context as a system message.
+
+    The second value is the part with the context, with which all these texts begin; it is empty without a context.
+
+    Raises:
+        InputError: the template does not accept a system message before a user's.
+    """
+    system = [] if context is None else [{"role": "system", "content": context}]
+    return render_questions(tokenizer, system, prompts, arguments)
+
+
+def render_questions(
+    tokenizer: Any, earlier: Sequence[Mapping[str, Any]], questions: Sequence[str], arguments: Arguments | None = None
+) -> tuple[list[str], str]:
+    """The text of every question as the next message after ``earlier``, and the part of ``earlier`` that they share.
+
+    Raises:
+        InputError: the template does not accept these messages.
+    """
+
+    def asked(question: str) -> str:
+        messages = [*earlier, {"role": "user", "content": question}]
+        return render_messages(tokenizer, messages, arguments, add_generation_prompt=True)
+
+    texts = [asked(question) for question in questions]
+    if not earlier:
+        return texts, ""
+    samples = [asked("a"), asked("b"), *texts]
+    first, last = min(samples), max(samples)  # in alphabetical order, so that all others share what these two share
+    shared = first[: common_length(first, last)]
+    try:
+        alone = render_messages(tokenizer, earlier, arguments, add_generation_prompt=False)
+    except InputError:  # a template may want a question
+        return texts, shared
+    # Alone, the messages may look different, as in templates that show the thoughts of the newest answer only, or that
+    # put the system message into the user's.
+    complete = shared.startswith(alone) and str(earlier[-1]["content"]).strip() in alone
+    return texts, alone if complete else shared
+
+
+def check_arguments(tokenizer: Any, arguments: Arguments | None, *, uses_template: bool) -> None:
+    """Check that the chat template reads every one of ``arguments``.
+
+    Raises:
+        UsageError: it does not, or no template is used.
+    """
+    if not arguments:
+        return
+    if not uses_template:
+        raise UsageError("`chat_template_kwargs` has no effect without a chat template; leave it out")
+    template: str = tokenizer.get_chat_template(tools=arguments.get("tools"))
+    unread = [name for name in arguments if not re.search(rf"\b{re.escape(name)}\b", template)]
+    if unread:
+        raise UsageError(
+            f"`chat_template_kwargs` has {', '.join(map(repr, unread))}, which the chat template of this model does "
+            "not read; leave it out"
+        )
 
 
 def require_chat_template(tokenizer: Any) -> None:

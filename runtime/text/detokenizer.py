@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-REPLACEMENT = "\ufffd"  # what a tokenizer decodes an incomplete character to
+from pos2d.runtime.text.growing_text import growing_text
 
 
 class StreamDetokenizer:
@@ -13,39 +13,32 @@ class StreamDetokenizer:
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
+        self._growing = growing_text(tokenizer)
         self._stop = stop
         self._held_back = ""
-        # A token is decoded together with the token before it, since its text may depend on that. Decoding starts at
-        # `_window`; the text of the tokens before `_decoded` is out already.
-        self._window = self._decoded = 0
-        self.ids: list[int] = []
         self.text = ""
         self.stopped = False
 
     def append(self, token: int) -> str:
-        """Add a token; return the text that it completes."""
-        self.ids.append(token)
-        return self._release(self._decode())
+        """Add a token; return the text that it completes.
+
+        Text that a further token might still change is final if it completes a stop string.
+        """
+        text = self._release(self._growing.append(token))
+        if self._stop and not self.stopped:
+            end = self._held_back + self._growing.peek()
+            if any(stop in end for stop in self._stop):
+                text += self._release(self._growing.close())
+        return text
 
     def close(self) -> str:
         """Return the text that was held back, with an incomplete last character as it decodes."""
         if self.stopped:
             return ""
-        text = self._release(self._decode(allow_incomplete=True))
+        text = self._release(self._growing.close())
         end, self._held_back = ("", "") if self.stopped else (self._held_back, "")
         self.text += end
         return text + end
-
-    def _decode(self, allow_incomplete: bool = False) -> str:
-        """Text of the tokens that are not decoded yet; empty while their last character is incomplete."""
-        windows = self.ids[self._window : self._decoded], self.ids[self._window :]
-        before, after = (self._tokenizer.decode(ids, skip_special_tokens=True) for ids in windows)
-        if after.endswith(REPLACEMENT) and not allow_incomplete:
-            return ""
-        self._window, self._decoded = self._decoded, len(self.ids)
-        new: str = after[len(before) :]
-        return new
 
     def _release(self, new: str) -> str:
         """Add ``new`` to the text; return the part that cannot belong to a stop string."""

@@ -11,6 +11,23 @@ from pos2d.runtime.engine.sampling import Sampling, resolve_sampling
 from pos2d.spec import MAX_STRIDE, Align, Rope2DSpec, Visibility
 
 MAX_BRANCHES = 16
+# Names that transformers takes for itself where it renders a template.
+RESERVED = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,13 +95,25 @@ class PromptOptions:
     """How texts are encoded.
 
     Raises:
-        UsageError: a value of another type.
+        UsageError: a value of another type, or arguments of the template that are set otherwise.
     """
 
     ignore_chat_template: bool = option(False, "Encode the texts as they are, without the chat template.")
+    chat_template_kwargs: Mapping[str, Any] | None = option(
+        None,
+        'Variables of the chat template, such as {"enable_thinking": false}.',
+        metavar="JSON",
+        default_text="those of the template",
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
+        arguments = self.chat_template_kwargs or {}
+        reserved = [name for name in arguments if not isinstance(name, str) or name in RESERVED]
+        if reserved:
+            raise UsageError(f"`chat_template_kwargs` has {reserved[0]!r}, which is no variable of a template")
+        if arguments and self.ignore_chat_template:
+            raise UsageError("`chat_template_kwargs` has no effect with `ignore_chat_template`; leave one of them out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +123,7 @@ class RequestOptions:
     sampling: Sampling
     layout: LayoutOptions
     ignore_chat_template: bool = False
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
 
 def request_options(
@@ -109,8 +139,10 @@ def request_options(
         InputError: generation settings that cannot be read.
     """
     layout, prompt = split_options(options, LayoutOptions, PromptOptions)
+    encoding = PromptOptions(**prompt)
     return RequestOptions(
         sampling=resolve_sampling(directory, options, defaults),
         layout=LayoutOptions(**layout),
-        ignore_chat_template=PromptOptions(**prompt).ignore_chat_template,
+        ignore_chat_template=encoding.ignore_chat_template,
+        chat_template_kwargs=encoding.chat_template_kwargs,
     )

@@ -1,6 +1,6 @@
 """A request: prompts over one context, laid out in as many sequences as they need; the context is prefilled once."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from pos2d.runtime.engine.sampler import new_token_limit
 from pos2d.runtime.engine.sampling import Sampling
 from pos2d.runtime.engine.sequence import check_length
 from pos2d.runtime.text.artifact import LoadedArtifact
+from pos2d.runtime.text.chat_template import check_arguments
 from pos2d.runtime.text.completions import Event
 from pos2d.runtime.text.end_tokens import end_token_ids
 from pos2d.runtime.text.options import RequestOptions
@@ -42,23 +43,36 @@ def prepare_request(
     """
     options.layout.check_effect(artifact.manifest.rope_2d)
     spec = options.layout.apply_to(artifact.manifest.rope_2d)
-    encoded = encode_for(artifact.tokenizer, prompts, context, spec, options.ignore_chat_template)
+    encoded = encode_for(
+        artifact.tokenizer, prompts, context, spec, options.ignore_chat_template, options.chat_template_kwargs
+    )
     return lay_out(artifact, encoded, spec, options.sampling, options.layout.branches_per_sequence)
 
 
 def encode_for(
-    tokenizer: Any, prompts: Sequence[str], context: str | None, spec: Rope2DSpec, ignore_chat_template: bool
+    tokenizer: Any,
+    prompts: Sequence[str],
+    context: str | None,
+    spec: Rope2DSpec,
+    ignore_chat_template: bool,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> EncodedPrompts:
     """Token ids of prompts that will have the positions of ``spec``.
 
     The rules are those of :func:`pos2d.runtime.text.tokenization.encode_prompts`.
+
+    Raises:
+        UsageError: arguments that the chat template does not read.
     """
+    chat = bool(tokenizer.chat_template) and not ignore_chat_template
+    check_arguments(tokenizer, template_arguments, uses_template=chat)
     return encode_prompts(
         tokenizer,
         prompts,
         context,
-        chat=bool(tokenizer.chat_template) and not ignore_chat_template,
+        chat=chat,
         add_special_tokens=len(prompts) == 1 or spec.visibility == "isolated",
+        template_arguments=template_arguments,
     )
 
 

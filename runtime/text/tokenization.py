@@ -1,15 +1,15 @@
 """From texts to token ids, with the artifact's tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pos2d.errors import InputError
+from pos2d.hf.tokenizer import load_tokenizer
 from pos2d.runtime.text.chat_template import render_chat
+from pos2d.runtime.text.common_prefix import common_length
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+__all__ = ["EncodedPrompts", "encode", "encode_prompts", "load_tokenizer", "share_context"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,29 +24,21 @@ class EncodedPrompts:
         return sum(map(len, self.branches)) + len(self.context or ())
 
 
-def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer of an artifact.
-
-    Raises:
-        InputError: the artifact has no ``tokenizer.json``.
-    """
-    if not (directory / "tokenizer.json").is_file():
-        raise InputError(
-            f"{directory} has no tokenizer.json; put the base model's tokenizer files there, or work with token ids"
-        )
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(directory)
-
-
 def encode_prompts(
-    tokenizer: Any, prompts: Sequence[str], context: str | None, *, chat: bool, add_special_tokens: bool
+    tokenizer: Any,
+    prompts: Sequence[str],
+    context: str | None,
+    *,
+    chat: bool,
+    add_special_tokens: bool,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> EncodedPrompts:
     """Token ids of every prompt, and of the context that all of them see.
 
-    With ``chat`` every prompt is a user message in the chat template, and the context is the system message before it.
-    Without, the texts are encoded as they are. ``add_special_tokens`` then puts the tokenizer's special tokens, such
-    as BOS, at the beginning: for single and isolated sequences, but not for columns, which are trained without.
+    The context and a prompt together have the tokens of their whole text. With ``chat`` every prompt is a user message
+    in the chat template, and the context is the system message before it. Without, the texts are encoded as they are.
+    ``add_special_tokens`` then puts the tokenizer's special tokens, such as BOS, at the beginning: for single and
+    isolated sequences, but not for columns, which are trained without.
 
     Raises:
         InputError: no prompt, an empty one, or a template that cannot put a system message before a user's.
@@ -57,13 +49,27 @@ def encode_prompts(
     if not prompts:
         raise InputError("there is no prompt; give at least one `prompt`")
     if chat:
-        prompts, context = render_chat(tokenizer, prompts, context)
-
+        texts, shared = render_chat(tokenizer, prompts, context, template_arguments)
+    else:
+        shared = context or ""
+        texts = [shared + prompt for prompt in prompts]
     special = add_special_tokens and not chat
-    return EncodedPrompts(
-        branches=[encode(tokenizer, prompt, special and not context) for prompt in prompts],
-        context=encode(tokenizer, context, special) if context else None,
-    )
+    wholes = (encode(tokenizer, text, special) for text in texts)
+    return share_context(wholes, encode(tokenizer, shared, special) if shared else [])
+
+
+def share_context(wholes: Iterable[list[int]], context: list[int]) -> EncodedPrompts:
+    """Take the beginning that all of ``wholes`` have in common with ``context`` out of them, as their context.
+
+    A token that reaches from the context's text into a prompt's belongs to the branches, and so does at least one
+    token of each.
+    """
+    branches: list[tuple[int, list[int]]] = []
+    for ids in wholes:
+        same = common_length(context, ids[:-1])
+        branches.append((same, ids[same:]))
+    shared = min(same for same, _ in branches)
+    return EncodedPrompts([context[shared:same] + own for same, own in branches], context[:shared] or None)
 
 
 def encode(tokenizer: Any, text: str, add_special_tokens: bool = False) -> list[int]:

@@ -91,7 +91,7 @@ def test_the_context_of_the_file_is_that_of_lines_without_one(talker: runtime.Mo
         [talker.chat([system, user], **OPTIONS).text],
         [talker.chat([{"role": "system", "content": "mine"}, user], **OPTIONS).text],
         ask(["a", "bc"]),
-        ask("none", None),
+        ask("none", ""),
         ask("the second that is longer", branch_stride=7),
         ask("and a third"),
     ]

@@ -257,13 +257,13 @@ def test_a_refused_turn_changes_nothing(talker: runtime.Model, question: Any, wo
 
 def test_what_a_conversation_needs(talker: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="is not a turn"):
-        talker.conversation([{"role": "user", "content": 3}])  # type: ignore[dict-item]
+        talker.conversation([{"role": "user", "content": 3}])
     with pytest.raises(InputError, match="is not a turn"):
         talker.chat([])
     with pytest.raises(InputError, match="is not a turn"):
         talker.chat("hi")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="the next turn is the user's"):
-        talker.chat([{"role": "assistant", "content": "hi"}])
+        talker.chat([{"role": "system", "content": "hi"}])
     with pytest.raises(TypeError, match="no keyword 'temprature'; did you mean 'temperature'"):
         talker.conversation(temprature=1)
     with pytest.raises(UsageError, match="leave `ignore_chat_template` out"):
