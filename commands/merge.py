@@ -59,6 +59,8 @@ def report_text(report: "MergeReport") -> str:
     lines = [f"positions: {rotation if rope['pair_indices'] else 'no 2D RoPE'}; {layout}"]
     if report.untied:
         lines.append("the adapter changes head and embedding differently, so they are two tensors now")
+    if report.tokenizer != "base":
+        lines.append(f"tokenizer: that of {report.tokenizer}, not that of the base")
     if report.totals is None or report.ledger is None:
         needs = report.needs
         disk = f"{size_text(needs.disk)} of disk ({size_text(needs.disk_free)} free)"

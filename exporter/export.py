@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pos2d.errors import UsageError
-from pos2d.exporter.artifact.sidecars import copy_sidecars
+from pos2d.exporter.artifact.sidecars import write_sidecars
 from pos2d.exporter.artifact.staging import check_output, file_facts, staged
 from pos2d.exporter.formats import format_of, load_format
 from pos2d.exporter.formats.options import ExportOptions, FormatName
@@ -71,6 +71,8 @@ def export(
     base_model: str | Path | None = None,
     revision: str | None = None,
     lora: str | Path | Sequence[str | Path] = (),
+    then: str | Path | Sequence[str | Path] = (),
+    tokenizer: str | Path | None = None,
     lora_rank: int | None = None,
     force: bool = False,
     **options: Any,
@@ -95,11 +97,12 @@ def export(
     if (merged is None) == (base_model is None):
         raise UsageError("give either a directory that merge wrote, or `base_model` with `lora`")
     check_output(output, force=force)
-    source = _source(merged, base_model, lora, positions, revision, lora_rank)
+    inputs = {"lora": lora, "then": then, "tokenizer": tokenizer, "revision": revision, "lora_rank": lora_rank}
+    source = _source(merged, base_model, positions, inputs)
     plan = form.plan(source, chosen)
     check_disk(output, plan.nbytes + SIDECAR_BYTES, disk_free(output))
     with staged(output, force=force) as staging:
-        copy_sidecars(source.base.directory, staging)
+        write_sidecars(source.sidecars, staging)
         manifest = _manifest(source, staging, kind=chosen.format, **form.write(source, plan, staging))
         manifest.write(staging)
         parity = None if chosen.no_verify else form.check(staging, source, plan)
@@ -112,16 +115,15 @@ def export(
 def _source(
     merged: str | Path | None,
     base_model: str | Path | None,
-    lora: str | Path | Sequence[str | Path],
     positions: TrainedPositions,
-    revision: str | None,
-    lora_rank: int | None,
+    inputs: Mapping[str, Any],
 ) -> Source:
     if merged is None:
-        return from_adapters(str(base_model), lora, positions, revision=revision, lora_rank=lora_rank)
-    if lora or revision is not None or lora_rank is not None or positions != TrainedPositions():
+        return from_adapters(str(base_model), positions=positions, **inputs)
+    if any(value not in (None, (), []) for value in inputs.values()) or positions != TrainedPositions():
         raise UsageError(
-            "`lora`, `lora_rank`, `revision` and positions belong to `base_model`; a merged directory stores them"
+            "`lora`, `then`, `tokenizer`, `lora_rank`, `revision` and positions belong to `base_model`; a merged "
+            "directory stores them"
         )
     return from_merged(Path(merged))
 

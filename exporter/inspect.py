@@ -6,11 +6,12 @@ from typing import Any
 
 from pos2d.errors import InputError, UsageError
 from pos2d.exporter.adapters import Adapter, read_adapters
-from pos2d.exporter.adapters.peft import ADAPTER_CONFIG
+from pos2d.exporter.adapters.location import is_hub_id, locate
+from pos2d.exporter.adapters.peft_files import ADAPTER_CONFIG
 from pos2d.exporter.files.parallel import limited_threads
 from pos2d.exporter.inputs.base import read_base
 from pos2d.exporter.inputs.checkpoint import Checkpoint
-from pos2d.exporter.inspection.adapter_facts import AdapterFacts, peft_facts, trainer_facts
+from pos2d.exporter.inspection.adapter_facts import AdapterFacts, mlx_facts, peft_facts, trainer_facts
 from pos2d.exporter.inspection.guess import guess_positions
 from pos2d.exporter.inspection.model_facts import ArtifactFacts, BaseFacts, artifact_facts, base_facts
 from pos2d.exporter.inspection.ranking import Guess
@@ -24,9 +25,12 @@ DESCRIPTIONS = {
     "trainer": "LoRA of the trainer",
     "state dict": "full state of the trainer",
     "peft": "PEFT LoRA",
+    "mlx": "MLX LoRA",
     "base": "base model",
     "artifact": "artifact of this tool",
 }
+
+FACTS = {"trainer": trainer_facts, "peft": peft_facts, "mlx": mlx_facts}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,8 @@ def inspect(
     """Describe ``path`` from configuration, headers and small tensors; no code in it is run and nothing is written.
 
     Args:
-        path: the trainer's ``.pth`` or a directory with one, a PEFT directory, a base or an artifact.
+        path: the trainer's ``.pth`` or a directory with one, a PEFT or MLX directory, the id of an adapter on the Hub
+            as ``ORG/NAME@REVISION``, a base or an artifact.
         base_model: say whether the adapter fits this base.
         revision: commit, tag or branch of a base from the Hub.
         guess_ratio: find ratio and stride of the training by scoring ``text``. This loads the base in float32.
@@ -88,7 +93,7 @@ def inspect(
         InputError: ``path`` is none of these or is damaged; with ``guess_ratio``, an adapter that does not fit.
         UnsafeInputError: a file that would run code.
     """
-    path, threads = Path(path), ThreadOptions(**options).threads
+    given, path, threads = path, Path(path), ThreadOptions(**options).threads
     _check_parameters(base_model, revision, guess_ratio, text)
     kind = _kind(path)
     if kind != "adapter" and base_model is not None:
@@ -97,12 +102,13 @@ def inspect(
         return InspectReport(str(path), DESCRIPTIONS[kind], artifact=artifact_facts(path))
     if kind == "base":
         return InspectReport(str(path), DESCRIPTIONS[kind], base=base_facts(read_base(str(path))))
-    facts = peft_facts(path) if (path / ADAPTER_CONFIG).is_file() else trainer_facts(_single_file(path))
+    location = locate(given)
+    facts = FACTS[location.form](location.path)
     report = InspectReport(str(path), DESCRIPTIONS[facts.form], adapter=facts)
     if base_model is None:
         return report
     try:
-        base, adapters = _read_both(path, base_model, revision)
+        base, adapters = _read_both(location.path, base_model, revision)
     except InputError as misfit:
         if guess_ratio:
             raise
@@ -126,29 +132,22 @@ def _check_parameters(base_model: object, revision: object, guess_ratio: bool, t
 def _kind(path: Path) -> str:
     """``artifact``, ``adapter`` or ``base``, by the files that are there."""
     if path.is_file():
-        if path.suffix in (".safetensors", ".onnx", ".json"):
+        if path.suffix in (".safetensors", ".onnx", ".json") and not (path.parent / ADAPTER_CONFIG).is_file():
             raise InputError(f"{path} is one file of a model or adapter; give its directory")
+        return "adapter"
+    if not path.is_dir() and is_hub_id(str(path).partition("@")[0]):
         return "adapter"
     if not path.is_dir():
         raise InputError(f"{path} does not exist; give an adapter, a base model's directory or an artifact")
     for name, kind in ((FILE_NAME, "artifact"), (ADAPTER_CONFIG, "adapter"), ("config.json", "base")):
         if (path / name).is_file():
             return kind
-    if any(path.glob("*.pth")):
+    if any(path.iterdir()):
         return "adapter"
     raise InputError(
         f"{path} is nothing that this tool knows: it has no {FILE_NAME} (an artifact), no {ADAPTER_CONFIG} (PEFT), no "
         "config.json (a base model) and no .pth file (the trainer's LoRA)"
     )
-
-
-def _single_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    files = sorted(path.glob("*.pth"))
-    if len(files) != 1:
-        raise InputError(f"{path} has {len(files)} .pth files; name one of them, such as {files[0].name}")
-    return files[0]
 
 
 def _read_both(path: Path, base_model: str | Path, revision: str | None) -> tuple[Checkpoint, list[Adapter]]:

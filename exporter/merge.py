@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pos2d.dtypes import ComputeDtype
 from pos2d.exporter.artifact.hf_config import baked_config
-from pos2d.exporter.artifact.sidecars import copy_code, copy_sidecars
+from pos2d.exporter.artifact.sidecars import copy_code, write_sidecars
 from pos2d.exporter.artifact.staging import JOURNAL, check_output, file_facts, staged, write_json
 from pos2d.exporter.files.parallel import limited_threads
 from pos2d.exporter.inputs.checkpoint import Checkpoint
@@ -56,8 +56,9 @@ class MergeOptions:
 class MergeReport:
     """What a merge wrote, or with ``dry_run`` would write; ``bytes`` is the size of the whole directory.
 
-    ``was_finished``: a resumed merge found its output complete, and wrote nothing.
-    ``ledger`` maps tensor names to what was done to them; it and ``totals`` are None after a dry run.
+    ``was_finished``: a resumed merge found its output complete, and wrote nothing. ``tokenizer``: whose tokenizer
+    travels, ``base`` or the name of an adapter or directory. ``ledger`` maps tensor names to what was done to them; it
+    and ``totals`` are None after a dry run.
     """
 
     output: str
@@ -67,6 +68,7 @@ class MergeReport:
     dtype: str
     rope_2d: Mapping[str, Any]
     untied: bool
+    tokenizer: str
     base: Mapping[str, Any]
     adapters: tuple[Mapping[str, Any], ...]
     needs: Needs
@@ -97,6 +99,8 @@ def merge(
     lora: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
+    then: str | Path | Sequence[str | Path] = (),
+    tokenizer: str | Path | None = None,
     revision: str | None = None,
     lora_rank: int | None = None,
     dry_run: bool = False,
@@ -111,15 +115,17 @@ def merge(
 
     Args:
         base_model: a Hugging Face model directory, or a Hub id.
-        lora: one adapter or several, each a path or ``PATH=WEIGHT``.
+        lora: one adapter or several, each a path or ``PATH=WEIGHT``, or an id on the Hub as ``ORG/NAME@REVISION``.
+            Several are summed, each as trained on the base.
         output: the directory to write.
+        then: adapters that were trained on the result of all before them, in their order.
+        tokenizer: the directory whose tokenizer travels, in place of that of the last adapter that has one.
         revision: commit, tag or branch of a Hub id.
         lora_rank: the rank that the adapters must have.
         dry_run: check everything and write nothing.
         resume: continue an interrupted merge of the same inputs, to the same bytes.
         force: replace an artifact at ``output``.
-        options: fields of :class:`pos2d.exporter.sources.source.TrainedPositions`, :class:`MergeOptions` and
-            :class:`pos2d.threads.ThreadOptions`.
+        options: fields of the groups ``TrainedPositions``, :class:`MergeOptions` and ``ThreadOptions``.
 
     Raises:
         UsageError: options out of range, or that contradict each other.
@@ -134,7 +140,9 @@ def merge(
     settings, positions = MergeOptions(**storage), TrainedPositions(**trained)
     threads = ThreadOptions(**computing).threads
     check_output(output, force=force or resume)
-    source = from_adapters(base_model, lora, positions, revision=revision, lora_rank=lora_rank)
+    source = from_adapters(
+        base_model, lora, positions, then=then, tokenizer=tokenizer, revision=revision, lora_rank=lora_rank
+    )
     job = _checked(source, settings)
     needs = needs_of(job.layout, source.adapters, output)
 
@@ -157,7 +165,7 @@ def _checked(source: Source, settings: MergeOptions) -> CheckedMerge:
         "max_shard_size": settings.max_shard_size,
         "rounding": rounding.to_dict(),
     }
-    return CheckedMerge(source, plan, layout, rounding, source.origin | {"options": recorded})
+    return CheckedMerge(source, plan, layout, rounding, source.origin | {"options": {**source.options, **recorded}})
 
 
 def _finished(merge: CheckedMerge, output: Path) -> Manifest | None:
@@ -205,7 +213,7 @@ def _write_small_files(merge: CheckedMerge, target: Path) -> None:
         write_json(target / INDEX, index)
     write_json(target / CONFIG, baked_config(base, merge.source.spec, plan.dtype, plan.tied))
     copy_code(target)
-    copy_sidecars(base.directory, target)
+    write_sidecars(merge.source.sidecars, target)
 
 
 def _report(
@@ -220,6 +228,7 @@ def _report(
         dtype=merge.plan.dtype,
         rope_2d=merge.recipe["rope_2d"],
         untied=merge.source.base.sizes.tied and not merge.plan.tied,
+        tokenizer=merge.source.sidecars.tokenizer_of,
         base=merge.recipe["base"],
         adapters=merge.recipe["adapters"],
         needs=needs,

@@ -196,8 +196,24 @@ def base_flags(section: str, *, required: bool) -> Decorator:
             required=required,
             multiple=True,
             metavar="PATH[=WEIGHT]",
-            help="Adapter: the trainer's .pth file or a PEFT directory. Repeat the flag to merge the sum of several; "
-            "WEIGHT scales what an adapter adds.  [default weight: 1]",
+            help="Adapter: the trainer's .pth file, a PEFT or MLX directory, or NAME@REVISION on the Hugging Face Hub. "
+            "Repeat the flag to merge the sum of several; WEIGHT scales what an adapter adds.  [default weight: 1]",
+            cls=SectionedOption,
+            section=section,
+        ),
+        click.option(
+            "--then",
+            multiple=True,
+            metavar="PATH[=WEIGHT]",
+            help="Adapter that was trained on the result of all before it. Repeat the flag for a longer chain.",
+            cls=SectionedOption,
+            section=section,
+        ),
+        click.option(
+            "--tokenizer",
+            metavar="DIR",
+            help="Directory whose tokenizer and chat template the output gets.  [default: the last adapter that has "
+            "its own, or else the base model]",
             cls=SectionedOption,
             section=section,
         ),

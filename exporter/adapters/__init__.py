@@ -1,32 +1,56 @@
 """Reads adapters of every form; what is at the path tells which form it is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pos2d.errors import InputError, UsageError
 from pos2d.exporter.adapters.adapter import Adapter
-from pos2d.exporter.adapters.peft import ADAPTER_CONFIG, read_peft
+from pos2d.exporter.adapters.location import Location, locate
+from pos2d.exporter.adapters.mlx import read_mlx
+from pos2d.exporter.adapters.peft import read_peft
+from pos2d.exporter.adapters.sums import check_sum
 from pos2d.exporter.adapters.trainer import read_trainer_file
+from pos2d.exporter.adapters.vocabulary import resized
 from pos2d.exporter.inputs.checkpoint import Checkpoint
 
 __all__ = ["Adapter", "read_adapters"]
 
+READERS: Mapping[str, Callable[[Path, Checkpoint, float], Adapter]] = {
+    "trainer": read_trainer_file,
+    "peft": read_peft,
+    "mlx": read_mlx,
+}
 
-def read_adapters(lora: Sequence[str | Path], base: Checkpoint, lora_rank: int | None = None) -> list[Adapter]:
-    """Read every ``PATH`` or ``PATH=WEIGHT`` of ``lora`` and check it against ``base``; no code in the files is run.
 
-    A path is the trainer's ``.pth`` file, a directory that holds one, or a PEFT directory.
+def read_adapters(
+    lora: Sequence[str | Path], base: Checkpoint, lora_rank: int | None = None, then: Sequence[str | Path] = ()
+) -> list[Adapter]:
+    """Read every ``PATH`` or ``PATH=WEIGHT`` and check it against ``base``; no code in the files is run.
+
+    A path is the trainer's ``.pth`` file, a directory that holds one, a directory of PEFT or MLX, or the id of an
+    adapter on the Hub. The adapters of ``lora`` are summed, each as trained on ``base``. Each of ``then`` is one step
+    more, trained on the result of all before it.
 
     Raises:
         UsageError: no adapter, an adapter given twice, or a weight that is not a finite number other than 0.
-        InputError: not an adapter, an incomplete one, or one of another base or of another rank than ``lora_rank``.
+        InputError: not an adapter, an incomplete one, one of another base or of another rank than ``lora_rank``, or
+            adapters whose sum nobody trained.
         UnsafeInputError: a file that would run code.
     """
-    weighted = [split_weight(text) for text in lora]
-    paths = [path.resolve() for path, _ in weighted]
-    if not weighted or len(set(paths)) < len(paths):
-        raise UsageError("give every `lora` once" if weighted else "give at least one `lora`")
-    adapters = [_read(path, base, weight) for path, weight in weighted]
+    steps = [[split_weight(text) for text in lora], *([split_weight(text)] for text in then)]
+    if not steps[0]:
+        raise UsageError("give at least one `lora`")
+    given = [path.resolve() for step in steps for path, _ in step]
+    if len(set(given)) < len(given):
+        raise UsageError("give every adapter once, in `lora` or in `then`")
+    found = [[(locate(path), weight) for path, weight in step] for step in steps]
+    adapters: list[Adapter] = []
+    for number, step in enumerate(found):
+        added = [_read(location, base, weight).at_step(number) for location, weight in step]
+        check_sum(added, base)
+        base = next((resized(base, adapter.vocab) for adapter in added if adapter.vocab is not None), base)
+        adapters += added
     for adapter in adapters:
         if lora_rank is not None and adapter.ranks != [lora_rank]:
             ranks = ", ".join(map(str, adapter.ranks)) or "no rank"
@@ -54,16 +78,5 @@ def split_weight(text: str | Path) -> tuple[Path, float]:
     return Path(path), weight
 
 
-def _read(path: Path, base: Checkpoint, weight: float) -> Adapter:
-    if not path.is_dir():
-        if not path.is_file():
-            raise InputError(f"{path} does not exist; give the trainer's .pth file or a PEFT directory")
-        return read_trainer_file(path, base, weight)
-    if (path / ADAPTER_CONFIG).is_file():
-        return read_peft(path, base, weight)
-    if (path / "config.json").is_file():
-        raise InputError(f"{path} is a model, not an adapter; give the trainer's .pth file or a PEFT directory")
-    files = sorted(path.glob("*.pth"))
-    if len(files) != 1:
-        raise InputError(f"{path} has {len(files)} .pth files and no {ADAPTER_CONFIG}; give one adapter")
-    return read_trainer_file(files[0], base, weight)
+def _read(location: Location, base: Checkpoint, weight: float) -> Adapter:
+    return replace(READERS[location.form](location.path, base, weight), label=location.label)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from pos2d.errors import InputError
 from pos2d.exporter.adapters.adapter import Adapter, check_values, first_names
-from pos2d.exporter.adapters.deltas import Added, Delta, Dora, LowRank, Replaced
+from pos2d.exporter.adapters.deltas import Added, Delta, Dora, LowRank, Replaced, ReplacedRows
 from pos2d.exporter.adapters.peft_config import LoraSettings, read_settings
+from pos2d.exporter.adapters.peft_files import ADAPTER_CONFIG, MAGNITUDE, TOKENS, read_tensors, weight_files
 from pos2d.exporter.adapters.peft_modules import Coverage, Shape, cover, tensor_shapes
+from pos2d.exporter.adapters.vocabulary import check_replaced, resized, vocabulary_of
 from pos2d.exporter.artifact.staging import sha256
-from pos2d.exporter.files.git_lfs import refuse_pointer
-from pos2d.exporter.files.pth import read_pth
 from pos2d.exporter.inputs.checkpoint import EMBED_TOKENS, EMBEDDING, HEAD, LM_HEAD, Checkpoint
 
 if TYPE_CHECKING:
@@ -20,12 +20,8 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[str, torch.Tensor]
 
-ADAPTER_CONFIG = "adapter_config.json"
-SAFE_WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
-PREFIXES = ("base_model.model.", "module.", "_orig_mod.")
 FACTORS = ("lora_A.weight", "lora_B.weight")
 EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
-MAGNITUDE = "lora_magnitude_vector"
 TIED = (EMBEDDING, HEAD)
 
 
@@ -44,8 +40,14 @@ def read_peft(path: Path, base: Checkpoint, weight: float = 1.0) -> Adapter:
     except TimeoutError as error:
         raise InputError(f"{settings.file}: {error}") from None
     _refuse_unmergeable(settings, coverage, base)
-    file = path / SAFE_WEIGHTS if (path / SAFE_WEIGHTS).is_file() else path / PICKLED_WEIGHTS
-    tensors = _without_copies(_plain_names(_read_tensors(file), file), coverage, file)
+    weights = weight_files(path)
+    file = weights.name
+    tensors = _without_copies(read_tensors(weights), coverage, file)
+    vocab = vocabulary_of(tensors, base, file, weight)
+    if vocab is not None:
+        base = resized(base, vocab)
+        coverage = cover(settings, base)
+    _check_tokens(settings, coverage, base)
     _check_fit(tensors, settings, coverage, base, file)
     check_values(tensors, file)
     base_values = _base_values(tensors, coverage, base, file)
@@ -58,6 +60,10 @@ def read_peft(path: Path, base: Checkpoint, weight: float = 1.0) -> Adapter:
         _check_tying(tensors, file)
     deltas: dict[str, list[Delta]] = defaultdict(list)
     replacements = {name: tensors[name] for name in (*coverage.saved, *coverage.biases)} | base_values
+    if vocab is not None:
+        check_replaced(replacements, file, vocab)
+    for module, ids in coverage.tokens.items():
+        _replace_rows(module, ids, tensors, replacements, deltas, weight)
     for name, tensor in replacements.items():
         deltas[name].append(Replaced(weight, tensor))
     for module in coverage.targets:
@@ -66,7 +72,7 @@ def read_peft(path: Path, base: Checkpoint, weight: float = 1.0) -> Adapter:
     if not deltas:
         raise InputError(f"{settings.file} names no module of {base.directory}; give the base that it was trained on")
     by_tensor = {name: tuple(of_tensor) for name, of_tensor in deltas.items()}
-    return Adapter(path, "peft", sha256(file), weight, by_tensor, config_sha256=sha256(settings.file))
+    return Adapter(path, "peft", weights.sha256, weight, by_tensor, config_sha256=sha256(settings.file), vocab=vocab)
 
 
 def _check_patterns(settings: LoraSettings, coverage: Coverage) -> None:
@@ -89,37 +95,6 @@ def _refuse_unmergeable(settings: LoraSettings, coverage: Coverage, base: Checkp
             f"{settings.file}: lora_bias needs a bias in the base, but {first_names(without)} of {base.directory} has "
             "none; train without lora_bias"
         )
-
-
-def _read_tensors(file: Path) -> "Tensors":
-    if file.name == PICKLED_WEIGHTS:
-        if not file.is_file():
-            raise InputError(f"{file.parent} has no {SAFE_WEIGHTS} and no {PICKLED_WEIGHTS}; save the adapter again")
-        return read_pth(file)
-    refuse_pointer(file)
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as content:
-            return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} cannot be read: {error}; save the adapter again") from None
-
-
-def _plain_names(content: "Tensors", file: Path) -> "dict[str, torch.Tensor]":
-    """The tensors without the name parts that wrappers add, and with the names of all PEFT releases unified."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in content.items():
-        short = name
-        while short.startswith(PREFIXES):
-            short = next(short.removeprefix(prefix) for prefix in PREFIXES if short.startswith(prefix))
-        short = short.replace(".base_layer.", ".")
-        if short.endswith(f".{MAGNITUDE}.weight"):
-            short = short.removesuffix(".weight")
-        if short in tensors:
-            raise InputError(f"{file}: tensor {name} occurs twice, under different prefixes; save the adapter again")
-        tensors[short] = tensor
-    return tensors
 
 
 def _without_copies(tensors: "Tensors", coverage: Coverage, file: Path) -> "Tensors":
@@ -147,7 +122,11 @@ def _check_fit(tensors: "Tensors", settings: LoraSettings, coverage: Coverage, b
             f"{file} lacks the biases that bias 'lora_only' trained, {first_names(lost)}; older releases of PEFT lost "
             "them, train with a newer one or set bias to none to do without them"
         )
+    expected |= _row_shapes(coverage, base)
     known = {name: tensor_shapes(base)[name] for name in TIED} | expected
+    if base.sizes.tied and LM_HEAD in coverage.tokens:
+        # PEFT saves the rows of a tied head with a vocabulary that was resized only; they are the embedding's.
+        known[f"{LM_HEAD}.{TOKENS}"] = (len(coverage.tokens[LM_HEAD]), base.sizes.hidden)
     wrong = [
         f"{name} {tuple(tensor.shape)} instead of {known[name]}"
         for name, tensor in tensors.items()
@@ -161,6 +140,46 @@ def _check_fit(tensors: "Tensors", settings: LoraSettings, coverage: Coverage, b
             f"{file} does not fit {base.directory} and {settings.file.name}: {'; '.join(misfits)}; give the base "
             "that it was trained on, or save the adapter again"
         )
+
+
+def _check_tokens(settings: LoraSettings, coverage: Coverage, base: Checkpoint) -> None:
+    for module, ids in coverage.tokens.items():
+        if max(ids) >= base.sizes.vocab:
+            raise InputError(
+                f"{settings.file}: trainable_token_indices has {max(ids)}, but {module} of {base.directory} has "
+                f"{base.sizes.vocab} rows; give the base that it was trained on, or save the adapter again with "
+                "save_embedding_layers=True if tokens were added"
+            )
+
+
+def _row_shapes(coverage: Coverage, base: Checkpoint) -> dict[str, Shape]:
+    """Names and shapes of the trained rows; a tied head has those of the embedding, unless it trained other ones."""
+    rows = dict(coverage.tokens)
+    if base.sizes.tied and rows.get(EMBED_TOKENS) == rows.get(LM_HEAD):
+        rows.pop(LM_HEAD, None)
+    return {f"{module}.{TOKENS}": (len(ids), base.sizes.hidden) for module, ids in rows.items()}
+
+
+def _replace_rows(
+    module: str,
+    ids: tuple[int, ...],
+    tensors: "Tensors",
+    replacements: "dict[str, torch.Tensor]",
+    deltas: dict[str, list[Delta]],
+    weight: float,
+) -> None:
+    """Put trained rows into the tensor that the adapter saved in full, or else make them a delta of their own."""
+    import torch
+
+    name, index = f"{module}.weight", torch.tensor(ids)
+    embedding_rows = tensors.get(f"{EMBED_TOKENS}.{TOKENS}")
+    rows = tensors.get(f"{module}.{TOKENS}", embedding_rows)
+    assert rows is not None  # the fit was checked
+    if name in replacements:
+        replacements[name] = replacements[name].clone()
+        replacements[name][index] = rows.to(replacements[name].dtype)
+    else:
+        deltas[name].append(ReplacedRows(weight, index, rows))
 
 
 def _factor_shapes(module: str, shape: Shape, settings: LoraSettings) -> dict[str, Shape]:
@@ -203,6 +222,7 @@ def _check_tying(tensors: "Tensors", file: Path) -> None:
     a, b = (tensors.get(f"{LM_HEAD}.{factor}") for factor in FACTORS)
     embedding, head = (tensors.get(name) for name in TIED)
     pairs = [(embedding, head), (down, None if b is None else b.T), (up, None if a is None else a.T)]
+    pairs.append((tensors.get(f"{EMBED_TOKENS}.{TOKENS}"), tensors.get(f"{LM_HEAD}.{TOKENS}")))
     if any(one is not None and other is not None and not torch.equal(one, other) for one, other in pairs):
         raise InputError(
             f"{file}: ensure_weight_tying is true, but the tensors of {EMBED_TOKENS} and {LM_HEAD} differ; it is not "

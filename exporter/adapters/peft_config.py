@@ -17,7 +17,7 @@ Value = TypeVar("Value", int, float)
 USED = {
     "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern",
-    "target_modules", "use_dora", "use_rslora",
+    "target_modules", "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 # Keys about training, provenance or initial values, which do not change what the saved tensors mean.
 HARMLESS = {
@@ -35,13 +35,14 @@ REFUSED = {
     "megatron_config": "the layers of Megatron are not supported; train on the Hugging Face model",
     "monteclora_config": "sampled weights are not supported; train without it",
     "target_parameters": "only whole modules are supported; name them in target_modules",
-    "trainable_token_indices": "rows of single tokens are not supported; train embed_tokens in modules_to_save instead",
     "use_bdlora": "block-diagonal factors are not supported; train without it",
     "use_qalora": "pooled inputs are not supported; train without it",
     "velora_config": "compressed activations are not supported; train without it",
 }
 PLAIN_INITS = ("eva", "gaussian", "mica", "orthogonal")
 RESIDUAL_INITS = ("corda", "lora_ga", "olora", "pissa")
+# The module that trainable_token_indices means where it names none.
+EMBEDDING_NAME = "embed_tokens"
 # How PEFT builds regular expressions from texts of a configuration; they are matched against module names.
 WHOLE = "{}"
 KEY_OF_PATTERN = r"(.*\.)?({})$"
@@ -54,6 +55,7 @@ class LoraSettings:
     """The settings of one adapter that say which tensors it has and what they mean.
 
     ``targets`` and ``excluded`` are a regular expression or module names; an empty ``layers`` means every layer.
+    ``tokens``: by the end of a module's name, the rows that were trained as rows.
     """
 
     file: Path
@@ -71,6 +73,7 @@ class LoraSettings:
     lora_bias: bool
     dora: bool
     tying: bool
+    tokens: Mapping[str, tuple[int, ...]]
 
     def rank_of(self, module: str) -> int:
         return self._value_for("rank_pattern", self.rank_pattern, module, self.rank)
@@ -116,6 +119,7 @@ def read_settings(file: Path) -> LoraSettings:
         lora_bias=_flag(config, "lora_bias", file),
         dora=_flag(config, "use_dora", file),
         tying=_flag(config, "ensure_weight_tying", file),
+        tokens=_tokens(config.get("trainable_token_indices"), file),
     )
     for text in settings.saved:
         _check_regex(text, SAVED_MODULE, "modules_to_save", file)
@@ -210,6 +214,18 @@ def _pattern(config: Mapping[str, Any], key: str, file: Path) -> dict[str, Any]:
     for text in value:
         _check_regex(text, KEY_OF_PATTERN, key, file)
     return value
+
+
+def _tokens(value: object, file: Path) -> dict[str, tuple[int, ...]]:
+    """Token ids by the end of a module's name; a plain list is that of the embedding."""
+    by_module: dict[str, Any] = value if isinstance(value, dict) else {EMBEDDING_NAME: value} if value else {}
+    for ids in by_module.values():
+        fine = isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
+        if not fine or len(set(ids)) < len(ids):
+            raise InputError(
+                f"{file}: trainable_token_indices has {ids!r}, not a list of different ids; save the adapter again"
+            )
+    return {name: tuple(ids) for name, ids in by_module.items() if ids}
 
 
 def _layers(value: object, file: Path) -> tuple[int, ...]:

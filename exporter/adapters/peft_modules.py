@@ -19,19 +19,21 @@ EMBEDDING_KINDS = {"embed_tokens", "lm_head"}
 class Coverage:
     """What the adapter's file must hold by its configuration, each with the shape of the base's tensor.
 
-    ``targets``: adapted modules; ``saved``: tensors saved in full; ``biases``: tensors of trained biases.
+    ``targets``: adapted modules; ``saved``: tensors saved in full; ``biases``: tensors of trained biases; ``tokens``:
+    module to the rows of it that were trained as rows.
     """
 
     targets: dict[str, Shape]
     saved: dict[str, Shape]
     biases: dict[str, Shape]
+    tokens: dict[str, tuple[int, ...]]
 
 
 def cover(settings: LoraSettings, base: Checkpoint) -> Coverage:
     """Apply a configuration to the modules of ``base``.
 
     Raises:
-        InputError: a module is both adapted and saved in full.
+        InputError: a module is both adapted and saved in full, or rows of another module than embedding and head.
     """
     shapes = tensor_shapes(base)
     tied = _tied_together(settings) if settings.tying and base.sizes.tied else ""
@@ -53,7 +55,29 @@ def cover(settings: LoraSettings, base: Checkpoint) -> Coverage:
         )
     trained = {"none": set(), "all": set(shapes), "lora_only": {f"{m}.bias" for m in targets}}[settings.bias]
     biases = {name: shape for name, shape in shapes.items() if name.endswith(".bias") and name in trained}
-    return Coverage(targets, saved, biases)
+    return Coverage(targets, saved, biases, _token_rows(settings, targets, base))
+
+
+def _token_rows(settings: LoraSettings, targets: dict[str, Shape], base: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Module to its trained rows. On a tied base the head has those of the embedding, unless it has others itself."""
+    rows: dict[str, tuple[int, ...]] = {}
+    for name, ids in settings.tokens.items():
+        module = next((module for module in (EMBED_TOKENS, LM_HEAD) if module.endswith(name)), None)
+        if module is None:
+            raise InputError(
+                f"{settings.file}: trainable_token_indices names {name}, but only rows of {EMBED_TOKENS} and {LM_HEAD} "
+                "can be merged; train that module in modules_to_save instead"
+            )
+        rows[module] = ids
+    if base.sizes.tied and EMBED_TOKENS in rows:
+        rows.setdefault(LM_HEAD, rows[EMBED_TOKENS])
+    both = sorted(set(rows) & set(targets))
+    if both:
+        raise InputError(
+            f"{settings.file}: trainable_token_indices and target_modules both change {first_names(both)}; train it in "
+            "one of the two ways"
+        )
+    return rows
 
 
 def tensor_shapes(base: Checkpoint) -> dict[str, Shape]:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pos2d.errors import InputError
-from pos2d.exporter.adapters.adapter import Adapter, check_values, first_names, module_kind
+from pos2d.exporter.adapters.adapter import Adapter, check_values, first_names, module_kind, refuse_empty
 from pos2d.exporter.adapters.deltas import Delta, LowRank, Replaced
+from pos2d.exporter.adapters.vocabulary import resized, vocabulary_of
 from pos2d.exporter.artifact.staging import sha256
 from pos2d.exporter.files.pth import read_pth
 from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD, Checkpoint
@@ -31,17 +32,21 @@ def read_trainer_file(path: Path, base: Checkpoint, weight: float = 1.0) -> Adap
         UnsafeInputError: the file would run code.
     """
     tensors = without_prefixes(read_pth(path), path)
+    refuse_empty(tensors, path)
+    vocab = None
     if any(name.endswith(SUFFIXES) for name in tensors):
         form, deltas = "trainer", _low_rank(tensors, base, path, weight)
     elif EMBEDDING in tensors:
-        form, deltas = "state dict", _full_state(tensors, base, path, weight)
+        vocab = vocabulary_of(tensors, base, path, weight)
+        form, deltas = "state dict", _full_state(tensors, resized(base, vocab) if vocab else base, path, weight)
     else:
         raise InputError(
             f"{path} is not a LoRA file: no tensor is named *.lora.A.weight or *.lora.B.weight, nor is it the state "
             "dict of a whole model"
         )
     check_values(tensors, path)
-    return Adapter(path, form, sha256(path), weight, {name: (delta,) for name, delta in deltas.items()})
+    by_tensor = {name: (delta,) for name, delta in deltas.items()}
+    return Adapter(path, form, sha256(path), weight, by_tensor, vocab=vocab)
 
 
 def without_prefixes(content: "Mapping[str, torch.Tensor]", path: Path) -> "dict[str, torch.Tensor]":

@@ -1,5 +1,6 @@
 """``config.json`` of torch artifacts, as transformers reads it."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pos2d.config_values import shown
@@ -75,13 +76,15 @@ def model_config(base: Checkpoint, spec: Rope2DSpec, tied: bool) -> "PretrainedC
     return config
 
 
-def end_tokens(base: Checkpoint) -> tuple[int, ...]:
+def end_tokens(base: Checkpoint, generation: Path | None = None) -> tuple[int, ...]:
     """Ids of the EOS tokens: from the generation settings, or from the configuration if those have none.
+
+    ``generation``: the file of these settings, where they are not those of the base.
 
     Raises:
         InputError: values that are not token ids.
     """
-    path = base.directory / GENERATION_SETTINGS
+    path = generation or base.directory / GENERATION_SETTINGS
     settings = read_settings(path) if path.is_file() else {}
     stored = settings.get("eos_token_id", base.config.get("eos_token_id"))
     tokens = [] if stored is None else stored if isinstance(stored, list) else [stored]

@@ -129,9 +129,9 @@ def create_file(path: Path) -> int:
 
 
 def sha256_of(file: TensorFile, name: str, place: TensorPlace) -> str:
-    """The SHA-256 of a tensor's bytes, in hexadecimal."""
+    """The SHA-256 of a tensor's bytes, in hexadecimal, as far as the result has their rows."""
     digest = hashlib.sha256()
-    for start, count in pieces(place.nbytes, PIECE_BYTES):
+    for start, count in pieces(place.kept_nbytes, PIECE_BYTES):
         buffer = memoryview(bytearray(count))
         file.read_into(name, place, start, buffer)
         digest.update(buffer)
@@ -143,7 +143,7 @@ def row_blocks(
 ) -> "Iterator[tuple[slice, memoryview, torch.Tensor]]":
     """Blocks of about ``elements`` values: their rows, bytes, and float64 values.
 
-    The bytes are valid until the next block.
+    The bytes are valid until the next block. Rows that the file does not have are zeros, and have no bytes.
     """
     import torch
 
@@ -153,10 +153,15 @@ def row_blocks(
     buffer = memoryview(bytearray(min(height, place.shape[0]) * columns * size))
     for start in range(0, place.shape[0], height):
         rows = slice(start, min(start + height, place.shape[0]))
-        data = buffer[: (rows.stop - rows.start) * columns * size]
-        file.read_into(name, place, start * columns * size, data)
-        values = torch.frombuffer(data, dtype=torch_dtype(place.dtype)).double()
-        yield rows, data, values.reshape(-1, *place.shape[1:])
+        kept = max(min(rows.stop, place.kept_rows) - start, 0)
+        data = buffer[: kept * columns * size]
+        values = torch.empty(0, dtype=torch.float64)
+        if kept:
+            file.read_into(name, place, start * columns * size, data)
+            values = torch.frombuffer(data, dtype=torch_dtype(place.dtype)).double()
+        values = values.reshape(-1, *place.shape[1:])
+        missing = rows.stop - start - kept
+        yield rows, data, torch.cat([values, values.new_zeros(missing, *place.shape[1:])]) if missing else values
 
 
 def forget_cached(file: int, offset: int, length: int) -> None:

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 class TensorPlace:
     """A tensor's file in the checkpoint, its shape, its safetensors dtype and its first byte in the file.
 
-    ``offset`` has no meaning in a file of ``torch.save``.
+    ``offset`` has no meaning in a file of ``torch.save``. ``stored_rows``: how many rows the file has, where an adapter
+    changed their number and ``shape`` is that of the result.
     """
 
     file: str
     shape: tuple[int, ...]
     dtype: str
     offset: int = 0
+    stored_rows: int | None = None
 
     @property
     def elements(self) -> int:
@@ -29,6 +31,17 @@ class TensorPlace:
     @property
     def nbytes(self) -> int:
         return self.elements * ITEM_BYTES[self.dtype]
+
+    @property
+    def kept_rows(self) -> int:
+        """How many of the file's rows the result has as well; a vector has one row an element."""
+        rows = self.shape[0]
+        return rows if self.stored_rows is None else min(rows, self.stored_rows)
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of the rows that the result has as well."""
+        return self.nbytes if self.stored_rows is None else self.kept_rows * self.nbytes // self.shape[0]
 
 
 def torch_dtype(safetensors: str) -> "torch.dtype":

@@ -1,17 +1,18 @@
 """Facts about an adapter file: its form, shapes and coverage, and the well-known bases that it can fit."""
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
 from pos2d.errors import InputError
 from pos2d.exporter.adapters.adapter import first_names, module_kind
+from pos2d.exporter.adapters.mlx import DOWN, MLX_WEIGHTS, UP, mlx_modules, read_mlx_settings, read_mlx_tensors
 from pos2d.exporter.adapters.patterns import match_start
-from pos2d.exporter.adapters.peft import ADAPTER_CONFIG
 from pos2d.exporter.adapters.peft_config import KEY_OF_PATTERN
+from pos2d.exporter.adapters.peft_files import ADAPTER_CONFIG, PICKLED_WEIGHTS, weight_files
 from pos2d.exporter.adapters.trainer import SUFFIXES, pair_factors, without_prefixes
 from pos2d.exporter.artifact.staging import sha256
 from pos2d.exporter.files.git_lfs import refuse_pointer
@@ -21,13 +22,12 @@ from pos2d.exporter.files.tensor_places import torch_name
 from pos2d.exporter.inputs.checkpoint import EMBEDDING
 from pos2d.exporter.inspection.known_bases import KINDS, KNOWN_BASES
 
-PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_PREFIX = "base_model.model."
 # Old files have the adapter's name before ".weight"; a bias of B is not a factor.
 PEFT_FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.(?!bias$)[^.]+)??(?:\.weight)?$")
 PEFT_SETTINGS = (
     *("base_model_name_or_path", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"),
-    *("use_dora", "bias", "modules_to_save", "layers_to_transform", "fan_in_fan_out"),
+    *("use_dora", "bias", "modules_to_save", "layers_to_transform", "fan_in_fan_out", "trainable_token_indices"),
 )
 IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -56,7 +56,7 @@ class ModuleKind:
 class AdapterFacts:
     """One adapter; delta = scale * B @ A.
 
-    ``form``: ``trainer`` (its LoRA), ``state dict`` (its full fine-tune) or ``peft``.
+    ``form``: ``trainer`` (its LoRA), ``state dict`` (its full fine-tune), ``peft`` or ``mlx``.
     ``layers``: number of layers up to the last one that is adapted. ``other_modules`` are outside the layers.
     ``untrained`` modules have a B of zeros, ``not_finite`` ones NaN or infinite factors. For a state dict these and
     ``sha256`` are left out, because they would need the whole file to be read.
@@ -109,10 +109,11 @@ def peft_facts(directory: Path) -> AdapterFacts:
         UnsafeInputError: the weights would run code.
     """
     config = _peft_config(directory)
-    path = next((directory / name for name in PEFT_WEIGHTS if (directory / name).is_file()), None)
-    if path is None:
-        raise InputError(f"{directory} has no {' and no '.join(PEFT_WEIGHTS)}; save the adapter again")
-    tensors = _safetensors(path) if path.suffix == ".safetensors" else _tensors(read_pth(path))
+    weights = weight_files(directory)
+    path = weights.name
+    tensors = _together(
+        [_tensors(read_pth(f)) if f.name == PICKLED_WEIGHTS else _safetensors(f) for f in weights.files]
+    )
     pairs: dict[str, dict[str, str]] = {}
     for name in tensors.shapes:
         if factor := PEFT_FACTOR.search(name):
@@ -129,7 +130,24 @@ def peft_facts(directory: Path) -> AdapterFacts:
     except TimeoutError as error:
         raise InputError(f"{directory / ADAPTER_CONFIG}: {error}") from None
     settings = {key: config[key] for key in PEFT_SETTINGS if config.get(key) not in (None, {}, [])}
-    return _low_rank_facts("peft", path, tensors, factors, scales, settings)
+    size = sum(file.stat().st_size for file in weights.files)
+    facts = _low_rank_facts("peft", path, tensors, factors, scales, settings)
+    return replace(facts, bytes=size, sha256=weights.sha256)
+
+
+def mlx_facts(directory: Path) -> AdapterFacts:
+    """Describe an adapter of MLX.
+
+    Raises:
+        InputError: settings that are not understood, no weights, or a missing factor.
+    """
+    content, file, settings = read_mlx_tensors(directory), directory / MLX_WEIGHTS, read_mlx_settings(directory)
+    modules = mlx_modules(content, file, settings)
+    factors = {module: (f"{module}.{DOWN}", f"{module}.{UP}") for module in modules}
+    # MLX stores the factors of the transposed weight.
+    tensors = _tensors({name: tensor.T if tensor.dim() == 2 else tensor for name, tensor in content.items()})
+    shown = {"fine_tune_type": settings.kind, "scale": settings.scale}
+    return _low_rank_facts("mlx", file, tensors, factors, dict.fromkeys(factors, settings.scale), shown)
 
 
 def _peft_config(directory: Path) -> dict[str, Any]:
@@ -162,6 +180,16 @@ def _safetensors(path: Path) -> Tensors:
         shapes={name: tuple(piece.get_shape()) for name, piece in slices.items()},
         dtypes={name: torch_name(piece.get_dtype()) for name, piece in slices.items()},
         values=reader.get_tensor,
+    )
+
+
+def _together(parts: Sequence[Tensors]) -> Tensors:
+    """The tensors of several files as those of one."""
+    owner = {name: part for part in parts for name in part.shapes}
+    return Tensors(
+        shapes={name: part.shapes[name] for name, part in owner.items()},
+        dtypes={name: part.dtypes[name] for name, part in owner.items()},
+        values=lambda name: owner[name].values(name),
     )
 
 
@@ -214,7 +242,7 @@ def _facts(form: str, path: Path, tensors: Tensors, linears: Mapping[str, Shape]
         for name in sorted({module_kind(module) for module in layer_of}, key=_kind_order)
     }
     settings = facts.get("settings", {})
-    some_layers = form == "peft" and settings.get("layers_to_transform") is not None
+    some_layers = form in ("peft", "mlx") and settings.get("layers_to_transform") is not None
     return AdapterFacts(
         form=form,
         file=path.name,
@@ -249,9 +277,9 @@ def fitting_bases(
     fitting = []
     for base in KNOWN_BASES:
         linears = base.linears()
-        required = {"trainer": base.square(), "state dict": list(linears), "peft": []}[form]
+        required = {"trainer": base.square(), "state dict": list(linears), "peft": [], "mlx": []}[form]
         same_shapes = all(adapted.shapes == (linears.get(name),) for name, adapted in modules.items())
-        complete = form == "peft" or not any(adapted.missing_layers for adapted in modules.values())
+        complete = form in ("peft", "mlx") or not any(adapted.missing_layers for adapted in modules.values())
         same_depth = layers <= base.layers if some_layers else layers == base.layers
         if modules and same_shapes and complete and same_depth and set(required) <= set(modules):
             fitting.append(base.name)

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pos2d.exporter.adapters import Adapter
-from pos2d.exporter.adapters.deltas import exact_sum
 from pos2d.exporter.artifact.hf_config import baked_config
 from pos2d.exporter.files.tensor_io import TensorFile, opened
-from pos2d.exporter.files.tensor_places import torch_dtype
 from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD, Checkpoint
 from pos2d.exporter.inspection.position_grid import position_grid
 from pos2d.exporter.inspection.ranking import Floats, Guess, finalists, rank
 from pos2d.exporter.inspection.samples import Sample
+from pos2d.exporter.tensors.exact_rows import exact_rows
 from pos2d.exporter.tensors.tensor_plan import PlannedTensor, plan_tensors
 from pos2d.families import CLASS_NAMES
 from pos2d.layout import build_layout
@@ -97,12 +96,7 @@ def merged_model(base: Checkpoint, adapters: Sequence[Adapter], spec: Rope2DSpec
 def _merged(tensor: PlannedTensor, file: TensorFile) -> "torch.Tensor":
     import torch
 
-    place = tensor.source
-    data = memoryview(bytearray(place.nbytes))
-    file.read_into(tensor.origin, place, 0, data)
-    weight = torch.frombuffer(data, dtype=torch_dtype(place.dtype)).reshape(place.shape)
-    deltas = [delta.widened() for delta in tensor.deltas]
-    return (exact_sum(weight.double(), deltas, slice(None))[0] if deltas else weight).float()
+    return torch.cat([block.exact.float() for block in exact_rows(tensor, file)])
 
 
 def branch_losses(model: Any, sample: Sample, spec: Rope2DSpec) -> list[float]:

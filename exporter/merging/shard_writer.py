@@ -1,6 +1,7 @@
 """Writes the weights of a merge: shard after shard, each tensor by tensor on a few threads."""
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ def write_weights(
     finished = _finished_shards(layout, base, journal, target)
     # An interrupted run may leave an unfinished shard, or files that are written after the weights.
     for path in target.iterdir():
-        if path.name not in finished:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in finished:
             path.unlink()
     forget = _outgrows_cache(layout)
     with (

@@ -8,7 +8,7 @@ from typing import get_args
 
 from pos2d.bnb_format import BnbQuant
 from pos2d.dtypes import ITEM_BYTES
-from pos2d.exporter.artifact.sidecars import SIDECARS
+from pos2d.exporter.artifact.sidecars import files_in
 from pos2d.exporter.files.tensor_places import torch_name
 from pos2d.exporter.inputs.checkpoint import Checkpoint, read_config
 from pos2d.exporter.planning.footprint import (
@@ -82,8 +82,7 @@ class PlannedRun:
 def candidates_of_base(base: Checkpoint, model: str, run: PlannedRun) -> list[Candidate]:
     """Merges in every dtype, the base's included, then all exports."""
     base_dtype = linear_dtype(base)
-    sidecars = [base.directory / name for name in SIDECARS if (base.directory / name).is_file()]
-    sidecar_bytes = sum(path.stat().st_size for path in sidecars)
+    sidecar_bytes = sum(path.stat().st_size for path in files_in(base.directory).values())
     base_bytes = sum(place.nbytes + HEADER_ENTRY_BYTES for place in base.tensors.values())
     # No file says which positions an adapter was trained with, and any others give a broken model, so the user must.
     inputs = ["--base-model", model, "--lora", ADAPTER, "--rope-2d-ratio", RATIO]
@@ -123,7 +122,8 @@ def candidates_of_artifact(directory: Path, run: PlannedRun) -> list[Candidate]:
         for dtype in MERGE_DTYPES
         if dtype != manifest.dtype
     ]
-    sidecar_bytes = sum(facts["bytes"] for name, facts in manifest.files.items() if name in SIDECARS)
+    sidecars = files_in(directory)
+    sidecar_bytes = sum(facts["bytes"] for name, facts in manifest.files.items() if name in sidecars)
     return [as_stored, *converted, *_exports([str(directory)], manifest.dtype, sidecar_bytes, run)]
 
 

@@ -1,18 +1,20 @@
 """The weights that an artifact is made from: a base with its adapters, or a merged directory."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pos2d import __version__
 from pos2d.errors import InputError, UsageError
 from pos2d.exporter.adapters import Adapter, read_adapters
+from pos2d.exporter.adapters.vocabulary import resized
 from pos2d.exporter.artifact.hf_config import end_tokens
-from pos2d.exporter.artifact.sidecars import check_sidecars
+from pos2d.exporter.artifact.sidecars import Sidecars
 from pos2d.exporter.artifact.staging import sha256
 from pos2d.exporter.inputs.base import read_base
 from pos2d.exporter.inputs.checkpoint import Checkpoint, read_checkpoint, read_config
+from pos2d.exporter.sources.tokenizer import choose_sidecars, sidecars_of_artifact
 from pos2d.manifest import read_manifest
 from pos2d.options import check_options, option
 from pos2d.spec import MAX_STRIDE, Align, Rope2DSpec, pair_indices_for_ratio, parse_pair_indices
@@ -93,15 +95,17 @@ class TrainedPositions:
 class Source:
     """A base, the adapters to add to it, and its positions.
 
-    ``origin``: what a manifest says about where the weights come from. ``options``: how the weights of a merged
-    directory were summed and rounded; ``retention``: how much of its adapters that rounding retained, if it is
-    recorded. ``warnings``: a sentence for each implicit default.
+    ``base`` has the vocabulary and the end tokens of the result. ``sidecars``: the files that travel next to the
+    weights. ``origin``: what a manifest says about where the weights come from. ``options``: whose tokenizer travels,
+    and how the weights of a merged directory were summed and rounded; ``retention``: how much of its adapters that
+    rounding retained, if it is recorded. ``warnings``: a sentence for each implicit default.
     """
 
     base: Checkpoint
     adapters: tuple[Adapter, ...]
     spec: Rope2DSpec
     eos_token_ids: tuple[int, ...]
+    sidecars: Sidecars
     origin: dict[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     retention: float | None = None
@@ -113,19 +117,27 @@ def from_adapters(
     lora: str | Path | Sequence[str | Path],
     positions: TrainedPositions,
     *,
+    then: str | Path | Sequence[str | Path] = (),
+    tokenizer: str | Path | None = None,
     revision: str | None = None,
     lora_rank: int | None = None,
 ) -> Source:
     """Read a base and the adapters that were trained on it.
 
     Raises:
-        UsageError, InputError, UnsafeInputError: see :func:`pos2d.exporter.inputs.base.read_base` and
-            :func:`pos2d.exporter.adapters.read_adapters`.
+        UsageError, InputError, UnsafeInputError: see :func:`pos2d.exporter.inputs.base.read_base`,
+            :func:`pos2d.exporter.adapters.read_adapters` and :func:`pos2d.exporter.sources.tokenizer.choose_sidecars`.
     """
     base = read_base(base_model, revision=revision, bake_rope=not positions.no_patch_rope)
-    check_sidecars(base.directory)
     spec = positions.resolve(base.sizes.num_frequencies)
-    adapters = tuple(read_adapters([lora] if isinstance(lora, str | Path) else lora, base, lora_rank))
+    adapters = tuple(read_adapters(_listed(lora), base, lora_rank, _listed(then)))
+    vocab = next((adapter.vocab for adapter in reversed(adapters) if adapter.vocab is not None), None)
+    result = base if vocab is None else resized(base, vocab)
+    sidecars, warnings = choose_sidecars(base, result, adapters, tokenizer)
+    ends = end_tokens(base)
+    if sidecars.end_tokens is not None:
+        ends = sidecars.end_tokens
+        result = replace(result, config={**result.config, "eos_token_id": list(ends)})
     # Artifacts get published, so of a local path only the name is recorded; a Hub id and a commit locate the base.
     name = Path(base_model).name if base.revision is None else str(base_model)
     origin = {
@@ -134,7 +146,12 @@ def from_adapters(
         "adapters": tuple(adapter.to_dict() for adapter in adapters),
         "tool_version": __version__,
     }
-    return Source(base, adapters, spec, end_tokens(base), origin, warnings=tuple(positions.warnings))
+    options = {"tokenizer": sidecars.to_dict()}
+    return Source(result, adapters, spec, ends, sidecars, origin, options, warnings=(*positions.warnings, *warnings))
+
+
+def _listed(adapters: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return [adapters] if isinstance(adapters, str | Path) else adapters
 
 
 def from_merged(merged: Path) -> Source:
@@ -148,12 +165,16 @@ def from_merged(merged: Path) -> Source:
         raise InputError(f"{merged} is of kind {manifest.kind}; export starts from a merged directory")
     block = manifest.to_dict()
     origin = {key: block[key] for key in ("base", "rope_2d", "adapters")} | {"tool_version": __version__}
+    base = read_checkpoint(merged, read_config(merged))
+    sidecars, warnings = sidecars_of_artifact(base)
     return Source(
-        base=read_checkpoint(merged, read_config(merged)),
+        base=base,
         adapters=(),
         spec=manifest.rope_2d,
         eos_token_ids=manifest.eos_token_ids,
+        sidecars=sidecars,
         origin=origin,
         options=manifest.options,
         retention=(manifest.ledger or {}).get("totals", {}).get("retention"),
+        warnings=tuple(warnings),
     )

@@ -36,11 +36,14 @@ def exact_rows(
     A caller that checks the stored values itself leaves ``check_finite`` out: rounding keeps NaN and infinity.
 
     Raises:
-        InputError: values that are not finite.
+        InputError: values that are not finite, or a DoRA over rows that are zero.
     """
     deltas = [delta.widened() for delta in tensor.deltas]
     for rows, data, weight in row_blocks(file, tensor.origin, tensor.source, elements):
-        exact, delta = exact_sum(weight, deltas, rows) if deltas else (weight, None)
+        try:
+            exact, delta = exact_sum(weight, deltas, rows) if deltas else (weight, None)
+        except InputError as error:
+            raise InputError(f"{', '.join(tensor.adapters)}: tensor {tensor.name}: {error}") from None
         if check_finite and not is_finite(exact):
             raise InputError(f"tensor {tensor.name} has NaN or infinite values; check the base and the adapter")
         yield ExactRows(rows, data, weight, exact, delta)

@@ -84,7 +84,7 @@ def plan_tensors(
             source=base.tensors[origin],
             dtype=base.tensors[origin].dtype if dtype == "auto" else SAFETENSORS_NAMES[dtype],
             deltas=tuple(deltas.get(name, ())),
-            adapters=tuple(adapter.path.name for adapter in adapters if name in adapter.deltas),
+            adapters=tuple(adapter.name for adapter in adapters if name in adapter.deltas),
         )
         for name, origin in origins.items()
     ]

@@ -25,7 +25,7 @@ def _same(one: Delta, other: Delta) -> bool:
     left, right = one.tensors(), other.tensors()
     return (
         type(one) is type(other)
-        and one.weight == other.weight
+        and (one.weight, one.step) == (other.weight, other.step)
         and getattr(one, "scale", None) == getattr(other, "scale", None)
         and all(left[name] is right[name] or torch.equal(left[name], right[name]) for name in left)
     )

@@ -230,7 +230,7 @@ def test_weights_on_the_command_line(tied: Path, lora: Path, tmp_path: Path, cal
         refused = call(*flags, tmp_path / "no", "--lora", f"{lora}={weight}")
         assert (refused.exit_code, "must be a number other than 0" in refused.stderr) == (2, True), weight
     refused = call(*flags, tmp_path / "no", "--lora", lora, "--lora", f"{lora}=0.5")
-    assert (refused.exit_code, "give every --lora once" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "give every adapter once" in refused.stderr) == (2, True)
 
 
 def test_a_revision_is_for_the_hub(tied: Path, lora: Path, tmp_path: Path) -> None:

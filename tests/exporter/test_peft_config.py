@@ -55,7 +55,6 @@ SET = {
     "megatron_config": {"a": 1},
     "monteclora_config": {"num_samples": 8},
     "target_parameters": ["mlp.weight"],
-    "trainable_token_indices": [1],
     "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
     "velora_config": {"scale": 1.0},

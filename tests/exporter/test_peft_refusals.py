@@ -82,9 +82,13 @@ CASES: dict[str, Case] = {
     "resized": (
         [add("lm_head.weight", shape=(310, 48))],
         {"modules_to_save": ["lm_head"]},
-        "lm_head.weight (310, 48) instead of (300, 48);",
+        "changes the vocabulary from 300 to 310 rows, but does not have the new values of model.embed_tokens.weight",
     ),
-    "resized along": ([add("lm_head.weight", shape=(310, 48))], {}, "lm_head.weight (310, 48) instead of (300, 48);"),
+    "resized along": (
+        [add("lm_head.weight", shape=(310, 48))],
+        {},
+        "changes the vocabulary from 300 to 310 rows, but does not have the new values of model.embed_tokens.weight",
+    ),
     "no bias": ([], {"bias": "all"}, "missing tensors model.layers.0.self_attn.k_proj.bias"),
     "bias": ([add(f"{Q}.base_layer.bias", shape=(48,))], {}, f"left-over tensors {Q}.bias;"),
     "no lora bias": ([], {"lora_bias": True}, f"missing tensors {Q}.lora_B.bias"),
