@@ -55,7 +55,7 @@ def bench(
         merged, onnx = Path(directory) / "merged", Path(directory) / "onnx"
         exporter.merge(base_model, lora, merged, rope_2d_ratio=rope_2d_ratio)
         exporter.export(merged, onnx, no_verify=True)
-        parity = {"onnx": runtime.verify(onnx, merged).max_rel_diff, "torch": 0.0, "transformers": 0.0}
+        parity = {"onnx": runtime.verify(onnx, merged).max_rel_diff or 0.0, "torch": 0.0, "transformers": 0.0}
         runs = {
             "transformers": _transformers(merged),
             "torch": our_engine(merged, dtype="float32"),

@@ -1,6 +1,7 @@
 """``pos2d verify``: its flags, its call, and how its report is shown."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -8,13 +9,17 @@ from pos2d.commands.shared.flags import json_flag
 from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show
 
+if TYPE_CHECKING:
+    from pos2d.runtime import ParityReport
+
 
 @click.command(cls=SectionedCommand)
 @click.argument("artifact")
 @click.option(
     "--against",
     metavar="ARTIFACT",
-    help="Reference: an artifact of the same model that is not quantised. Required, except for quantised ONNX graphs.",
+    help="Reference: an artifact of the same model that is not quantised. Without it, logits are compared only of "
+    "quantised ONNX graphs.",
 )
 @click.option(
     "--rtol",
@@ -25,19 +30,30 @@ from pos2d.commands.shared.report import show
 )
 @json_flag
 def verify(as_json: bool, **flags: Any) -> None:
-    """Check that an ARTIFACT computes the logits that it should, on one branch and on several.
+    """Check that an ARTIFACT has the files that were written, and computes the logits that it should.
 
-    A quantised ONNX graph is compared with the same weights in float activations, so this checks the rounding of
-    activations only; eval measures what quantising the weights costs. If the check fails, the error names the flags of
-    an export that passes. Everything is computed on the CPU.
+    Every file is compared with the hash in the manifest. Logits are compared on one branch and on several, on the CPU:
+    with those of --against, or, of a quantised ONNX graph, with the same weights in float activations, and with the
+    predictions of the exact model that the export stored. eval measures on a text of your own what quantising costs.
     """
     from pos2d import runtime
 
     report = runtime.verify(**flags)
-    lines = [
-        f"{case.name}: largest difference of a logit {case.max_abs_diff:.2e}, same top token "
-        f"{case.top1_agreement:.1%}, KL {case.mean_kl:.1e} ({case.positions} positions)"
-        for case in report.cases
-    ]
-    show(report, as_json, "\n".join([*lines, "passed" if report.passed else "failed"]))
+    show(report, as_json, "\n".join([*_lines(report), "passed" if report.passed else "failed"]))
     report.raise_if_failed()
+
+
+def _lines(report: "ParityReport") -> Iterator[str]:
+    yield f"{report.files} files are as they were written"
+    for case in report.cases:
+        yield (
+            f"{case.name}: largest difference of a logit {case.max_abs_diff:.2e}, same top token "
+            f"{case.top1_agreement:.1%}, KL {case.mean_kl:.1e} ({case.positions} positions)"
+        )
+    for distance in report.exact.cases if report.exact is not None else ():
+        yield (
+            f"{distance.name}, exact model: same top token {distance.top1_agreement:.1%}, KL {distance.mean_kl:.1e} "
+            f"({distance.positions} positions)"
+        )
+    if not report.cases:
+        yield "logits were not compared: that needs --against and an artifact of the same model that is not quantised"

@@ -18,6 +18,7 @@ from pos2d.exporter.sources.source import Source, TrainedPositions, from_adapter
 from pos2d.manifest import Manifest
 from pos2d.options import split_options, takes_options
 from pos2d.recipes import ALL_BITS
+from pos2d.reference import COLUMNS, ONE_BRANCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +50,32 @@ class ExportReport:
         if self.quant == "auto" and self.bits is not None and self.weights_bytes is not None:
             size = f"weights of {self.weights_bytes / 1e6:.1f} MB"
             yield f"8 bits for {self.bits[8]} of {sum(self.bits.values())} layers, {size}"
+        exact = (self.parity or {}).get("exact")
         totals = self.quantised
         if totals is not None:
-            retention = "" if totals.retention is None else f", {totals.retention:.1%} of the adapter retained"
-            yield f"{totals.quantised} of {totals.tensors} tensors quantised, noise {totals.noise:.2%}{retention}"
-        if self.parity is not None:
-            reference = "the merged model" if totals is None else "float activations"
+            # The error of calibrated weights says nothing of the model: it is larger where the model is better.
+            noise = f", noise {totals.noise:.2%}" if self.format == "bnb" else ""
+            yield f"{totals.quantised} of {totals.tensors} tensors quantised{noise}"
+        if exact is not None:
+            yield _distance(exact)
+        elif self.parity is not None:
             yield (
-                f"logits within {self.parity['max_abs_diff']:.1e} of {reference}, "
+                f"logits within {self.parity['max_abs_diff']:.1e} of the merged model, "
                 f"top token agrees on {self.parity['top1_agreement']:.1%}"
             )
         elif "no_verify" in load_format(self.format).OPTIONS:
             yield "not verified"
+
+
+def _distance(exact: Mapping[str, Any]) -> str:
+    """The distance to the exact model in one sequence of each kind; the batch repeats both."""
+    cases = [case for case in exact["cases"] if case["name"] in (ONE_BRANCH, COLUMNS)]
+    weights = sum(case["positions"] for case in cases)
+    top1, kl = (
+        sum(case[name] * case["positions"] for case in cases) / weights for name in ("top1_agreement", "mean_kl")
+    )
+    tokens = "held-out text" if exact["is_text"] else "held-out random tokens"
+    return f"on {tokens}, the exact model's top token on {top1:.1%}, mean KL {kl:.1e}"
 
 
 @takes_options(ExportOptions, TrainedPositions)

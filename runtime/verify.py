@@ -1,4 +1,4 @@
-"""Compare an artifact's logits with those of another artifact of the same model, in one pass and with a cache."""
+"""Check an artifact: its files, and its logits against another artifact or against what the exact model predicts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +11,12 @@ from pos2d.layout import Layout, build_layout
 from pos2d.manifest import read_manifest
 from pos2d.options import takes_options
 from pos2d.progress import Progress
+from pos2d.reference import read_reference
 from pos2d.runtime.engine.backend import BatchBackend, Floats
 from pos2d.runtime.engine.batch_decode import forward_spans
 from pos2d.runtime.engine.decode import forward
+from pos2d.runtime.evaluation.exact_probe import ExactDistance, distance_in_batch, distance_in_sequence, judged
+from pos2d.runtime.evaluation.integrity import check_files, check_settings
 from pos2d.runtime.evaluation.parity import CaseParity, check_same_model, compare
 from pos2d.runtime.load import load
 from pos2d.runtime.model.model import Model
@@ -33,22 +36,25 @@ PROBE_SPAN = 128
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """The worst figure of all cases, and each case.
+    """The worst figure of all cases, and each case; they are absent where only files were compared.
 
-    ``rtol`` is absent for quantised artifacts. ``cure`` names the parameters of ``export`` with which a quantised
-    artifact passes, and is empty if it passed.
+    ``files``: how many files have the content that was written. ``rtol`` is absent for quantised artifacts. ``cure``
+    names the parameters of ``export`` with which a quantised artifact passes, and is empty if it passed. ``exact``: the
+    distance of a quantised graph to the exact model, if the artifact has that model's predictions.
     """
 
     rtol: float | None
     min_top1: float
     max_mean_kl: float
     passed: bool
-    max_abs_diff: float
-    max_rel_diff: float
-    top1_agreement: float
-    mean_kl: float
+    max_abs_diff: float | None
+    max_rel_diff: float | None
+    top1_agreement: float | None
+    mean_kl: float | None
     cases: tuple[CaseParity, ...]
     cure: str = ""
+    exact: ExactDistance | None = None
+    files: int = 0
 
     def raise_if_failed(self) -> None:
         """Raise an error that says which figures failed.
@@ -58,27 +64,40 @@ class ParityReport:
         """
         if self.passed:
             return
-        figures = (
-            f"with a KL of {self.mean_kl:.0e} (at most {self.max_mean_kl:.0e}), and the top token agrees on "
-            f"{self.top1_agreement:.1%} (at least {self.min_top1:.0%})"
-        )
+        if self.exact is not None and not self.exact.passed and not self.cure:
+            raise ParityError(
+                f"the graphs are not the model that was exported, {_figures(self.exact)}; do not use this artifact"
+            )
         if self.rtol is None:
             raise ParityError(
-                f"rounding activations to 8 bits changes the logits, {figures}; export it again with {self.cure}"
+                f"rounding activations to 8 bits changes the logits, {_figures(self)}; export it again with {self.cure}"
             )
         raise ParityError(
-            f"logits differ by up to {self.max_rel_diff:.1e} of the largest (tolerance {self.rtol:.0e}) {figures}; "
-            "do not use this artifact"
+            f"logits differ by up to {self.max_rel_diff:.1e} of the largest (tolerance {self.rtol:.0e}) "
+            f"{_figures(self)}; do not use this artifact"
         )
+
+
+def _figures(report: "ParityReport | ExactDistance") -> str:
+    return (
+        f"with a KL of {report.mean_kl:.0e} (at most {report.max_mean_kl:.0e}), and the top token agrees on "
+        f"{report.top1_agreement:.1%} (at least {report.min_top1:.0%})"
+    )
 
 
 @takes_options()
 def verify(artifact: str | Path, against: str | Path | None = None, *, rtol: float = DEFAULT_RTOL) -> ParityReport:
-    """Compare logits of ``artifact`` with those of ``against``, both computed in float32.
+    """Check the files of ``artifact``, and its logits: against those of ``against``, both computed in float32.
+
+    Every file is compared with the SHA-256 in the manifest, and what the manifest says of positions, sizes and end
+    tokens with graphs and ``config.json``. Without ``against`` that is all that is checked of an artifact that is not a
+    quantised graph.
 
     A float16 graph computes in its own type and has wider limits. A quantised graph is expected to differ from other
-    artifacts, so it is compared with itself with float activations, on tokens that it samples, and passes with a mean
-    KL of at most 0.05 nats per position and the same top token at 90 % of them.
+    artifacts. It is compared with itself with float activations, on tokens that it samples, and passes with a mean KL
+    of at most 0.05 nats per position and the same top token at 90 % of them. All its graphs are also compared with what
+    the exact model predicts for held-out tokens, which the export stored: they must be as close to it as they were at
+    the export.
 
     The probes are fixed pseudo-random token ids. In the cached cases both models are fed the reference's greedy tokens,
     so that every step compares the same sequence. An artifact passes when every logit agrees within ``rtol`` times the
@@ -87,22 +106,35 @@ def verify(artifact: str | Path, against: str | Path | None = None, *, rtol: flo
     positions.)
 
     Raises:
-        InputError: either is not an artifact, or they are not the same model.
-        UsageError: a tolerance that is not positive, a missing or quantised reference, or a reference for a quantised
-            artifact.
+        InputError: either is not an artifact, a file changed, or they are not the same model.
+        UsageError: a tolerance that is not positive, a quantised reference, or a reference for a quantised artifact.
     """
     if not rtol > 0:
         raise UsageError(f"`rtol` {rtol} must be above 0")
-    if against is None:
-        if rtol != DEFAULT_RTOL:
-            raise UsageError("`rtol` belongs to `against`; rounded activations are judged by KL and top token")
-        return _verify_activations(Path(artifact))
-    for path in (artifact, against):
-        manifest = read_manifest(Path(path))
-        if manifest.quant is not None or manifest.graph_quant is not None:
-            raise UsageError(f"{path} is quantised, so its logits differ; `pos2d eval` measures how much that matters")
-    check_same_model(Path(artifact), Path(against))
-    candidate, reference = _load(Path(artifact)), _load(Path(against))
+    if against is None and rtol != DEFAULT_RTOL:
+        raise UsageError("`rtol` belongs to `against`; rounded activations are judged by KL and top token")
+    directory = Path(artifact)
+    manifest = read_manifest(directory)
+    if against is not None:
+        for path, its in ((directory, manifest), (against, read_manifest(Path(against)))):
+            if its.quant is not None or its.graph_quant is not None:
+                raise UsageError(
+                    f"{path} is quantised, so its logits differ; `pos2d eval` measures how much that matters"
+                )
+        check_same_model(directory, Path(against))
+    files = check_files(directory, manifest)
+    check_settings(directory, manifest)
+    if against is not None:
+        report = _verify_against(directory, Path(against), rtol)
+    elif manifest.graph_quant is not None:
+        report = _verify_quantised(directory)
+    else:
+        report = _report((), None)
+    return replace(report, files=files)
+
+
+def _verify_against(artifact: Path, against: Path, rtol: float) -> ParityReport:
+    candidate, reference = _load(artifact), _load(against)
     cases = _compare_models(candidate, reference)
     if candidate.manifest.dtype == "float16" and candidate.manifest.kind == "onnx":
         return _report(cases, max(rtol, HALF_RTOL), HALF_TOP1, HALF_MEAN_KL)
@@ -114,13 +146,19 @@ def _load(path: Path) -> Model:
     return load(path, device="cpu", dtype="auto" if read_manifest(path).kind == "onnx" else "float32")
 
 
-def _verify_activations(artifact: Path) -> ParityReport:
+def _verify_quantised(artifact: Path) -> ParityReport:
+    """The cases go from the cheapest graph to the most general one, because a session never goes back."""
     from pos2d.runtime.evaluation.activation_probe import MAX_MEAN_KL, MIN_TOP1, compare_activations
 
-    if read_manifest(artifact).graph_quant is None:
-        raise UsageError(f"{artifact} is compared with another artifact of the same model; name it with `against`")
-    cases, cure = compare_activations(load(artifact))
-    return replace(_report(cases, None, MIN_TOP1, MAX_MEAN_KL), cure=cure)
+    model, reference = load(artifact), read_reference(artifact)
+    predictions = () if reference is None else reference.predictions
+    distances = [distance_in_sequence(model, prediction) for prediction in predictions]
+    cases, cure = compare_activations(model)
+    report = replace(_report(cases, None, MIN_TOP1, MAX_MEAN_KL), cure=cure)
+    if reference is None:
+        return report
+    exact = judged(model.manifest, reference, [*distances, distance_in_batch(model, predictions)])
+    return replace(report, exact=exact, passed=report.passed and exact.passed)
 
 
 def _compare_models(candidate: Model, reference: Model) -> list[CaseParity]:
@@ -173,6 +211,8 @@ def _report(
         """The largest of all cases, or the one that ``pick`` picks; numpy passes a NaN on, and a NaN never passes."""
         return float(pick([getattr(case, name) for case in cases]))
 
+    if not cases:
+        return ParityReport(rtol, min_top1, max_mean_kl, True, None, None, None, None, ())
     relative, top1, kl = worst("max_rel_diff"), worst("top1_agreement", np.min), worst("mean_kl")
     return ParityReport(
         rtol=rtol,

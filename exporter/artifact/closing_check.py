@@ -22,8 +22,9 @@ PROGRAM = (
 def closing_check(staging: Path, merged: Path | None) -> dict[str, Any]:
     """Run ``verify`` on the artifact at ``staging`` and return its report.
 
-    The artifact is compared with the directory ``merged``, or a quantised one (None) with itself, computed with float
-    activations. Exporter and runtime meet nowhere else.
+    The artifact is compared with the directory ``merged``; a quantised one (None) with itself, computed with float
+    activations, and with the predictions of the exact model that the export stored in it. Exporter and runtime meet
+    nowhere else.
 
     Raises:
         ParityError: the logits differ by more than they may.
@@ -55,16 +56,26 @@ def run_verb(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def _disagreement(report: dict[str, Any], merged: Path | None) -> str:
     """The sentence for a failed report, with the options that would pass where the report names them."""
-    figures = (
+    if merged is not None:
+        return (
+            f"the exported graph does not agree with {merged}: logits differ by up to {report['max_rel_diff']:.1e} of "
+            f"the largest (tolerance {report['rtol']:.0e}), {_figures(report)}; no artifact was written"
+        )
+    if report["cure"]:
+        return (
+            f"rounding activations to 8 bits changes the logits: {_figures(report)}; no artifact was written; export "
+            f"again with {report['cure']}"
+        )
+    return (
+        f"the quantised graphs are too far from the exact model: {_figures(report['exact'])}; no artifact was written; "
+        "export again with more bits or smaller blocks, or keep this result with `no_verify=True`"
+    )
+
+
+def _figures(report: dict[str, Any]) -> str:
+    return (
         f"the mean KL is {report['mean_kl']:.0e} (at most {report['max_mean_kl']:.0e}), and the top token agrees on "
         f"{report['top1_agreement']:.1%} (at least {report['min_top1']:.0%})"
-    )
-    if merged is None:
-        cure = f"; export again with {report['cure']}" if report["cure"] else ""
-        return f"rounding activations to 8 bits changes the logits: {figures}; no artifact was written{cure}"
-    return (
-        f"the exported graph does not agree with {merged}: logits differ by up to {report['max_rel_diff']:.1e} of the "
-        f"largest (tolerance {report['rtol']:.0e}), {figures}; no artifact was written"
     )
 
 

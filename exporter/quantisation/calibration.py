@@ -1,19 +1,16 @@
 """Data-free calibration: the Hessians of all linear layers, from random and self-generated tokens."""
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pos2d.exporter.quantisation.gptq import HessianFactors
-from pos2d.exporter.sources.source import Source
-from pos2d.exporter.tensors.tensor_plan import PlannedTensor
 from pos2d.onnx_io import FUSED_LAYERS
 from pos2d.progress import Progress
 
 if TYPE_CHECKING:
     import torch
 
-    from pos2d.exporter.quantisation.layerwise_model import LayerwiseModel
+    from pos2d.exporter.quantisation.layerwise_model import LayerwiseModel, Passage
 
 SEED = 20240601
 # Random sequences, and as many self-generated ones. Twice as many made no model better by more than chance.
@@ -26,36 +23,32 @@ LAYERS_BY_INPUT: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def calibrate(
-    source: Source, tensors: Mapping[str, PlannedTensor], workers: Executor
-) -> Iterator[Mapping[str, HessianFactors]]:
+def calibrate(model: "LayerwiseModel", passages: "Sequence[Passage]" = ()) -> Iterator[Mapping[str, HessianFactors]]:
     """Run the exact model on calibration tokens; for each decoder layer in turn, yield the factorised Hessians of its
     linear layers by their full names.
 
     No data are needed. Half of the sequences are random tokens, and the others hold the token that the model itself
     samples after each of those. Random tokens reach all of the vocabulary, sampled ones are closer to real inputs;
-    half of each makes a better 4-bit model than as many tokens of one kind. ``workers`` read the weights.
+    half of each makes a better 4-bit model than as many tokens of one kind. ``passages`` go through the same layers,
+    and calibration does not see them.
 
     Raises:
         InputError: values that are not finite.
     """
     import torch
 
-    from pos2d.exporter.quantisation.layerwise_model import LayerwiseModel
-
     generator = torch.Generator().manual_seed(SEED)
-    sizes = source.base.sizes
+    sizes = model.sizes
     shape = (SEQUENCES, min(SEQUENCE_LENGTH, sizes.context_length))
     random = torch.randint(sizes.vocab, shape, generator=generator)
-    with LayerwiseModel(source, tensors, workers) as model:
-        hidden = model.embed(torch.cat([random, _self_generated(model, random, generator)]))
-        for index in range(sizes.layers):
-            hessians = model.run_layer(index, hidden, tuple(LAYERS_BY_INPUT))
-            yield {
-                f"model.layers.{index}.{name}": hessian
-                for recorded, hessian in hessians.items()
-                for name in LAYERS_BY_INPUT[recorded]
-            }
+    hidden = model.embed(torch.cat([random, _self_generated(model, random, generator)]))
+    for index in range(sizes.layers):
+        hessians = model.run_layer(index, hidden, tuple(LAYERS_BY_INPUT), passages)
+        yield {
+            f"model.layers.{index}.{name}": hessian
+            for recorded, hessian in hessians.items()
+            for name in LAYERS_BY_INPUT[recorded]
+        }
 
 
 def _self_generated(model: "LayerwiseModel", tokens: "torch.Tensor", generator: "torch.Generator") -> "torch.Tensor":

@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pos2d.errors import InputError
@@ -17,6 +19,7 @@ from pos2d.exporter.tensors.exact_rows import exact_rows
 from pos2d.exporter.tensors.tensor_plan import PlannedTensor
 from pos2d.families import CLASS_NAMES
 from pos2d.hf.empty_model import empty_model
+from pos2d.layout import Layout
 
 # Values of a tensor that are read at a time: for the head, enough that the product keeps two cores busy.
 CHUNK_ELEMENTS = 1 << 20
@@ -24,6 +27,16 @@ CHUNK_ELEMENTS = 1 << 20
 BATCH_SIZE = 4
 
 Tensor = torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Passage:
+    """A sequence of any layout on its way through the layers: its hidden states ``[1, S, H]``, which are replaced in
+    place, its positions ``[1, S, 3]`` (position, branch, time), and its mask, bool ``[1, 1, S, S]``."""
+
+    states: Tensor
+    positions: Tensor
+    mask: Tensor
 
 
 class LayerwiseModel:
@@ -57,10 +70,25 @@ class LayerwiseModel:
             hidden[inside] = values[ids[inside] - rows.start]
         return list(torch.split(hidden, BATCH_SIZE))
 
+    def passages(self, layouts: Sequence[Layout]) -> list[Passage]:
+        """Sequences before the first decoder layer."""
+        ids = torch.from_numpy(np.concatenate([layout.ids for layout in layouts]))
+        states = torch.split(self.embed(ids[None])[0], [len(layout) for layout in layouts], dim=1)
+        return [
+            Passage(
+                of_layout,
+                torch.from_numpy(np.concatenate([layout.positions[:, None], layout.pos2d], axis=1))[None],
+                torch.from_numpy(layout.mask())[None, None],
+            )
+            for of_layout, layout in zip(states, layouts, strict=True)
+        ]
+
     @torch.inference_mode()
-    def run_layer(self, index: int, hidden: list[Tensor], recorded: Sequence[str] = ()) -> dict[str, HessianFactors]:
-        """Take ``hidden`` through decoder layer ``index``; returns the factorised Hessians of the inputs of its
-        ``recorded`` linear layers.
+    def run_layer(
+        self, index: int, hidden: list[Tensor], recorded: Sequence[str] = (), passages: Sequence[Passage] = ()
+    ) -> dict[str, HessianFactors]:
+        """Take ``hidden`` and ``passages`` through decoder layer ``index``; returns the factorised Hessians of the
+        inputs of its ``recorded`` linear layers, to which ``passages`` do not count.
 
         Raises:
             InputError: values that are not finite.
@@ -79,8 +107,12 @@ class LayerwiseModel:
                 hidden[batch] = layer(states, attention_mask=None, position_embeddings=self._cos_sin(states))
         for hook in hooks:
             hook.remove()
+        for passage in passages:  # in full precision, as results are compared with it
+            rotation = self._model.rotary_emb(passage.states, passage.positions)
+            passage.states = layer(passage.states, attention_mask=passage.mask, position_embeddings=rotation)
         layer.to("meta")
-        if not all(values.isfinite().all() for values in (*hidden, *hessians.values())):
+        values = (*hidden, *(passage.states for passage in passages), *hessians.values())
+        if not all(tensor.isfinite().all() for tensor in values):
             raise InputError(
                 f"{self._source.base.directory}: decoder layer {index} gives values that are not finite in float32; "
                 "check the base and the adapter, or export with `no_calibration=True`"
@@ -94,12 +126,10 @@ class LayerwiseModel:
     def sample_next(self, hidden: Sequence[Tensor], generator: torch.Generator) -> Tensor:
         """Sample the next token after every token from the model's distribution, ``[B, S]``; ``hidden`` are the states
         after the last decoder layer."""
-        norm = self._model.norm
-        norm.load_state_dict(self._state_dict("model.norm."), assign=True)
-        states = torch.cat([norm(states) for states in hidden])
+        states = self._normed(torch.cat(list(hidden)))
         tokens = torch.zeros(states.shape[:2], dtype=torch.int64)
         log_total = torch.full(states.shape[:2], -torch.inf)
-        for rows, values in self._float32_rows(HEAD if HEAD in self._tensors else EMBEDDING):
+        for rows, values in self._float32_rows(self._head):
             with reduced_precision_matmul():
                 logits = states @ values.T
             # The logits of the whole vocabulary are never in memory together. A token sampled among those of this chunk
@@ -111,6 +141,35 @@ class LayerwiseModel:
             sampled = torch.searchsorted(cumulative, quantile[..., None])[..., 0].clamp_max(len(values) - 1)
             tokens = torch.where(replace < (log_chunk - log_total).exp(), sampled + rows.start, tokens)
         return tokens
+
+    @torch.inference_mode()
+    def most_likely(self, passages: Sequence[Passage], count: int) -> list[tuple[Tensor, Tensor]]:
+        """For each passage after the last decoder layer, the ``count`` most likely next tokens after every token, int64
+        ``[S, count]``, and their log-probabilities, float32 ``[S, count]``."""
+        states = self._normed(torch.cat([passage.states[0] for passage in passages]))
+        best, tokens = torch.empty(len(states), 0), torch.empty(len(states), 0, dtype=torch.int64)
+        log_total = torch.full((len(states),), -torch.inf)
+        for rows, values in self._float32_rows(self._head):
+            logits = states @ values.T
+            log_total = torch.logaddexp(log_total, logits.logsumexp(-1))
+            candidates = torch.cat([best, logits], dim=1)
+            names = torch.cat([tokens, torch.arange(rows.start, rows.stop).expand(len(states), -1)], dim=1)
+            best, places = candidates.topk(min(count, candidates.shape[1]), dim=1)
+            tokens = names.gather(1, places)
+        lengths = [passage.states.shape[1] for passage in passages]
+        parts = (torch.split(values, lengths) for values in (tokens, best - log_total[:, None]))
+        return list(zip(*parts, strict=True))
+
+    @property
+    def _head(self) -> str:
+        return HEAD if HEAD in self._tensors else EMBEDDING
+
+    def _normed(self, states: Tensor) -> Tensor:
+        """States after the last decoder layer, after the final norm."""
+        norm = self._model.norm
+        norm.load_state_dict(self._state_dict("model.norm."), assign=True)
+        normed: Tensor = norm(states)
+        return normed
 
     def _cos_sin(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine for a single sequence: branch 0, and the position as time."""

@@ -10,18 +10,23 @@ from pos2d.errors import InputError
 from pos2d.manifest import read_manifest
 from pos2d.runtime.engine.backend import Floats
 
+# The files that hold a tokenizer itself, without its settings.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+
 Doubles = npt.NDArray[np.float64]
 
 
 def check_same_model(artifact: Path, reference: Path) -> None:
-    """Check from their manifests that two artifacts have the same base, adapters and positions.
+    """Check from their manifests that two artifacts have the same base, adapters, positions, end tokens and tokenizer.
 
     Raises:
         InputError: one of them is not an artifact, or they are not the same model.
     """
     manifests = [read_manifest(path) for path in (artifact, reference)]
-    fields = ("family", "vocab_size", "rope_2d", "adapters", "base")
+    fields = ("family", "vocab_size", "context_length", "eos_token_ids", "rope_2d", "adapters", "base")
     differing = [name for name in fields if getattr(manifests[0], name) != getattr(manifests[1], name)]
+    digests = [{name: manifest.files.get(name, {}).get("sha256") for name in TOKENIZERS} for manifest in manifests]
+    differing += [name for name in TOKENIZERS if digests[0][name] != digests[1][name]]
     if differing:
         raise InputError(
             f"{artifact} and {reference} are not the same model: {', '.join(differing)} differ in their manifests"

@@ -97,8 +97,8 @@ def test_every_linear_layer_gets_one_hessian(source: Source, monkeypatch: pytest
     monkeypatch.setattr(calibration, "SEQUENCE_LENGTH", 8)
     plan = plan_tensors(source.base, source.adapters, "float32")
     tensors = {tensor.name: tensor for tensor in plan.tensors}
-    with ThreadPoolExecutor(2) as workers:
-        layers = list(calibrate(source, tensors, workers))
+    with ThreadPoolExecutor(2) as workers, LayerwiseModel(source, tensors, workers) as model:
+        layers = list(calibrate(model))
     names = [name for hessians in layers for name in hessians]
     assert sorted(names) == sorted(name.removesuffix(".weight") for name in tensors if name.endswith("_proj.weight"))
     for hessians in layers:

@@ -13,11 +13,14 @@ from pos2d.exporter.formats.onnx.weight_writer import write_weights
 from pos2d.exporter.formats.options import ExportOptions
 from pos2d.exporter.inputs.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from pos2d.exporter.quantisation.allocation import allocate_bits
+from pos2d.exporter.quantisation.held_out import held_out_tokens
 from pos2d.exporter.quantisation.module_names import named_modules
 from pos2d.exporter.sources.source import Source
 from pos2d.exporter.tensors.tensor_plan import PlannedTensor, plan_tensors
+from pos2d.graph_metadata import graph_metadata
 from pos2d.onnx_io import DATA_FILE, GRAPH_FILES, GraphFile, GraphInfo, GraphName, GraphTensor
 from pos2d.recipes import BITS, BLOCK_SIZES, DEFAULT_BLOCKS, UNCALIBRATED_BLOCK, GraphQuant, GraphRecipe
+from pos2d.reference import Reference
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,11 +43,15 @@ SENSITIVE = (LM_HEAD,)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OnnxPlan:
-    """The layout of the weight file, and the ``tensors`` that are written into it, by name."""
+    """The layout of the weight file, and the ``tensors`` that are written into it, by name.
+
+    ``compared``: a quantised graph is held against the exact model at the end, which writes what that predicts.
+    """
 
     layout: WeightLayout
     tensors: Mapping[str, PlannedTensor]
     recipe: GraphRecipe | None
+    compared: bool
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +98,7 @@ def plan(source: Source, options: ExportOptions) -> OnnxPlan:
     recipe = None if options.quant == "none" else _recipe(source.base, merged.tied, options)
     if recipe is not None and options.target_size is not None:
         recipe = allocate_bits(source, merged, recipe, dtype, options.target_size, lambda r: layout_of(r).nbytes)
-    return OnnxPlan(layout_of(recipe), tensors, recipe)
+    return OnnxPlan(layout_of(recipe), tensors, recipe, recipe is not None and not options.no_verify)
 
 
 def write(source: Source, plan: OnnxPlan, target: Path) -> dict[str, Any]:
@@ -101,7 +108,13 @@ def write(source: Source, plan: OnnxPlan, target: Path) -> dict[str, Any]:
         InputError: see :func:`pos2d.exporter.formats.onnx.weight_writer.write_weights`.
     """
     calibrated = plan.recipe is not None and plan.recipe.calibrated
-    totals = write_weights(source, plan.layout, plan.tensors, target, calibrated=calibrated)
+    sizes = source.base.sizes
+    held_out, is_text = held_out_tokens(target, sizes.vocab, sizes.context_length) if plan.compared else ([], False)
+    totals, predictions = write_weights(
+        source, plan.layout, plan.tensors, target, calibrated=calibrated, held_out=held_out
+    )
+    if predictions:
+        Reference(predictions, is_text).write(target)
     return {
         "dtype": plan.layout.dtype,
         "graph": _write_graphs(source, plan, target),
@@ -111,7 +124,8 @@ def write(source: Source, plan: OnnxPlan, target: Path) -> dict[str, Any]:
 
 
 def check(staging: Path, source: Source, plan: OnnxPlan) -> Mapping[str, Any] | None:
-    """Compare the graphs with the merged directory that they were made from, quantised ones with float activations.
+    """Compare the graphs with the merged directory that they were made from; quantised ones with float activations, and
+    with what the exact model predicts.
 
     Float graphs that were made from a base and adapters have no merged directory to compare with.
 
@@ -131,11 +145,21 @@ def _write_graphs(source: Source, plan: OnnxPlan, target: Path) -> GraphInfo:
 
     sizes = source.base.sizes
     inv_freq, scaling = _frequencies(source, plan.layout.tied)
+    metadata = graph_metadata(
+        {
+            "family": sizes.family,
+            "vocab_size": sizes.vocab,
+            "context_length": sizes.context_length,
+            "eos_token_ids": source.eos_token_ids,
+            "rope_2d": source.spec.to_dict(),
+        }
+    )
     graphs: dict[GraphName, GraphFile] = {}
     for name, variant in ATTENTION_VARIANTS.items():
         if sizes.head_dim % variant.head_dim_multiple:
             continue
         model = build_decoder(sizes, source.spec, inv_freq, scaling, plan.layout, plan.recipe, variant)
+        model.metadata_props.update(metadata)
         ir.save(model, target / GRAPH_FILES[name])
         graphs[name] = _describe(model, GRAPH_FILES[name])
     return GraphInfo(DATA_FILE, replace(sizes, tied=plan.layout.tied), graphs)

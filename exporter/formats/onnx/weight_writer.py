@@ -9,7 +9,7 @@ from pathlib import Path
 from pos2d.exporter.files.parallel import single_threaded_torch, submitted, worker_count
 from pos2d.exporter.files.tensor_io import opened, write_at
 from pos2d.exporter.formats.onnx.weight_layout import GraphWeight, WeightLayout
-from pos2d.exporter.quantisation.calibration import calibrate
+from pos2d.exporter.quantisation.exact_pass import ExactPass
 from pos2d.exporter.quantisation.gptq import HessianFactors
 from pos2d.exporter.quantisation.summary import QuantisationSummary, summarise
 from pos2d.exporter.quantisation.writing import write_tensor
@@ -18,6 +18,7 @@ from pos2d.exporter.tensors.stats import DeltaStats
 from pos2d.exporter.tensors.tensor_plan import PlannedTensor
 from pos2d.onnx_io import DATA_FILE
 from pos2d.progress import Progress
+from pos2d.reference import HeldOut, Prediction
 
 # A weight, one of its parts, and the row of the weight at which that part begins.
 Job = tuple[GraphWeight, PlannedTensor, int]
@@ -30,10 +31,12 @@ def write_weights(
     target: Path,
     *,
     calibrated: bool = False,
-) -> QuantisationSummary:
+    held_out: Sequence[HeldOut] = (),
+) -> tuple[QuantisationSummary, tuple[Prediction, ...]]:
     """Write the weight file into the directory ``target``; ``tensors`` are those of ``layout``, by name.
 
-    ``calibrated``: quantise the decoder's linear layers with GPTQ.
+    ``calibrated``: quantise the decoder's linear layers with GPTQ. Also returns what the exact model predicts after
+    the ``held_out`` tokens.
 
     Raises:
         InputError: values that are not finite, or a base that changed while it was read.
@@ -53,13 +56,14 @@ def write_weights(
         files = {tensor.source.file for tensor in tensors.values()}
         with _Writer(source.base.directory, files, layout.nbytes, descriptor) as writer:
             remaining = jobs
-            for hessians in calibrate(source, tensors, writer.workers) if calibrated else ():
+            exact = ExactPass(source, tensors, writer.workers, held_out)
+            for hessians in exact.layers(calibrated=calibrated):
                 tallies += writer.write([job for job in remaining if _module(job[1]) in hessians], hessians)
                 remaining = [job for job in remaining if _module(job[1]) not in hessians]
             tallies += writer.write(remaining, {})
     finally:
         os.close(descriptor)
-    return summarise(tallies, len(jobs))
+    return summarise(tallies, len(jobs)), exact.predictions
 
 
 class _Writer:
