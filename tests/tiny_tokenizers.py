@@ -23,7 +23,7 @@ SCRIPTS = (
 def random_text(draw: random.Random, longest: int = 14) -> str:
     """Letters of one to three scripts, with words that some of the tokenizers know."""
     letters = "".join(draw.choice(SCRIPTS) for _ in range(draw.randint(1, 3)))
-    pieces = [draw.choice((*letters, "Hello", " world", " the")) for _ in range(draw.randint(1, longest))]
+    pieces = [draw.choice((*letters, "Hello", " world", " the", "</s>")) for _ in range(draw.randint(1, longest))]
     return "".join(pieces)
 
 

@@ -22,7 +22,7 @@ from pos2d.runtime.text.end_tokens import end_token_ids
 from pos2d.runtime.text.options import RequestOptions
 from pos2d.runtime.text.requests import lay_out, stream_events
 from pos2d.runtime.text.text_decode import decode_text
-from pos2d.runtime.text.tokenization import encode, share_context
+from pos2d.runtime.text.tokenization import EncodedText, encode_longer, encode_text, share_context
 
 Message = dict[str, Any]
 NEXT_ROLES = ("user", "tool", "assistant")
@@ -55,8 +55,9 @@ class Conversation:
         self._sampling = options.sampling
         self._arguments = options.chat_template_kwargs
         self._prefix = PrefixCache(artifact.backend, self._spec, artifact.manifest.context_length)
-        # The rendered conversation up to the end of each assistant message, and its tokens; the latest comes first.
-        self._encoded_turns: list[tuple[str, list[int]]] = []
+        # The rendered conversation up to the end of each assistant message, and its tokens with the answers as
+        # generated; the latest comes first.
+        self._encoded_turns: list[tuple[EncodedText, list[int]]] = []
         self._open: Generator[Event] | None = None
         self.messages: list[Message] = text_messages(messages)
 
@@ -115,7 +116,8 @@ class Conversation:
         if not contents or not all(content.strip() for content in contents):
             raise InputError("a question is empty; give it some text")
         texts, shared = render_questions(self._artifact.tokenizer, self.messages, contents, self._arguments)
-        encoded = share_context(map(self._encode, texts), self._encode(shared) if shared else [])
+        known = encode_text(self._artifact.tokenizer, shared, self._latest(shared))
+        encoded = share_context((self._encode(text, known) for text in texts), self._encode(shared, known))
         request = lay_out(self._artifact, encoded, self._spec, self._sampling, self._branches_per_sequence)
         self._open = stream_events(self._artifact, request, self._prefix, (self._turn,))
         return self._open
@@ -136,19 +138,21 @@ class Conversation:
         """Number of answers so far; it gives every turn its own random numbers."""
         return sum(message["role"] == "assistant" for message in self.messages)
 
-    def _encode(self, text: str) -> list[int]:
+    def _latest(self, text: str) -> EncodedText | None:
+        """The longest encoded turns that ``text`` begins with."""
+        return next((turns for turns, _ in self._encoded_turns if text.startswith(turns.text)), None)
+
+    def _encode(self, text: str, known: EncodedText | None = None) -> list[int]:
         """Token ids of the rendered conversation, with the tokens of earlier answers as they were generated.
 
         Everything else has the tokens of the whole text. If one of those reaches over the end of an earlier turn, then
-        the answer in that turn has them, too.
+        the answer in that turn has them, too. ``text`` may be ``known`` continued, which spares encoding that again.
         """
-        tokenizer = self._artifact.tokenizer
-        whole = encode(tokenizer, text)
+        known = known or self._latest(text) or EncodedText("", [])
+        whole = encode_longer(self._artifact.tokenizer, text, known)
         for turns, ids in self._encoded_turns:
-            if text.startswith(turns):
-                known = encode(tokenizer, turns)
-                if whole[: len(known)] == known:
-                    return ids + whole[len(known) :]
+            if text.startswith(turns.text) and whole[: len(turns.ids)] == turns.ids:
+                return ids + whole[len(turns.ids) :]
         return whole
 
     def _record_turn(self, message: Message, text: str, ids: list[int], events: Sequence[Event]) -> None:
@@ -181,9 +185,10 @@ class Conversation:
         shown.
         """
         tokenizer = self._artifact.tokenizer
-        whole, known = encode(tokenizer, turns), encode(tokenizer, answered)
-        if whole[: len(known)] == known:
-            ids = ids + whole[len(known) :]
-            spoken, read = (tokenizer.decode(tokens, clean_up_tokenization_spaces=False) for tokens in (ids, whole))
+        known = encode_text(tokenizer, answered, self._latest(answered))
+        whole = encode_text(tokenizer, turns, known)
+        if whole.ids[: len(known.ids)] == known.ids:
+            ids = ids + whole.ids[len(known.ids) :]
+            spoken, read = (tokenizer.decode(tokens, clean_up_tokenization_spaces=False) for tokens in (ids, whole.ids))
             if spoken == read:
-                self._encoded_turns.insert(0, (turns, ids))
+                self._encoded_turns.insert(0, (whole, ids))
