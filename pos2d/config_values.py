@@ -33,8 +33,7 @@ class ConfigValues:
     def whole(self, key: str, default: Any = MISSING, minimum: int = 0, maximum: int = MAX_COUNT) -> Any:
         """A whole number, ``minimum`` to ``maximum``."""
         value = self._get(key, default)
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not default and not (is_whole and minimum <= value <= maximum):
+        if value is not default and not (is_count(value) and minimum <= value <= maximum):
             raise self.wrong(key, f"a whole number from {minimum} to {maximum}")
         return value
 
@@ -62,14 +61,22 @@ class ConfigValues:
     def texts(self, key: str, default: Any = MISSING) -> Any:
         """A list of texts."""
         value = self._get(key, default)
-        if value is not default and not (isinstance(value, list) and all(isinstance(part, str) for part in value)):
+        is_list = isinstance(value, list | tuple)
+        if value is not default and not (is_list and all(isinstance(part, str) for part in value)):
             raise self.wrong(key, "a list of texts")
+        return value
+
+    def wholes(self, key: str, default: Any = MISSING) -> Any:
+        """A list of whole numbers, none below 0."""
+        value = self._get(key, default)
+        if value is not default and not (isinstance(value, list | tuple) and all(map(is_count, value))):
+            raise self.wrong(key, "a list of whole numbers")
         return value
 
     def block(self, key: str) -> "ConfigValues":
         """An object; one without keys where it is missing or null."""
         value = self._get(key, None)
-        if value is not None and not isinstance(value, dict):
+        if value is not None and not isinstance(value, Mapping):
             raise self.wrong(key, "a JSON object")
         return ConfigValues(value or {}, self.source, f"{self.path}{key}.")
 
@@ -86,6 +93,11 @@ class ConfigValues:
         if key not in self.values and default is MISSING:
             raise InputError(f"{self.source}: {self.path}{key} is missing; copy the file again")
         return self.values.get(key, default)
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number from 0 to what 32 bits hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
 
 
 def is_number(value: object) -> bool:

@@ -1,10 +1,10 @@
 """The supported decoder families, and the dimensions that their configurations give."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
-from pos2d.config_values import ConfigValues
+from pos2d.config_values import MAX_COUNT, ConfigValues
 from pos2d.errors import InputError
 
 MODEL_TYPE_PREFIX = "pos2d_"
@@ -109,6 +109,27 @@ class Dimensions:
             mlp_bias=family == "llama" and values.switch("mlp_bias", False),
             qk_norm=family == "qwen3",
         )
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> "Dimensions":
+        """Inverse of :func:`dataclasses.asdict`.
+
+        Raises:
+            InputError: unknown or missing keys, or values of other types.
+        """
+        values = ConfigValues(block, "sizes")
+        readers: Mapping[Any, Callable[[str], Any]] = {
+            str: values.text,
+            bool: values.switch,
+            float: values.number,
+            int: lambda name: values.whole(name, minimum=1, maximum=MAX_LAYERS if name == "layers" else MAX_COUNT),
+        }
+        known = {field.name: readers[field.type] for field in fields(cls)}
+        if set(block) != set(known):
+            raise InputError(f"sizes: keys {sorted(set(block) ^ set(known))} are missing or unknown")
+        if values.text("family") not in DEFAULTS:
+            raise values.wrong("family", f"one of {', '.join(DEFAULTS)}")
+        return cls(**{name: read(name) for name, read in known.items()})
 
 
 def _heads(values: ConfigValues, family: str) -> tuple[int, int, int]:

@@ -6,11 +6,15 @@ It is written last and read first, and what an artifact is never follows from th
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import Any, Literal, get_args
 
+from pos2d.config_values import MAX_COUNT
+from pos2d.dtypes import TORCH_NAMES
 from pos2d.errors import InputError
+from pos2d.families import CLASS_NAMES
+from pos2d.git_lfs import refuse_pointer
 from pos2d.manifest_upgrades import upgraded
 from pos2d.onnx_io import GraphInfo
 from pos2d.recipes import BnbRecipe, GraphRecipe
@@ -120,9 +124,18 @@ def _check_types(block: Mapping[str, Any]) -> None:
     """
     wrong = [name for name, types in VALUE_TYPES.items() if type(block[name]) not in types]
     if not wrong:
+        ledger = block["ledger"] or {}
         is_valid = {
+            "family": block["family"] in CLASS_NAMES,
+            "dtype": block["dtype"] in TORCH_NAMES.values(),
+            "vocab_size": 0 < block["vocab_size"] <= MAX_COUNT,
+            "context_length": 0 < block["context_length"] <= MAX_COUNT,
             "eos_token_ids": all(type(token) is int for token in block["eos_token_ids"]),
-            "files": all(type(facts) is dict and type(facts.get("bytes")) is int for facts in block["files"].values()),
+            "base": all(type(block["base"].get(key)) in (str, NoneType) for key in ("name", "revision")),
+            "adapters": all(type(adapter) is dict for adapter in block["adapters"]),
+            "files": all(_is_file(name, facts) for name, facts in block["files"].items()),
+            "ledger": all(type(ledger.get(key, {})) is dict for key in ("totals", "tensors"))
+            and all(type(entry) is dict for entry in ledger.get("tensors", {}).values()),
             "graph": (block["graph"] is not None) == (block["kind"] == "onnx"),
         }
         wrong = [name for name, valid in is_valid.items() if not valid]
@@ -130,25 +143,39 @@ def _check_types(block: Mapping[str, Any]) -> None:
         raise InputError(f"manifest: {', '.join(wrong)} cannot be read; make the artifact again")
 
 
+def _is_file(name: str, facts: object) -> bool:
+    """Whether a file of an artifact is described by its size, and lies within the artifact."""
+    path = PurePosixPath(name)
+    is_within = bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
+    if type(facts) is not dict or not is_within or type(facts.get("sha256", "")) is not str:
+        return False
+    return type(facts.get("bytes")) is int and facts["bytes"] >= 0
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read the manifest of an artifact, and check that all files exist with the sizes that it states.
 
     Raises:
-        InputError: a missing directory, a missing or broken manifest, or files that are missing or have another size.
+        InputError: a missing directory, a missing or broken manifest, files that are missing or have another size, or
+            Git LFS pointers in their place.
     """
     path = directory / FILE_NAME
     if not directory.exists():
         raise InputError(f"{directory} does not exist; give the directory of an artifact")
     if not path.is_file():
         raise InputError(f"{directory} is not an artifact of this tool (it has no {FILE_NAME}); {_cure(directory)}")
-    text = read_text(path)
+    refuse_pointer(path)
     try:
-        manifest = Manifest.from_dict(json.loads(text))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        block = json.loads(read_text(path))
+        if not isinstance(block, dict):
+            raise InputError("the manifest is not a JSON object; make the artifact again")
+        manifest = Manifest.from_dict(block)
+    except (ValueError, TypeError, AttributeError, OverflowError, OSError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}); make the artifact again") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     for name, facts in manifest.files.items():
+        refuse_pointer(directory / name)
         size = (directory / name).stat().st_size if (directory / name).is_file() else None
         if size != facts["bytes"]:
             state = "is missing" if size is None else f"has {size} bytes"

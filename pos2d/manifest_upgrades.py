@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pos2d.config_values import shown
 from pos2d.errors import InputError
 
 Block = dict[str, Any]
@@ -19,9 +20,9 @@ def upgraded(block: Mapping[str, Any], version: int) -> Block:
         InputError: a newer format, none at all, or an older one whose artifact has to be made again.
     """
     found = block.get("format_version")
-    if not isinstance(found, int) or found > version:
+    if not isinstance(found, int) or isinstance(found, bool) or not 0 < found <= version:
         raise InputError(
-            f"manifest: format version {found} is not {version}; install the release that made the artifact"
+            f"manifest: format version {shown(found)} is not {version}; install the release that made the artifact"
         )
     current = dict(block)
     while current["format_version"] < version:

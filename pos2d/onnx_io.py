@@ -5,8 +5,9 @@ Exporter and runtime both take every name from here. ``docs/onnx-graph.md`` docu
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from pos2d.config_values import ConfigValues, is_count
 from pos2d.errors import InputError
 from pos2d.families import Dimensions
 
@@ -18,6 +19,7 @@ DATA_FILE = "model.onnx.data"
 #   general  one sequence with any mask
 #   batch    several sequences, each with a mask and a length of its own
 GraphName = Literal["causal", "general", "batch"]
+MOST_GENERAL: GraphName = "batch"
 GRAPH_FILES: Mapping[GraphName, str] = {
     "causal": "model_causal.onnx",
     "general": "model.onnx",
@@ -118,14 +120,27 @@ class GraphInfo:
             raise InputError(f"graph: keys {sorted(set(block) ^ known)} are missing or unknown")
         try:
             graphs = {name: _graph_file(facts) for name, facts in block["graphs"].items()}
-            return cls(block["data"], Dimensions(**block["sizes"]), graphs)
-        except (KeyError, TypeError, AttributeError) as error:
+            sizes = Dimensions.from_dict(block["sizes"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"graph: it cannot be read ({type(error).__name__}: {error})") from None
+        if MOST_GENERAL not in graphs or not set(graphs) <= set(get_args(GraphName)):
+            raise InputError(f"graph: graphs has {', '.join(graphs) or 'none'}, not {', '.join(get_args(GraphName))}")
+        return cls(ConfigValues(block, "graph").text("data"), sizes, graphs)
 
 
 def _graph_file(facts: Mapping[str, Any]) -> GraphFile:
-    inputs, outputs = (
-        tuple(GraphTensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in facts[side])
-        for side in ("inputs", "outputs")
+    inputs, outputs = (tuple(map(_graph_tensor, facts[side])) for side in ("inputs", "outputs"))
+    values = ConfigValues(facts, "graph")
+    opsets = values.block("opsets")
+    versions = {domain: opsets.whole(domain) for domain in opsets.values}
+    return GraphFile(
+        file=values.text("file"), opsets=versions, nodes=values.whole("nodes"), inputs=inputs, outputs=outputs
     )
-    return GraphFile(**{**facts, "inputs": inputs, "outputs": outputs})
+
+
+def _graph_tensor(facts: Mapping[str, Any]) -> GraphTensor:
+    values = ConfigValues(facts, "graph")
+    shape = tuple(facts["shape"])
+    if not all(isinstance(size, str) or is_count(size) for size in shape):
+        raise values.wrong("shape", "a list of sizes and names")
+    return GraphTensor(values.text("name"), values.text("dtype"), shape)

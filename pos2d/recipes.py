@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from pos2d.bnb_format import NF4_BLOCK, NF4_ROWS, BnbQuant
+from pos2d.config_values import ConfigValues
 from pos2d.errors import InputError
 
 GraphQuant = Literal["int8", "int4", "auto"]
@@ -68,10 +69,11 @@ class BnbRecipe:
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            InputError: unknown or missing keys.
+            InputError: unknown or missing keys, or values of other types.
         """
         _check_keys(cls, block)
-        return cls(block["name"], tuple(block["skip_modules"]))
+        values = ConfigValues(block, "quantisation")
+        return cls(values.text("name"), tuple(values.texts("skip_modules")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +111,18 @@ class GraphRecipe:
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            InputError: unknown or missing keys.
+            InputError: unknown or missing keys, or values of other types.
         """
         _check_keys(cls, block)
-        return cls(**{**block, "float_activations": tuple(block["float_activations"])})
+        values = ConfigValues(block, "quantisation")
+        bits = values.block("bits")
+        return cls(
+            name=values.text("name"),
+            block_size=values.whole("block_size"),
+            bits={module: bits.whole(module) for module in bits.values},
+            float_activations=tuple(values.texts("float_activations")),
+            calibrated=values.switch("calibrated"),
+        )
 
 
 def _check_keys(recipe: type[Any], block: Mapping[str, Any]) -> None:

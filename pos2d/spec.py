@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from pos2d.config_values import ConfigValues, shown
 from pos2d.errors import InputError
 
 Align = Literal["left", "right"]
@@ -82,16 +83,17 @@ class Rope2DSpec:
         expected = {"version", "axes", "pair_indices", "branch_stride", "align_to", "visibility"}
         if set(block) != expected:
             raise InputError(f"rope_2d block: keys {sorted(set(block) ^ expected)} are missing or unknown")
+        values = ConfigValues(block, "rope_2d block")
         if block["version"] != VERSION:
             raise InputError(
-                f"rope_2d block: version {block['version']} is not {VERSION}; use a matching release of this tool"
+                f"rope_2d block: version {shown(block['version'])} is not {VERSION}; use a matching release"
             )
         spec = cls(
-            num_frequencies=len(block["axes"]),
-            pair_indices=tuple(block["pair_indices"]),
-            branch_stride=block["branch_stride"],
-            align_to=block["align_to"],
-            visibility=block["visibility"],
+            num_frequencies=len(values.wholes("axes")),
+            pair_indices=tuple(values.wholes("pair_indices")),
+            branch_stride=values.whole("branch_stride"),
+            align_to=values.text("align_to"),
+            visibility=values.text("visibility"),
         )
         if list(spec.axes) != list(block["axes"]):
             raise InputError("rope_2d block: axes and pair_indices disagree")

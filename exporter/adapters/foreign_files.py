@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from pos2d.exporter.files.git_lfs import refuse_pointer
+from pos2d.git_lfs import refuse_pointer
 
 STATES = re.compile(
     r"(rng_state(_\d+)?|optimizer(_\d+)?|scheduler|scaler|random_states_\d+|training_args|trainer_state)\.(pth|pt|bin|pkl|json)"

@@ -18,7 +18,7 @@ from pos2d.exporter.adapters.peft_files import (
     cure_without_weights,
 )
 from pos2d.exporter.artifact.sidecars import TOKENIZER_FILES
-from pos2d.exporter.files.git_lfs import refuse_pointer
+from pos2d.git_lfs import refuse_pointer
 
 Form = Literal["trainer", "peft", "mlx"]
 # A name with one of these endings is a path, and never an id on the Hub.

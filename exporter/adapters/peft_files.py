@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from pos2d.errors import InputError, UnsafeInputError
 from pos2d.exporter.adapters.adapter import first_names, refuse_empty
 from pos2d.exporter.artifact.staging import sha256
-from pos2d.exporter.files.git_lfs import refuse_pointer
 from pos2d.exporter.files.json_object import read_json_object
 from pos2d.exporter.files.pth import read_pth
+from pos2d.git_lfs import refuse_pointer
 
 if TYPE_CHECKING:
     import torch

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pos2d.config_values import shown
 from pos2d.errors import InputError
 from pos2d.exporter.artifact.sidecars import GENERATION_SETTINGS, read_settings
 from pos2d.exporter.inputs.checkpoint import Checkpoint
+from pos2d.exporter.inputs.other_keys import LEFT_OUT, other_keys, token_ids
 from pos2d.exporter.inputs.rope import rope_settings
 from pos2d.exporter.inputs.weight_files import CONFIG
 from pos2d.families import CLASS_NAMES, MODEL_TYPE_PREFIX
@@ -37,42 +37,56 @@ def baked_config(base: Checkpoint, spec: Rope2DSpec, dtype: str, tied: bool) -> 
     config = {
         key: value
         for key, value in base.config.items()
-        if key not in DROPPED and not (base.sizes.family == "llama" and key in WINDOW_KEYS)
+        if key not in (*DROPPED, *LEFT_OUT) and not (base.sizes.family == "llama" and key in WINDOW_KEYS)
     }
     rope = rope_settings(base.config, str(base.directory / CONFIG))
     theta = rope.pop("rope_theta")
     sizes = base.sizes
     class_name = CLASS_NAMES[base.sizes.family]
-    return config | {
-        "model_type": MODEL_TYPE_PREFIX + base.sizes.family,
-        "architectures": [f"{class_name}ForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"configuration_pos2d.{class_name}Config",
-            "AutoModel": f"modeling_pos2d.{class_name}Model",
-            "AutoModelForCausalLM": f"modeling_pos2d.{class_name}ForCausalLM",
-        },
-        "vocab_size": sizes.vocab,
-        "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.intermediate,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_dim,
-        "rms_norm_eps": sizes.norm_eps,
-        "tie_word_embeddings": tied,
-        "dtype": dtype,
-        "rope_theta": theta,
-        "rope_scaling": rope if rope["rope_type"] != "default" else None,
-        "rope_2d": spec.to_dict(),
-    }
+    others = other_keys(base.config, str(base.directory / CONFIG), sizes.vocab)
+    return (
+        config
+        | others
+        | {
+            "model_type": MODEL_TYPE_PREFIX + base.sizes.family,
+            "architectures": [f"{class_name}ForCausalLM"],
+            "auto_map": {
+                "AutoConfig": f"configuration_pos2d.{class_name}Config",
+                "AutoModel": f"modeling_pos2d.{class_name}Model",
+                "AutoModelForCausalLM": f"modeling_pos2d.{class_name}ForCausalLM",
+            },
+            "vocab_size": sizes.vocab,
+            "hidden_size": sizes.hidden,
+            "intermediate_size": sizes.intermediate,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": sizes.heads,
+            "num_key_value_heads": sizes.kv_heads,
+            "head_dim": sizes.head_dim,
+            "rms_norm_eps": sizes.norm_eps,
+            "tie_word_embeddings": tied,
+            "dtype": dtype,
+            "rope_theta": theta,
+            "rope_scaling": rope if rope["rope_type"] != "default" else None,
+            "rope_2d": spec.to_dict(),
+        }
+    )
 
 
 def model_config(base: Checkpoint, spec: Rope2DSpec, tied: bool) -> "PretrainedConfig":
-    """The configuration object of the merged model in float32."""
+    """The configuration object of the merged model in float32.
+
+    Raises:
+        InputError: transformers cannot read it.
+    """
     from pos2d.hf import configuration_pos2d
 
     kind = getattr(configuration_pos2d, f"{CLASS_NAMES[base.sizes.family]}Config")
-    config: PretrainedConfig = kind.from_dict(baked_config(base, spec, "float32", tied))
+    settings = baked_config(base, spec, "float32", tied)
+    try:
+        config: PretrainedConfig = kind.from_dict(settings)
+    except Exception as error:  # classes of transformers check further keys, each in its own way
+        reason = " ".join(str(error).split())
+        raise InputError(f"{base.directory / CONFIG} cannot be read by transformers: {reason}; correct it") from None
     return config
 
 
@@ -86,10 +100,8 @@ def end_tokens(base: Checkpoint, generation: Path | None = None) -> tuple[int, .
     """
     path = generation or base.directory / GENERATION_SETTINGS
     settings = read_settings(path) if path.is_file() else {}
-    stored = settings.get("eos_token_id", base.config.get("eos_token_id"))
-    tokens = [] if stored is None else stored if isinstance(stored, list) else [stored]
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
-        file = GENERATION_SETTINGS if "eos_token_id" in settings else CONFIG
-        raise InputError(f"{base.directory / file}: eos_token_id is {shown(stored)}, not token ids; correct it there")
+    tokens = token_ids(base.config.get("eos_token_id"), str(base.directory / CONFIG))
+    if "eos_token_id" in settings:
+        tokens = token_ids(settings["eos_token_id"], str(path))
     # A model never writes a token outside its vocabulary, so such an id, often -1, ends nothing.
     return tuple(token for token in tokens if 0 <= token < base.sizes.vocab)

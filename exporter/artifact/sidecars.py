@@ -10,8 +10,8 @@ from typing import Any
 from pos2d import hf
 from pos2d.exporter.artifact.staging import sha256, write_json
 from pos2d.exporter.artifact.tokenizer_settings import readable_settings
-from pos2d.exporter.files.git_lfs import refuse_pointer
 from pos2d.exporter.files.json_object import read_json_object
+from pos2d.git_lfs import refuse_pointer
 
 TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
 GENERATION_SETTINGS, SPECIAL_TOKENS = "generation_config.json", "special_tokens_map.json"

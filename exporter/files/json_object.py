@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pos2d.errors import InputError
-from pos2d.exporter.files.git_lfs import refuse_pointer
+from pos2d.git_lfs import refuse_pointer
 from pos2d.text_files import read_text
 
 # Far above what any settings need, and far below what Python can write again.

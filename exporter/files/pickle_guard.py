@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 from pos2d.errors import InputError, UnsafeInputError
-from pos2d.exporter.files.git_lfs import refuse_pointer
+from pos2d.git_lfs import refuse_pointer
 
 STORAGES = ("BFloat16", "Half", "Float", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
 ALLOWED_GLOBALS = {

@@ -9,6 +9,7 @@ from pos2d.errors import InputError
 from pos2d.exporter.files.tensor_io import opened, sha256_of
 from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD, Checkpoint, read_checkpoint, read_config
 from pos2d.exporter.inputs.location import locate
+from pos2d.exporter.inputs.other_keys import other_keys
 from pos2d.exporter.inputs.quantised import refuse_quantised_config
 from pos2d.exporter.inputs.rope import rope_settings
 from pos2d.exporter.inputs.weight_files import CONFIG
@@ -51,6 +52,7 @@ def read_base(base_model: str | Path, *, revision: str | None = None, bake_rope:
     _refuse_other_models(directory, config)
     rope_settings(config, source)
     base = read_checkpoint(directory, config, commit)
+    other_keys(config, source, base.sizes.vocab)
     _check_redundant_head(base)
     return base
 

@@ -11,13 +11,13 @@ from safetensors import SafetensorError, safe_open
 from pos2d.config_values import ConfigValues
 from pos2d.dtypes import FLOAT_TYPES
 from pos2d.errors import InputError
-from pos2d.exporter.files.git_lfs import refuse_pointer
 from pos2d.exporter.files.json_object import read_json_object
 from pos2d.exporter.files.pth import check_storage, read_pth
 from pos2d.exporter.files.tensor_places import TensorPlace, safetensors_name
 from pos2d.exporter.inputs.quantised import refuse_quantised_tensors
 from pos2d.exporter.inputs.weight_files import CONFIG, weight_files
 from pos2d.families import Dimensions, expected_tensors
+from pos2d.git_lfs import refuse_pointer
 
 EMBED_TOKENS, LM_HEAD = "model.embed_tokens", "lm_head"
 EMBEDDING, HEAD = f"{EMBED_TOKENS}.weight", f"{LM_HEAD}.weight"

@@ -7,20 +7,21 @@ from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
+from pos2d.config_values import ConfigValues, shown
 from pos2d.errors import InputError
 from pos2d.exporter.adapters.adapter import first_names, module_kind
 from pos2d.exporter.adapters.mlx import DOWN, MLX_WEIGHTS, UP, mlx_modules, read_mlx_settings, read_mlx_tensors
-from pos2d.exporter.adapters.patterns import match_start
+from pos2d.exporter.adapters.patterns import match_start, pattern_error
 from pos2d.exporter.adapters.peft_config import KEY_OF_PATTERN
 from pos2d.exporter.adapters.peft_files import ADAPTER_CONFIG, PICKLED_WEIGHTS, weight_files
 from pos2d.exporter.adapters.trainer import SUFFIXES, pair_factors, without_prefixes
 from pos2d.exporter.artifact.staging import sha256
-from pos2d.exporter.files.git_lfs import refuse_pointer
 from pos2d.exporter.files.json_object import read_json_object
 from pos2d.exporter.files.pth import read_pth
 from pos2d.exporter.files.tensor_places import torch_name
 from pos2d.exporter.inputs.checkpoint import EMBEDDING
 from pos2d.exporter.inspection.known_bases import KINDS, KNOWN_BASES
+from pos2d.git_lfs import refuse_pointer
 
 PEFT_PREFIX = "base_model.model."
 # Old files have the adapter's name before ".weight"; a bias of B is not a factor.
@@ -125,8 +126,9 @@ def peft_facts(directory: Path) -> AdapterFacts:
         )
         raise InputError(f"{path} {fault}; save the adapter again")
     factors = {module: (names["A"], names["B"]) for module, names in pairs.items()}
+    values = ConfigValues(config, str(directory / ADAPTER_CONFIG))
     try:
-        scales = {module: _peft_scale(module, tensors.shapes[a][0], config) for module, (a, _) in factors.items()}
+        scales = {module: _peft_scale(module, tensors.shapes[a][0], values) for module, (a, _) in factors.items()}
     except TimeoutError as error:
         raise InputError(f"{directory / ADAPTER_CONFIG}: {error}") from None
     settings = {key: config[key] for key in PEFT_SETTINGS if config.get(key) not in (None, {}, [])}
@@ -155,16 +157,20 @@ def _peft_config(directory: Path) -> dict[str, Any]:
     config = read_json_object(path, "save the adapter again")
     if config.get("peft_type") != "LORA":
         method = config.get("peft_type")
-        raise InputError(f"{path}: peft_type {method!r} is not LORA, the only PEFT method that can be merged here")
+        raise InputError(f"{path}: peft_type {shown(method)} is not LORA, the only PEFT method that can be merged here")
     return config
 
 
-def _peft_scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+def _peft_scale(module: str, rank: int, config: ConfigValues) -> float:
     """alpha / r, or alpha / sqrt(r) with rsLoRA; ``alpha_pattern`` has exceptions by the end of a module's name."""
-    patterns = config.get("alpha_pattern") or {}
-    matching = (alpha for pattern, alpha in patterns.items() if match_start(KEY_OF_PATTERN.format(pattern), module))
-    alpha = next(matching, config.get("lora_alpha"))
-    return float(alpha or rank) / (sqrt(rank) if config.get("use_rslora") else rank)
+    patterns = config.block("alpha_pattern")
+    faults = [pattern for pattern in patterns.values if pattern_error(KEY_OF_PATTERN.format(pattern)) is not None]
+    if faults:
+        raise patterns.wrong(faults[0], "the value of a regular expression")
+    matching = (key for key in patterns.values if match_start(KEY_OF_PATTERN.format(key), module))
+    exception = next(matching, None)
+    alpha = config.number("lora_alpha", None) if exception is None else patterns.number(exception)
+    return float(alpha or rank) / (sqrt(rank) if config.switch("use_rslora", None) else rank)
 
 
 def _safetensors(path: Path) -> Tensors:

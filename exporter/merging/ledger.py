@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from pos2d.errors import InputError
 from pos2d.exporter.tensors.stats import DeltaStats
 from pos2d.manifest import Manifest
 
@@ -66,9 +67,16 @@ class Totals:
 
 
 def read_ledger(manifest: Manifest) -> dict[str, TensorEntry]:
-    """The ledger of a merged artifact; empty for other kinds."""
+    """The ledger of a merged artifact; empty for other kinds.
+
+    Raises:
+        InputError: an entry that cannot be read.
+    """
     tensors = (manifest.ledger or {}).get("tensors", {})
-    return {name: TensorEntry.from_dict(entry) for name, entry in tensors.items()}
+    try:
+        return {name: TensorEntry.from_dict(entry) for name, entry in tensors.items()}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"manifest: ledger cannot be read ({error!r}); make the artifact again") from None
 
 
 def total(entries: Iterable[TensorEntry]) -> Totals:

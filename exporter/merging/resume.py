@@ -45,12 +45,12 @@ def finished_artifact(
     """
     try:
         manifest = read_manifest(output)
+        ledger = read_ledger(manifest)
     except InputError:
         return None
     made = manifest.to_dict()
     if json.loads(json.dumps({key: made[key] for key in recipe})) != json.loads(json.dumps(recipe)):
         return None
-    ledger = read_ledger(manifest)
     hashed = {name: facts["sha256"] for name, facts in manifest.files.items() if "sha256" in facts}
     if hashed != small_files or not _is_complete(output, hashed, layout, ledger):
         return None

@@ -45,8 +45,9 @@ def causal_mask(past, length, padding=None, device=None):
 
 def sliding_window(config):
     """The number of tokens that a layer sees, or None if every layer sees all; Llama ignores a window."""
-    kinds = getattr(config, "layer_types", None) if config.model_type.endswith(("qwen2", "qwen3")) else None
-    slides = not config.model_type.endswith("llama") and (kinds is None or "sliding_attention" in kinds)
+    family = type(config).model_type
+    kinds = getattr(config, "layer_types", None) if family.endswith(("qwen2", "qwen3")) else None
+    slides = not family.endswith("llama") and (kinds is None or "sliding_attention" in kinds)
     return getattr(config, "sliding_window", None) if slides else None
 
 

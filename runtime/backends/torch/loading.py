@@ -30,12 +30,22 @@ def empty_decoder(source: Path | Mapping[str, Any], family: str, attention: str)
 
     ``source`` is the directory of an artifact, or the content of its ``config.json``; ``attention`` is the name of an
     implementation that transformers knows.
+
+    Raises:
+        InputError: a configuration that transformers cannot read.
     """
     name = CLASS_NAMES[family]
     config_class = getattr(configuration_pos2d, f"{name}Config")
-    config = config_class.from_pretrained(source) if isinstance(source, Path) else config_class.from_dict(dict(source))
-    config._attn_implementation = attention
-    model: PreTrainedModel = empty_model(config, f"{name}ForCausalLM")
+    try:
+        read = config_class.from_pretrained if isinstance(source, Path) else config_class.from_dict
+        config = read(source if isinstance(source, Path) else dict(source))
+        config._attn_implementation = attention
+        model: PreTrainedModel = empty_model(config, f"{name}ForCausalLM")
+    except Exception as error:  # whatever its classes make of a damaged configuration
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{source if isinstance(source, Path) else name}: the configuration cannot be used: {reason}"
+        ) from None
     return model
 
 
