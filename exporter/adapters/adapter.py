@@ -1,6 +1,6 @@
 """An adapter in the one form that all readers return: deltas by tensor name, checked to fit a base."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,16 +71,16 @@ def module_kind(module: str) -> str:
     return module.rsplit(".", 1)[-1]
 
 
-def refuse_empty(tensors: "Mapping[str, torch.Tensor]", path: Path) -> None:
+def refuse_empty(shapes: Mapping[str, Sequence[int]], path: Path) -> None:
     """Check that no tensor is without values, which is what DeepSpeed's ZeRO-3 leaves of those it has not gathered.
 
     Raises:
         InputError: one is.
     """
-    empty = sorted(name for name, tensor in tensors.items() if tensor.numel() == 0)
+    empty = sorted(name for name, shape in shapes.items() if 0 in shape)
     if empty:
         raise InputError(
-            f"{path}: {len(empty)} of {len(tensors)} tensors are empty, such as {empty[0]}: DeepSpeed ZeRO-3 saved the "
+            f"{path}: {len(empty)} of {len(shapes)} tensors are empty, such as {empty[0]}: DeepSpeed ZeRO-3 saved the "
             "adapter without gathering it; gather the checkpoint with its zero_to_fp32.py, or save the adapter again "
             "with stage3_gather_16bit_weights_on_model_save"
         )

@@ -1,15 +1,16 @@
 """Reads adapters of mlx-lm: factors for the transposed weight, and a configuration of its own."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pos2d.errors import InputError
-from pos2d.exporter.adapters.adapter import Adapter, check_values, first_names, refuse_empty
+from pos2d.exporter.adapters.adapter import Adapter, check_values, first_names
 from pos2d.exporter.adapters.deltas import Delta, Dora, LowRank
+from pos2d.exporter.adapters.peft_config import shortened
 from pos2d.exporter.adapters.peft_files import ADAPTER_CONFIG, WeightFiles, read_tensors
 from pos2d.exporter.artifact.staging import sha256
 from pos2d.exporter.files.json_object import read_json_object
@@ -61,8 +62,10 @@ def read_mlx_settings(directory: Path) -> MlxSettings:
             "factor of the product in the release that trained it, and remove alpha"
         )
     scale, rank = parameters.get("scale"), parameters.get("rank")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not isfinite(scale) or scale == 0:
-        raise InputError(f"{file}: MLX's scale is {scale!r}, not a number other than 0; train the adapter again")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < abs(scale) < sys.maxsize:
+        raise InputError(
+            f"{file}: MLX's scale is {shortened(scale)}, not a number other than 0; train the adapter again"
+        )
     return MlxSettings(file, str(kind), rank if type(rank) is int else None, float(scale))
 
 
@@ -89,9 +92,7 @@ def read_mlx_tensors(directory: Path) -> "dict[str, torch.Tensor]":
     file = directory / MLX_WEIGHTS
     if not file.is_file():
         raise InputError(f"{directory} has an {ADAPTER_CONFIG} of MLX but no {MLX_WEIGHTS}; copy the adapter again")
-    tensors = read_tensors(WeightFiles((file,)))
-    refuse_empty(tensors, file)
-    return tensors
+    return read_tensors(WeightFiles((file,)))
 
 
 def mlx_modules(

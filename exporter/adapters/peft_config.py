@@ -173,15 +173,20 @@ def _refuse_contradictions(settings: LoraSettings, config: Mapping[str, Any]) ->
         raise InputError(f"{settings.file}: lora_bias is not supported together with use_dora; train without one")
 
 
+def shortened(value: object) -> str:
+    """A value for a sentence; Python does not print whole numbers of thousands of digits."""
+    return "a number with too many digits" if isinstance(value, int) and abs(value) >= 10**100 else repr(value)
+
+
 def _rank(value: object, key: str, file: Path) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{file}: {key} has {value!r}, not a whole number above 0; save the adapter again")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < sys.maxsize:
+        raise InputError(f"{file}: {key} has {shortened(value)}, not a whole number above 0; save the adapter again")
     return value
 
 
 def _alpha(value: object, key: str, file: Path) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < sys.maxsize:
-        raise InputError(f"{file}: {key} has {value!r}, not a number above 0; save the adapter again")
+        raise InputError(f"{file}: {key} has {shortened(value)}, not a number above 0; save the adapter again")
     return float(value)
 
 

@@ -106,7 +106,7 @@ def read_tensors(weights: WeightFiles) -> "dict[str, torch.Tensor]":
     for file in weights.files:
         refuse_pointer(file)
         content = read_pth(file) if file.name == PICKLED_WEIGHTS else _read_safetensors(file)
-        refuse_empty(content, file)
+        refuse_empty({name: tensor.shape for name, tensor in content.items()}, file)
         for name, tensor in content.items():
             short = plain_name(name)
             if short in tensors:

@@ -32,7 +32,7 @@ def read_trainer_file(path: Path, base: Checkpoint, weight: float = 1.0) -> Adap
         UnsafeInputError: the file would run code.
     """
     tensors = without_prefixes(read_pth(path), path)
-    refuse_empty(tensors, path)
+    refuse_empty({name: tensor.shape for name, tensor in tensors.items()}, path)
     vocab = None
     if any(name.endswith(SUFFIXES) for name in tensors):
         form, deltas = "trainer", _low_rank(tensors, base, path, weight)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pos2d.config_values import ConfigValues, shown
 from pos2d.errors import InputError
-from pos2d.exporter.adapters.adapter import first_names, module_kind
+from pos2d.exporter.adapters.adapter import first_names, module_kind, refuse_empty
 from pos2d.exporter.adapters.mlx import DOWN, MLX_WEIGHTS, UP, mlx_modules, read_mlx_settings, read_mlx_tensors
 from pos2d.exporter.adapters.patterns import match_start, pattern_error
 from pos2d.exporter.adapters.peft_config import KEY_OF_PATTERN
@@ -90,6 +90,7 @@ def trainer_facts(path: Path) -> AdapterFacts:
     """
     content = without_prefixes(read_pth(path), path)
     tensors = _tensors(content)
+    refuse_empty(tensors.shapes, path)
     if any(name.endswith(SUFFIXES) for name in content):
         factors = {module: (module + SUFFIXES[0], module + SUFFIXES[1]) for module in pair_factors(content, path)}
         return _low_rank_facts("trainer", path, tensors, factors, dict.fromkeys(factors, 1.0), {})
@@ -115,6 +116,7 @@ def peft_facts(directory: Path) -> AdapterFacts:
     tensors = _together(
         [_tensors(read_pth(f)) if f.name == PICKLED_WEIGHTS else _safetensors(f) for f in weights.files]
     )
+    refuse_empty(tensors.shapes, path)
     pairs: dict[str, dict[str, str]] = {}
     for name in tensors.shapes:
         if factor := PEFT_FACTOR.search(name):
