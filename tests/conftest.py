@@ -69,7 +69,8 @@ def artifact_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Golden, s
         else:
             # The golden models have MLPs of sizes that nf4 does not take.
             skipped = "lm_head" if kind == "8bit" else "lm_head,gate_proj,up_proj,down_proj"
-            exporter.export(None, path, format="bnb", quant=QUANTS[kind], skip_modules=skipped, **golden.flags)
+            options: Any = {"format": "bnb", "quant": QUANTS[kind], "skip_modules": skipped, "dtype": "float32"}
+            exporter.export(None, path, **options, **golden.flags)
         return path
 
     return make

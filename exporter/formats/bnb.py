@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from pos2d.bnb_format import OUTLIER_THRESHOLD, BnbQuant
+from pos2d.dtypes import ITEM_BYTES
 from pos2d.errors import UsageError
 from pos2d.exporter.artifact.hf_config import baked_config
 from pos2d.exporter.artifact.sidecars import copy_code
@@ -32,6 +33,8 @@ from pos2d.recipes import BnbRecipe
 OPTIONS = ("quant", "skip_modules", "dtype", "max_shard_size")
 DEFAULT_SHARD_SIZE = "5GB"
 DEFAULT_SKIPPED = LM_HEAD
+# What the other weights of a float32 base become: the kernels of bitsandbytes cast wider activations in every layer.
+WIDE_DTYPE = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +95,10 @@ def plan(source: Source, options: ExportOptions) -> BnbPlan:
     skip_modules = DEFAULT_SKIPPED if options.skip_modules is None else options.skip_modules
     shapes = source.base.linear_shapes()
     skipped = named_modules(skip_modules, list(shapes), "`skip_modules`")
-    merged = plan_tensors(source.base, source.adapters, options.dtype, untied=LM_HEAD not in skipped)
+    untied = LM_HEAD not in skipped
+    merged = plan_tensors(source.base, source.adapters, options.dtype, untied=untied)
+    if options.dtype == "auto" and ITEM_BYTES[merged.dtype] > ITEM_BYTES[WIDE_DTYPE]:
+        merged = plan_tensors(source.base, source.adapters, WIDE_DTYPE, untied=untied)
     recipe = BnbRecipe(cast(BnbQuant, options.quant), skipped)
     quantised = {module: shape for module, shape in shapes.items() if module not in skipped}
     if not quantised:

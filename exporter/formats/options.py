@@ -34,7 +34,7 @@ class ExportOptions:
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(
         "auto",
         "Type of the weights that are not quantised. onnx: float32 (auto) or float16, also for activations and KV "
-        "cache. bnb: auto keeps the type of each weight.",
+        "cache. bnb: auto keeps the type of each weight, and makes bfloat16 of a float32 base.",
     )
     block_size: int | None = option(
         None,

@@ -154,7 +154,7 @@ def _exports(inputs: Sequence[str], stored_dtype: str, sidecar_bytes: int, run: 
     """What ``export`` can make of ``inputs``; ``sidecar_bytes``: tokenizer and settings, which are copied."""
     for form in (*_bnb_formats(stored_dtype, run.sizes), *GRAPH_FORMATS):
         output = form.kind if form.quant is None else f"{form.kind}-{form.quant}"
-        command = ["pos2d", "export", *inputs, *_export_flags(form, stored_dtype), "-o", output]
+        command = ["pos2d", "export", *inputs, *_export_flags(form), "-o", output]
         yield run.candidate(form, disk_bytes(run.sizes, form) + sidecar_bytes, command)
 
 
@@ -168,11 +168,11 @@ def _existing_graph(manifest: Manifest, command: Sequence[str], run: PlannedRun)
     return run.candidate(form, manifest.total_bytes, command, note, extra_weight_bytes=extra)
 
 
-def _export_flags(form: Format, stored_dtype: str) -> list[str]:
+def _export_flags(form: Format) -> list[str]:
     quant = [] if form.quant is None else ["--quant", form.quant]
     if form.kind == "onnx":
         return quant
-    return ["--format", form.kind, *quant, *(["--dtype", form.dtype] if form.dtype != stored_dtype else [])]
+    return ["--format", form.kind, *quant]
 
 
 def _bnb_formats(stored_dtype: str, sizes: Dimensions) -> list[Format]:

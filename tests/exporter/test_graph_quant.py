@@ -117,7 +117,7 @@ def massive(tmp_path: Path) -> dict[str, Any]:
             weights[f"{mlp}.down_proj.weight"][:, feature] = 0
         weights[f"{mlp}.down_proj.weight"] *= 4
     save_file(weights, path, {"format": "pt"})
-    lora = write_adapter(tmp_path / "lora.pth", random_adapter(linear_modules(base)))
+    lora = write_adapter(tmp_path / "lora.pth", random_adapter(square(linear_modules(base))))
     return {"base_model": base, "lora": lora, "rope_2d_ratio": 0.5}
 
 

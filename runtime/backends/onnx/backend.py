@@ -57,8 +57,7 @@ class OnnxBackend:
         self._without_capture = without_capture()
         check_memory(directory, manifest, manifest.dtype)
         assert manifest.graph is not None
-        graph = manifest.graph
-        self.graphs = OnnxGraphs(directory, graph.data, graph.graphs, self.device, threads=options.threads)
+        self.graphs = OnnxGraphs(directory, manifest, self.device, threads=options.threads)
         # A pass holds it from the choice of a session to the end of its run: another thread may need a more general
         # graph, which replaces the session, and two passes at once would share the same cores anyway.
         self._lock = Lock()

@@ -1,6 +1,6 @@
 """ONNX Runtime sessions over the graph variants of an artifact, one at a time: each packs all weights for itself."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -9,7 +9,9 @@ import onnxruntime as ort
 import psutil
 
 from pos2d.errors import InputError
-from pos2d.onnx_io import GraphFile, GraphName
+from pos2d.graph_metadata import differing
+from pos2d.manifest import FILE_NAME, Manifest
+from pos2d.onnx_io import GraphName
 from pos2d.runtime.backends.onnx import cuda as onnx_cuda
 from pos2d.runtime.backends.onnx.fixed_steps import FixedSteps
 from pos2d.runtime.backends.onnx.float_activations import with_float_activations
@@ -30,24 +32,25 @@ WEIGHTS_DIRECTORY = "session.model_external_initializers_file_folder_path"
 class OnnxGraphs:
     """The graph variants of an artifact on ``device``, ``cpu`` or ``cuda``.
 
-    ``data``, the file of the weights, and ``graphs`` are the manifest's; ``float_kinds`` are the kinds of layers that
-    compute with float activations. ``threads`` compute on the CPU; None is :func:`pos2d.threads.default_threads`.
+    ``manifest`` is that of the artifact; ``float_kinds`` are the kinds of layers that compute with float activations.
+    ``threads`` compute on the CPU; None is :func:`pos2d.threads.default_threads`.
 
     Raises:
-        InputError: a graph that cannot be loaded.
+        InputError: a graph that cannot be loaded, or that has other positions than the manifest.
         UsageError: a GPU that cannot be used.
     """
 
     def __init__(
         self,
         directory: Path,
-        data: str,
-        graphs: Mapping[GraphName, GraphFile],
+        manifest: Manifest,
         device: str,
         float_kinds: Collection[str] = (),
         threads: int | None = None,
     ) -> None:
-        self._directory, self._data, self._graphs = directory, data, graphs
+        assert manifest.graph is not None
+        self._directory, self._manifest = directory, manifest
+        self._data, self._graphs = manifest.graph.data, manifest.graph.graphs
         self._device, self._float_kinds, self._threads = device, float_kinds, threads
         self._session: ort.InferenceSession | None = None
         # Indices in VARIANTS: of the session that is or was loaded last, and of what has been announced.
@@ -59,7 +62,7 @@ class OnnxGraphs:
 
     def with_float_activations(self, kinds: Collection[str]) -> "OnnxGraphs":
         """The same graphs with accuracy level 0 in the layers of ``kinds``; no session is loaded yet."""
-        graphs = OnnxGraphs(self._directory, self._data, self._graphs, self._device, kinds, self._threads)
+        graphs = OnnxGraphs(self._directory, self._manifest, self._device, kinds, self._threads)
         graphs._expected = self._expected
         return graphs
 
@@ -131,6 +134,10 @@ class OnnxGraphs:
             raise InputError(f"{path} cannot be loaded: {error}; export it again") from None
         if on_gpu:
             onnx_cuda.check_session(session)
+        positions = {"rope_2d": self._manifest.rope_2d.to_dict()}
+        faults = differing(positions, session.get_modelmeta().custom_metadata_map)
+        if faults:
+            raise InputError(f"{path} has {faults[0]} as {self._directory / FILE_NAME} says; export it again")
         return session
 
 

@@ -23,7 +23,14 @@ from pos2d.runtime.backends.torch.cuda_graphs import GraphedCache, Tensors
 from pos2d.runtime.backends.torch.devices import DeviceMap, device_lookup, infer_device_map, one_device
 from pos2d.runtime.backends.torch.kv_cache import FixedCache, GrowingCache
 from pos2d.runtime.backends.torch.linears import bnb_layers
-from pos2d.runtime.backends.torch.loading import HEAD, empty_decoder, fill_decoder, sized_decoder, stored_tensors
+from pos2d.runtime.backends.torch.loading import (
+    HEAD,
+    check_positions,
+    empty_decoder,
+    fill_decoder,
+    sized_decoder,
+    stored_tensors,
+)
 from pos2d.runtime.engine.backend import Floats
 from pos2d.threads import default_threads
 
@@ -64,6 +71,7 @@ class TorchBackend:
             check_memory(directory, manifest, str(dtype).removeprefix("torch."), options.quant)
         attention = COLUMNS if options.attn_implementation == "sdpa" else "eager"
         model = empty_decoder(directory, manifest.family, attention)
+        check_positions(model, directory, manifest)
         device_map: DeviceMap = {"": device}
         if options.device_map is not None:
             sized = sized_decoder(directory, manifest.family, recipe, dtype)

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from pos2d.bnb_format import STORED_PARTS, BnbQuant
 from pos2d.errors import InputError
 from pos2d.families import CLASS_NAMES
+from pos2d.graph_metadata import differing_keys
 from pos2d.hf import configuration_pos2d
 from pos2d.hf.empty_model import empty_model
-from pos2d.manifest import Manifest
+from pos2d.manifest import FILE_NAME, Manifest
 from pos2d.progress import Progress
 from pos2d.recipes import BnbRecipe
 from pos2d.runtime.backends.options import Int8Kernel
@@ -47,6 +48,19 @@ def empty_decoder(source: Path | Mapping[str, Any], family: str, attention: str)
             f"{source if isinstance(source, Path) else name}: the configuration cannot be used: {reason}"
         ) from None
     return model
+
+
+def check_positions(model: PreTrainedModel, directory: Path, manifest: Manifest) -> None:
+    """Check that ``config.json``, which plain transformers reads, has the positions of the manifest.
+
+    Raises:
+        InputError: it has others.
+    """
+    faults = differing_keys("rope_2d", manifest.rope_2d.to_dict(), getattr(model.config, "rope_2d", None))
+    if faults:
+        raise InputError(
+            f"{directory / 'config.json'} has {faults[0]} as {directory / FILE_NAME} says; make the artifact again"
+        )
 
 
 def sized_decoder(directory: Path, family: str, recipe: BnbRecipe | None, dtype: torch.dtype) -> PreTrainedModel:
