@@ -16,12 +16,14 @@ import numpy as np
 
 from pos2d.errors import UsageError
 from pos2d.families import Dimensions
+from pos2d.layout import build_layout
 from pos2d.manifest import Manifest, read_manifest
 from pos2d.memory_costs import kv_cache_bytes
 from pos2d.options import takes_options
 from pos2d.progress import Progress
 from pos2d.runtime.backends.memory import WEIGHT_ENDINGS
 from pos2d.runtime.backends.options import LoadOptions
+from pos2d.runtime.engine.decode import prefill
 from pos2d.runtime.load import load
 from pos2d.runtime.model.model import Model
 
@@ -36,8 +38,8 @@ BANDWIDTH_BYTES = 1 << 28
 class BenchRow:
     """Medians over the rounds for ``branches`` answers side by side after one prompt.
 
-    ``prefill_seconds`` is the time for the prompt without its last token, ``first_token_seconds`` the time until every
-    branch has its first token, ``step_ms`` that of one decode step, and ``answers_seconds`` the total.
+    ``prefill_seconds`` is the time until the prompt has its logits, ``first_token_seconds`` the time until every branch
+    has its first token, ``step_ms`` that of one decode step, and ``answers_seconds`` the total.
     ``bandwidth_share`` is the rate at which a step reads weights and cache as a share of the memory bandwidth; it is
     absent on a GPU, whose bandwidth is not measured.
     """
@@ -97,10 +99,12 @@ def bench(
     next(model.stream_ids([prompt[:FIRST_PROMPT_TOKENS]], max_new_tokens=1, ignore_eos=True))
     load_seconds = time.perf_counter() - started
     times: dict[int, list[list[float]]] = {}
+    prefills: dict[int, list[float]] = {}
     with Progress("measuring", len(branches) * (rounds + 1)) as progress:
         for count in sorted(branches):
-            times[count] = []
+            times[count], prefills[count] = [], []
             for _ in range(rounds + 1):
+                prefills[count].append(_prefill_time(model, prompt, count))
                 times[count].append(_column_times(model, prompt, count, new_tokens))
                 progress.advance()
     peak = peak_memory()
@@ -108,7 +112,7 @@ def bench(
     # If weights are converted while they are loaded, the sizes of the files are not what a step reads.
     known = model.backend.device == "cpu" and not loading.get("quant") and loading.get("dtype") in (None, "auto")
     rows = (
-        _row(model, count, prompt_tokens, new_tokens, rounds_of_count[1:], bandwidth if known else None)
+        _row(model, count, prompt_tokens, prefills[count][1:], rounds_of_count[1:], bandwidth if known else None)
         for count, rounds_of_count in times.items()
     )
     return BenchReport(
@@ -169,6 +173,16 @@ def _check(manifest: Manifest, prompt_tokens: int, new_tokens: int, branches: Se
         )
 
 
+def _prefill_time(model: Model, prompt: Sequence[int], branches: int) -> float:
+    """Seconds for the prompt alone, with the last token of it in every branch."""
+    *context, last = prompt
+    layout = build_layout([[last]] * branches, model.manifest.rope_2d, context)
+    model.backend.expect_branches(branches)
+    started = time.perf_counter()
+    prefill(model.backend, layout, model.backend.new_cache(len(layout)))
+    return time.perf_counter() - started
+
+
 def _column_times(model: Model, prompt: Sequence[int], branches: int, new_tokens: int) -> list[float]:
     """Seconds for each column of tokens; the first includes the prompt."""
     *context, last = prompt
@@ -183,16 +197,16 @@ def _row(
     model: Model,
     branches: int,
     prompt_tokens: int,
-    new_tokens: int,
+    prefills: Sequence[float],
     times: Sequence[Sequence[float]],
     bandwidth: float | None,
 ) -> BenchRow:
     first = statistics.median(columns[0] for columns in times)
     step = statistics.median(statistics.median(columns[1:]) for columns in times)
-    step_bytes = _step_bytes(model, prompt_tokens + branches * new_tokens // 2)
+    step_bytes = _step_bytes(model, prompt_tokens + branches * len(times[0]) // 2)
     return BenchRow(
         branches=branches,
-        prefill_seconds=max(0.0, first - step),
+        prefill_seconds=statistics.median(prefills),
         first_token_seconds=first,
         step_ms=1e3 * step,
         tokens_per_second=branches / step,

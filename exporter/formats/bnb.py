@@ -82,7 +82,8 @@ def refuse(options: ExportOptions) -> None:
         UsageError: it is not.
     """
     if options.quant not in get_args(BnbQuant):
-        raise UsageError(f"`format='bnb'` needs `quant` {' or '.join(get_args(BnbQuant))}")
+        other = "" if options.quant == "none" else f"; `quant={options.quant!r}` needs `format='onnx'`"
+        raise UsageError(f"`format='bnb'` needs `quant` {' or '.join(get_args(BnbQuant))}{other}")
 
 
 def plan(source: Source, options: ExportOptions) -> BnbPlan:

@@ -196,14 +196,16 @@ def test_default_positions_are_reported_in_a_warning(qwen2: Golden, quant: str |
     [
         ({"block_size": 32}, "belong to `quant`"),
         ({"quant": "int4", "block_size": 48}, "`block_size` 48 is not one of"),
-        ({"quant": "nf4"}, "takes `quant` int8, int4, auto"),
+        ({"quant": "nf4"}, "`quant='nf4'` needs `format='bnb'`"),
+        ({"quant": "8bit"}, "`quant='8bit'` needs `format='bnb'`"),
         ({"quant": "auto"}, "belong together"),
         ({"quant": "int8", "target_size": "1MB"}, "belong together"),
         ({"quant": "int8", "float_activations": "down_proj"}, "a hundred times slower"),
         ({"quant": "int8", "skip_modules": "conv"}, "names no linear layer"),
         ({"quant": "int8", "max_shard_size": "1GB"}, "`max_shard_size` belongs to `format='bnb'`"),
         ({"dtype": "bfloat16"}, "takes `dtype` float32 or float16"),
-        ({"format": "bnb", "quant": "int8"}, "needs `quant` 8bit or nf4"),
+        ({"format": "bnb", "quant": "int8"}, "needs `quant` 8bit or nf4; `quant='int8'` needs `format='onnx'`"),
+        ({"format": "bnb"}, "needs `quant` 8bit or nf4$"),
         ({"format": "bnb", "quant": "8bit", "block_size": 32}, "`block_size` belongs to `format='onnx'`"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,23 @@ def test_the_command_prints_a_table_or_json(
     report = json.loads(call(*ask, "--json").stdout)
     assert report["format"] == "onnx float32"
     assert all(row["step_ms"] > 0 and row["bandwidth_share"] > 0 for row in report["rows"])
+
+
+def test_prefill_is_measured_and_not_a_difference(
+    qwen2: Golden, artifact_of: ArtifactOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a decode step takes longer than the prompt, for which the difference would be nothing."""
+    decode = sys.modules["pos2d.runtime.engine.decode"]
+    forward = decode.forward
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return forward(*arguments)
+
+    monkeypatch.setattr(decode, "forward", slow)
+    options: dict[str, Any] = {"prompt_tokens": 8, "new_tokens": 2, "branches": [1, 3], "rounds": 2}
+    for row in runtime.bench(artifact_of(qwen2, "onnx"), **options).rows:
+        assert 0 < row.prefill_seconds < 0.05 <= row.step_ms / 1000
 
 
 def test_converted_weights_have_no_share_of_the_bandwidth(qwen2: Golden, artifact_of: ArtifactOf) -> None:

@@ -65,7 +65,10 @@ def refuse(options: ExportOptions) -> None:
         UsageError: values that graphs do not have, or options that do nothing without another.
     """
     if options.quant != "none" and options.quant not in get_args(GraphQuant):
-        raise UsageError(f"`format='onnx'` takes `quant` {', '.join(get_args(GraphQuant))}, or none")
+        raise UsageError(
+            f"`quant={options.quant!r}` needs `format='bnb'`; `format='onnx'`, the default, takes `quant` "
+            f"{', '.join(get_args(GraphQuant))}, or none"
+        )
     if options.dtype not in ("auto", *DTYPES):
         raise UsageError(f"`format='onnx'` takes `dtype` {' or '.join(DTYPES)}")
     needs_quant = options.block_size, options.skip_modules, options.float_activations, options.no_calibration
