@@ -251,6 +251,21 @@ def test_the_exact_sum_keeps_what_a_half_swallows(tmp_path: Path) -> None:
     assert "quantises the exact sum" in late.warnings[0]
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_nf4_in_float32_is_exact_whatever_was_quantised(stored: torch.dtype, rows: int) -> None:
+    """bitsandbytes would round the dequantised weights to the type that they had before."""
+    torch.manual_seed(0)
+    weight = (torch.randn(64, 128) * 0.02).to(stored)
+    layer: Any = quantised_linear({"weight": weight}, "nf4", "auto", torch.float32)
+    state, packed = layer.weight.quant_state, layer.weight.data.flatten().int()
+    values = state.code[torch.stack([packed >> 4, packed & 15], dim=1).flatten()]
+    exact = (values * state.absmax.repeat_interleave(state.blocksize)).reshape(weight.shape).double()
+    x = torch.randn(rows, 128)
+    magnitude = x.double().abs() @ exact.abs().T
+    assert ((layer(x).double() - x.double() @ exact.T).abs() <= sum_bound(129, torch.float32, magnitude)).all()
+
+
 def test_a_row_of_zeros_stays_zero() -> None:
     steps, scales = quantise_rows(torch.tensor([[0.0, 0.0], [1.0, -2.0]], dtype=torch.float64))
     assert steps.tolist() == [[0, 0], [64, -127]]
