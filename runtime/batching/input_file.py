@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from pos2d.errors import InputError
-from pos2d.text_files import LONGEST_MARK, check_mark
+from pos2d.text_files import LONGEST_MARK, check_encoding
 
 # Lines are grouped into sequences within such a window and nowhere else, so that a run that was interrupted computes
 # the remaining lines exactly as it would have.
@@ -53,7 +53,7 @@ def count_lines(path: Path) -> int:
         raise InputError(f"{path} is not a regular file, and it must be read twice; write the lines to a file")
     try:
         with path.open("rb") as file:
-            check_mark(file.read(LONGEST_MARK), str(path))
+            check_encoding(file.read(LONGEST_MARK), str(path))
             file.seek(0)
             count = sum(1 for _ in file)
     except OSError as error:

@@ -193,6 +193,18 @@ def test_logits_pass_through_the_processors_of_generate(theirs: Any, tmp_path: P
     np.testing.assert_allclose(found[kept], expected[kept], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("prompt", ["x", PROMPT])
+def test_the_shortest_length_counts_the_prompt(
+    ours: runtime.Model, theirs: Any, settings: Callable[..., None], prompt: str
+) -> None:
+    """An end token that is likelier than all others comes as soon as it may."""
+    values: dict[str, Any] = {"sequence_bias": [[[94], 80.0]], "min_length": 15, "max_new_tokens": 20}
+    settings(eos_token_id=[257, 94], **values)
+    (answer,) = ours.generate(prompt)
+    assert len(answer.token_ids) == 15 - len(prompt)
+    assert list(answer.token_ids) == by_transformers(theirs, ours.tokenizer, prompt, values)
+
+
 def test_branches_see_what_they_would_see_alone(ours: runtime.Model, settings: Callable[..., None]) -> None:
     """Lengths and n-grams count the tokens of the context, of the branch's own prompt and of its own answer."""
     settings(max_length=24, no_repeat_ngram_size=2, sequence_bias=[[[ord("e"), 5], 3.0]])
