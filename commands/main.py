@@ -34,7 +34,7 @@ WORKFLOWS = {
         "show-layout": "Draw branch and time of tokens, and what one attends to.",
     },
     "Check an artifact": {
-        "verify": "Check that the logits are right: pass or fail.",
+        "verify": "Check files and logits of an artifact: pass or fail.",
         "eval": "Measure quality: perplexity, and KL from a reference.",
         "bench": "Measure speed and memory.",
     },

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from pos2d import hf
 from pos2d.bnb_format import BnbQuant
 from pos2d.dtypes import ITEM_BYTES
-from pos2d.exporter.artifact.sidecars import files_in
+from pos2d.exporter.artifact.sidecars import CODE, files_in
 from pos2d.exporter.files.tensor_places import torch_name
 from pos2d.exporter.inputs.checkpoint import Checkpoint, read_config
 from pos2d.exporter.planning.footprint import (
@@ -21,6 +22,7 @@ from pos2d.exporter.planning.footprint import (
     gpu_memory,
 )
 from pos2d.exporter.planning.graph_footprint import default_layout
+from pos2d.exporter.quantisation.held_out import reference_bytes
 from pos2d.families import Dimensions, expected_tensors
 from pos2d.manifest import Manifest, read_manifest
 from pos2d.onnx_io import DATA_FILE
@@ -29,6 +31,7 @@ from pos2d.recipes import BITS, BnbRecipe
 # Types of merges, the trainer's bfloat16 before float16.
 MERGE_DTYPES = ("float32", "bfloat16", "float16")
 GRAPH_FORMATS = tuple(Format("onnx", "float32", quant) for quant in (None, *BITS))
+CONFIG = "config.json"
 # What the user fills in.
 ADAPTER, RATIO, PROMPT = "YOUR_ADAPTER", "YOUR_RATIO", "YOUR_PROMPT"
 
@@ -83,6 +86,7 @@ def candidates_of_base(base: Checkpoint, model: str, run: PlannedRun) -> list[Ca
     """Merges in every dtype, the base's included, then all exports."""
     base_dtype = linear_dtype(base)
     sidecar_bytes = sum(path.stat().st_size for path in files_in(base.directory).values())
+    settings_bytes = _settings_bytes((base.directory / CONFIG).stat().st_size)
     base_bytes = sum(place.nbytes + HEADER_ENTRY_BYTES for place in base.tensors.values())
     # No file says which positions an adapter was trained with, and any others give a broken model, so the user must.
     inputs = ["--base-model", model, "--lora", ADAPTER, "--rope-2d-ratio", RATIO]
@@ -91,11 +95,16 @@ def candidates_of_base(base: Checkpoint, model: str, run: PlannedRun) -> list[Ca
     for dtype in sorted({base_dtype, *MERGE_DTYPES}, key=lambda dtype: _dtype_rank(dtype, base_dtype)):
         form = Format("merged", dtype)
         if dtype == base_dtype:
-            merges.append(run.candidate(form, base_bytes + sidecar_bytes, [*merge, "-o", "merged"], "the base's dtype"))
+            merges.append(
+                run.candidate(
+                    form, base_bytes + sidecar_bytes + settings_bytes, [*merge, "-o", "merged"], "the base's dtype"
+                )
+            )
         else:
             command = [*merge, "--dtype", dtype, "-o", "merged"]
-            merges.append(run.candidate(form, disk_bytes(base.sizes, form) + sidecar_bytes, command))
-    return [*merges, *_exports(inputs, base_dtype, sidecar_bytes, run)]
+            disk = disk_bytes(base.sizes, form) + sidecar_bytes + settings_bytes
+            merges.append(run.candidate(form, disk, command))
+    return [*merges, *_exports(inputs, base_dtype, sidecar_bytes, settings_bytes, run)]
 
 
 def candidates_of_artifact(directory: Path, run: PlannedRun) -> list[Candidate]:
@@ -124,7 +133,8 @@ def candidates_of_artifact(directory: Path, run: PlannedRun) -> list[Candidate]:
     ]
     sidecars = files_in(directory)
     sidecar_bytes = sum(facts["bytes"] for name, facts in manifest.files.items() if name in sidecars)
-    return [as_stored, *converted, *_exports([str(directory)], manifest.dtype, sidecar_bytes, run)]
+    settings_bytes = _settings_bytes(manifest.files[CONFIG]["bytes"])
+    return [as_stored, *converted, *_exports([str(directory)], manifest.dtype, sidecar_bytes, settings_bytes, run)]
 
 
 def artifact_sizes(directory: Path) -> tuple[Dimensions, str]:
@@ -150,12 +160,25 @@ def _dtype_rank(dtype: str, base_dtype: str) -> tuple[int, bool, int]:
     return -ITEM_BYTES[dtype], dtype != base_dtype, MERGE_DTYPES.index(dtype)
 
 
-def _exports(inputs: Sequence[str], stored_dtype: str, sidecar_bytes: int, run: PlannedRun) -> Iterator[Candidate]:
-    """What ``export`` can make of ``inputs``; ``sidecar_bytes``: tokenizer and settings, which are copied."""
+def _exports(
+    inputs: Sequence[str], stored_dtype: str, sidecar_bytes: int, settings_bytes: int, run: PlannedRun
+) -> Iterator[Candidate]:
+    """What ``export`` can make of ``inputs``; ``sidecar_bytes``: tokenizer and settings, which are copied;
+    ``settings_bytes``: configuration and code of a torch artifact."""
     for form in (*_bnb_formats(stored_dtype, run.sizes), *GRAPH_FORMATS):
         output = form.kind if form.quant is None else f"{form.kind}-{form.quant}"
         command = ["pos2d", "export", *inputs, *_export_flags(form), "-o", output]
-        yield run.candidate(form, disk_bytes(run.sizes, form) + sidecar_bytes, command)
+        disk = disk_bytes(run.sizes, form) + sidecar_bytes
+        if form.kind == "bnb":
+            disk += settings_bytes
+        elif form.quant is not None:
+            disk += reference_bytes(run.sizes.vocab, run.sizes.context_length)
+        yield run.candidate(form, disk, command)
+
+
+def _settings_bytes(config_bytes: int) -> int:
+    """Bytes of the configuration of a torch artifact, made from one of ``config_bytes``, and of its code."""
+    return config_bytes + sum((Path(hf.__file__).parent / name).stat().st_size for name in CODE)
 
 
 def _existing_graph(manifest: Manifest, command: Sequence[str], run: PlannedRun) -> Candidate:

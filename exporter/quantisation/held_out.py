@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pos2d.reference import COLUMNS, ONE_BRANCH, HeldOut
+from pos2d.reference import COLUMNS, MOST_LIKELY, ONE_BRANCH, HeldOut
 
 # Tokens of one branch; of a context and of the branches after it, whose lengths differ so that alignment matters.
 LENGTH, CONTEXT, BRANCHES = 224, 48, (48, 36, 52, 40)
@@ -58,8 +58,7 @@ def held_out_tokens(directory: Path, vocab: int, context_length: int) -> tuple[l
     """
     text = _text_tokens(directory / "tokenizer.json", vocab)
     ids = text or _random_tokens(vocab)
-    share = min(1.0, context_length / LENGTH, context_length / (CONTEXT + sum(BRANCHES)))
-    lengths = [max(1, int(length * share)) for length in (LENGTH, CONTEXT, *BRANCHES)]
+    lengths = _lengths(context_length)
     parts, start = [], 0
     for length in lengths:
         parts.append(tuple(ids[(start + place) % len(ids)] for place in range(length)))
@@ -68,6 +67,17 @@ def held_out_tokens(directory: Path, vocab: int, context_length: int) -> tuple[l
     if context_length < sum(lengths[1:]):  # a handful of positions
         return [HeldOut(ONE_BRANCH, (), (one,))], bool(text)
     return [HeldOut(ONE_BRANCH, (), (one,)), HeldOut(COLUMNS, context, tuple(branches))], bool(text)
+
+
+def reference_bytes(vocab: int, context_length: int) -> int:
+    """The size of the file with the exact model's predictions, without a few hundred bytes."""
+    return sum(_lengths(context_length)) * min(MOST_LIKELY, vocab) * 8  # a token and a float32 each
+
+
+def _lengths(context_length: int) -> list[int]:
+    """Tokens of the one branch, of the context, and of the branches after it."""
+    share = min(1.0, context_length / LENGTH, context_length / (CONTEXT + sum(BRANCHES)))
+    return [max(1, int(length * share)) for length in (LENGTH, CONTEXT, *BRANCHES)]
 
 
 def _text_tokens(path: Path, vocab: int) -> list[int]:

@@ -16,7 +16,8 @@ import psutil
 import pytest
 import torch
 from click.testing import Result
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from pos2d import exporter, runtime
 from pos2d.commands.plan import plan_text
@@ -35,6 +36,7 @@ from pos2d.exporter.planning.footprint import (
     weight_bytes,
 )
 from pos2d.exporter.planning.graph_footprint import default_layout, stored_weights
+from pos2d.exporter.quantisation.held_out import reference_bytes
 from pos2d.families import Dimensions, expected_tensors
 from pos2d.manifest import read_manifest
 from pos2d.memory_costs import (
@@ -48,7 +50,17 @@ from pos2d.onnx_io import DATA_FILE
 from pos2d.runtime.backends.onnx.backend import OnnxBackend
 from pos2d.runtime.backends.torch.backend import TorchBackend
 from pos2d.units import parse_size, size_text
-from tests.bases import CONFIGS, HALF_BILLION, linear_modules, random_adapter, square, write_adapter, write_base
+from tests.bases import (
+    CONFIGS,
+    HALF_BILLION,
+    SHAPE,
+    linear_modules,
+    random_adapter,
+    square,
+    weights,
+    write_adapter,
+    write_base,
+)
 from tests.conftest import GOLDENS, Golden
 
 Call = Callable[..., Result]
@@ -123,6 +135,34 @@ def test_disk_bytes_of_a_graph(family: tuple[Path, Path], quant: Any, dtype: str
     data = file_sizes.pop(DATA_FILE)
     assert default_layout(sizes, dtype, quant).nbytes == data
     assert disk_bytes(sizes, form) - data == pytest.approx(sum(file_sizes.values()), rel=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plan_is_what_merge_and_export_write(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Every format, with the defaults that the commands of the plan have, but for the check at the end."""
+    config = LlamaConfig(**{**SHAPE, "hidden_size": 192, "intermediate_size": 512})
+    base = write_base(tmp_path / "base", config)
+    stored = {name: tensor.to(dtype) for name, tensor in weights(base).items()}
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    lora = write_adapter(tmp_path / "lora.pth", random_adapter(square(linear_modules(base))))
+    positions: dict[str, Any] = {"rope_2d_ratio": 0.5}
+    planned = {candidate.name: candidate for candidate in exporter.plan(base).candidates}
+    assert {f"onnx {quant}" for quant in ("int8", "int4", "auto")} | {"bnb 8bit", "bnb nf4"} < set(planned)
+    for name, candidate in planned.items():
+        output, form = tmp_path / name, candidate.form
+        unwritten = 0
+        if form.kind == "merged":
+            exporter.merge(base, lora, output, dtype=form.dtype, **positions)
+        else:
+            options: dict[str, Any] = {"format": form.kind, "quant": form.quant or "none", **positions}
+            if form.kind == "onnx":
+                options["no_verify"] = True
+                unwritten = reference_bytes(int(SHAPE["vocab_size"]), 512) if form.quant else 0
+            if form.quant == "auto":
+                options["target_size"] = str(default_layout(sizes_of(base), "float32", "auto").nbytes)
+            exporter.export(None, output, base_model=base, lora=lora, **options)
+        written = read_manifest(output).total_bytes + unwritten
+        assert candidate.disk == pytest.approx(written, rel=0.003), name
 
 
 def test_an_embedding_whose_rows_are_no_blocks_is_not_quantised() -> None:
