@@ -9,8 +9,10 @@
 merge is repeated in every process; ``pos2d merge`` once and then :func:`pos2d.load` is faster.
 """
 
+import shutil
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -31,6 +33,9 @@ from pos2d.runtime.engine.sampling import GENERATION_CONFIG, Sampling
 from pos2d.runtime.text.text_decode import TextSampler
 from pos2d.runtime.text.tokenization import encode_prompts
 from pos2d.spec import Align, Rope2DSpec
+
+if TYPE_CHECKING:
+    from pos2d.exporter.sources.source import Source
 
 
 def load_model_with_lora(
@@ -76,7 +81,7 @@ def load_model_with_lora(
     positions = TrainedPositions(rope_2d_ratio if patch_rope else None, None, not patch_rope, branch_stride, align_to)
     source = from_adapters(base_model, lora_path, positions, lora_rank=lora_rank)
     base, plan = source.base, plan_tensors(source.base, source.adapters, options.dtype)
-    tokenizer = _tokenizer(base.directory)
+    tokenizer = _tokenizer_of(source)
     if chosen_device.type == "cpu":
         check_least(str(base_model), least_memory("merged", plan.nbytes, plan.dtype, plan.dtype))
     config = baked_config(base, source.spec, plan.dtype, plan.tied)
@@ -137,6 +142,18 @@ def generate_text(
     for _ in decode(backend, build_layout([ids], spec), [sampler], context_length=limit):
         pass
     return sampler.take_text(last=True).strip()
+
+
+def _tokenizer_of(source: "Source") -> Any:
+    """The tokenizer that a written merge would have: that of the adapter, or of the base if the adapter has none."""
+    from pos2d.exporter.artifact.sidecars import write_sidecars
+
+    if source.sidecars.tokenizer_of == "base":
+        return _tokenizer(source.base.directory)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copyfile(source.base.directory / "config.json", Path(folder) / "config.json")
+        write_sidecars(source.sidecars, Path(folder))
+        return _tokenizer(Path(folder))
 
 
 def _tokenizer(directory: Path) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pos2d import hf
 from pos2d.exporter.artifact.staging import sha256, write_json
-from pos2d.exporter.artifact.tokenizer_settings import readable_settings
+from pos2d.exporter.artifact.tokenizer_settings import readable_settings, settings_of_class
 from pos2d.exporter.files.json_object import read_json_object
 from pos2d.git_lfs import refuse_pointer
 
@@ -103,6 +103,8 @@ def write_sidecars(sidecars: Sidecars, target: Path) -> None:
         found = read_settings(path) if path.is_file() else {}
         more = dict(sidecars.settings or {}) if name == TOKENIZER_SETTINGS else {}
         readable = readable_settings(more | found, whole=whole and name == TOKENIZER_SETTINGS)
+        if whole and name == TOKENIZER_SETTINGS:
+            readable |= settings_of_class(readable, target / TOKENIZER)
         if readable != found and (path.is_file() or name == TOKENIZER_SETTINGS):
             write_json(path, readable)
     path = target / GENERATION_SETTINGS

@@ -1,10 +1,19 @@
 """``tokenizer_config.json`` in the form that transformers 4.57 and 5 both read, with the same tokens as a result."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-# Both releases take everything from tokenizer.json with this class; others rebuild parts of it, each in its own way.
+# The class with which both releases take everything from tokenizer.json. It stands in for those that only one of the
+# releases has, or that would run code.
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+# Classes of decoders that both releases have, with or without "Fast" at the end.
+KNOWN_CLASSES = {
+    "CodeLlamaTokenizer", "CohereTokenizer", "GPT2Tokenizer", "GPTNeoXTokenizer", "GemmaTokenizer", "LlamaTokenizer",
+    "Qwen2Tokenizer",
+}  # fmt: skip
+# Those to which 4.57 adds a first token unless the settings say no; 5 leaves that to tokenizer.json, and saves nothing.
+ADDING_CLASSES = {"CodeLlamaTokenizer", "CohereTokenizer", "GemmaTokenizer", "LlamaTokenizer"}
 # What each class but that one returns; a model of this kind takes no token types.
 INPUT_NAMES = ["input_ids", "attention_mask"]
 # What transformers 5 writes for itself, and the code of a class that is not used.
@@ -35,11 +44,37 @@ def readable_settings(settings: Mapping[str, Any], *, whole: bool) -> dict[str, 
         named |= {key: value for key, value in result.items() if _is_named_extra(key, value) and key not in named}
         for key in DROPPED:
             result.pop(key, None)
-        result["tokenizer_class"] = TOKENIZER_CLASS
+        if result.get("tokenizer_class") is not None and _class_of(result) not in KNOWN_CLASSES:
+            result["tokenizer_class"] = TOKENIZER_CLASS
         result.setdefault("model_input_names", INPUT_NAMES)
     if named:
         result[EXTRA] = named
     return result
+
+
+def settings_of_class(settings: Mapping[str, Any], tokenizer: Path) -> dict[str, Any]:
+    """What must be added to readable settings, by the file ``tokenizer``, where the releases read a class differently.
+
+    Release 5 does not use Llama's class for bytes. 4.57 puts tokens first and last as its class does, 5 as the file.
+    """
+    if _class_of(settings) not in ADDING_CLASSES:
+        return {}
+    if _class_of(settings) == "LlamaTokenizer" and b'"ByteLevel"' in tokenizer.read_bytes():
+        return {"tokenizer_class": TOKENIZER_CLASS}
+    if {"add_bos_token", "add_eos_token"} & set(settings):
+        return {}
+    from tokenizers import Tokenizer
+
+    try:
+        reader = Tokenizer.from_file(str(tokenizer))
+    except Exception:  # a damaged file is reported by whoever uses it
+        return {}
+    special = reader.encode("a").special_tokens_mask
+    return {"add_bos_token": special[:1] == [1], "add_eos_token": special[-1:] == [1]}
+
+
+def _class_of(settings: Mapping[str, Any]) -> str:
+    return str(settings.get("tokenizer_class")).removesuffix("Fast")
 
 
 def _is_named_extra(key: str, value: object) -> bool:

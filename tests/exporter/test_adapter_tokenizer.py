@@ -100,6 +100,15 @@ def test_the_tokenizer_of_the_adapter_travels_whole(base: Path, plain: Path, tmp
     assert merge(base, own, output=out, resume=True).tokenizer == "own"  # a finished one, with a folder in it
 
 
+def test_a_merge_in_memory_has_the_tokenizer_of_the_adapter(base: Path, plain: Path, tmp_path: Path) -> None:
+    from pos2d.compat import load_model_with_lora
+
+    own = with_tokenizer(plain, tmp_path / "own", ["<end>", "<call>"], eos_token="<call>")
+    model, tokenizer, _ = load_model_with_lora(base, own, None, patch_rope=False, device="cpu")
+    assert tokenizer("<call>").input_ids == [BYTES + 1]
+    assert model.generation_config.eos_token_id[0] == BYTES + 1
+
+
 def test_without_one_of_its_own_the_base_s_travels(base: Path, plain: Path, tmp_path: Path) -> None:
     assert merge(base, plain, output=tmp_path / "base's").tokenizer == "base"
     template = shutil.copytree(plain, tmp_path / "template")
