@@ -9,12 +9,14 @@ from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show, warn
 from pos2d.exporter.formats.options import ExportOptions
 from pos2d.exporter.sources.source import TrainedPositions
+from pos2d.threads import ThreadOptions
 
 
 @click.command(cls=SectionedCommand)
 @click.argument("merged", required=False)
 @output_flag
 @flags_of(ExportOptions, "Options")
+@flags_of(ThreadOptions, "Options")
 @base_flags("From a base model and adapters, without MERGED", required=False)
 @flags_of(TrainedPositions, "From a base model and adapters, without MERGED")
 @force_flag

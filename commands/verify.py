@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pos2d.commands.shared.flags import json_flag
+from pos2d.commands.shared.flags import flags_of, json_flag
 from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show
+from pos2d.threads import ThreadOptions
 
 if TYPE_CHECKING:
     from pos2d.runtime import ParityReport
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="With --against: largest allowed difference of a logit, relative to the largest logit.",
 )
+@flags_of(ThreadOptions, "Options")
 @json_flag
 def verify(as_json: bool, **flags: Any) -> None:
     """Check that an ARTIFACT has the files that were written, and computes the logits that it should.

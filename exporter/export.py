@@ -9,6 +9,7 @@ from typing import Any
 from pos2d.errors import UsageError
 from pos2d.exporter.artifact.sidecars import write_sidecars
 from pos2d.exporter.artifact.staging import check_output, file_facts, staged
+from pos2d.exporter.files.parallel import limited_threads
 from pos2d.exporter.formats import format_of, load_format
 from pos2d.exporter.formats.options import ExportOptions, FormatName
 from pos2d.exporter.merging.ledger import RETENTION_THRESHOLD
@@ -19,6 +20,7 @@ from pos2d.manifest import Manifest
 from pos2d.options import split_options, takes_options
 from pos2d.recipes import ALL_BITS
 from pos2d.reference import COLUMNS, ONE_BRANCH
+from pos2d.threads import ThreadOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def _distance(exact: Mapping[str, Any]) -> str:
     return f"on {tokens}, the exact model's top token on {top1:.1%}, mean KL {kl:.1e}"
 
 
-@takes_options(ExportOptions, TrainedPositions)
+@takes_options(ExportOptions, TrainedPositions, ThreadOptions)
 def export(
     merged: str | Path | None,
     output: str | Path,
@@ -106,8 +108,9 @@ def export(
     """
     started = time.monotonic()
     output = Path(output)
-    written, trained = split_options(options, ExportOptions, TrainedPositions)
+    written, trained, computing = split_options(options, ExportOptions, TrainedPositions, ThreadOptions)
     positions, chosen = TrainedPositions(**trained), ExportOptions(**written)
+    threads = ThreadOptions(**computing).threads
     form = format_of(chosen)
     if (merged is None) == (base_model is None):
         raise UsageError("give either a directory that merge wrote, or `base_model` with `lora`")
@@ -116,7 +119,7 @@ def export(
     source = _source(merged, base_model, positions, inputs)
     plan = form.plan(source, chosen)
     check_disk(output, plan.nbytes + SIDECAR_BYTES, disk_free(output))
-    with staged(output, force=force) as staging:
+    with staged(output, force=force) as staging, limited_threads(threads):
         write_sidecars(source.sidecars, staging)
         manifest = _manifest(source, staging, kind=chosen.format, **form.write(source, plan, staging))
         manifest.write(staging)

@@ -1,7 +1,6 @@
 """Measure prefill and decoding speed of an artifact, and the share of the memory bandwidth that decoding uses."""
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.decode import prefill
 from pos2d.runtime.load import load
 from pos2d.runtime.model.model import Model
+from pos2d.threads import usable_cores
 
 # Tokens of the prompt whose first token ends the load time.
 FIRST_PROMPT_TOKENS = 16
@@ -130,7 +130,7 @@ def bench(
 
 def memory_bandwidth() -> float:
     """Bytes per second that all cores read together: the fastest of a few passes over one large array."""
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     array = np.ones(BANDWIDTH_BYTES // 8)
     parts = np.array_split(array, cores)
     with ThreadPoolExecutor(cores) as workers:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from pos2d.layout import Layout, build_layout
 from pos2d.manifest import read_manifest
 from pos2d.options import takes_options
 from pos2d.progress import Progress
-from pos2d.reference import read_reference
+from pos2d.reference import Reference, read_reference
 from pos2d.runtime.engine.backend import BatchBackend, Floats
 from pos2d.runtime.engine.batch_decode import forward_spans
 from pos2d.runtime.engine.decode import forward
@@ -20,6 +21,7 @@ from pos2d.runtime.evaluation.integrity import check_files, check_settings
 from pos2d.runtime.evaluation.parity import CaseParity, check_same_model, compare
 from pos2d.runtime.load import load
 from pos2d.runtime.model.model import Model
+from pos2d.threads import ThreadOptions
 
 DEFAULT_RTOL = 1e-3
 MAX_MEAN_KL = 1e-6
@@ -85,8 +87,10 @@ def _figures(report: "ParityReport | ExactDistance") -> str:
     )
 
 
-@takes_options()
-def verify(artifact: str | Path, against: str | Path | None = None, *, rtol: float = DEFAULT_RTOL) -> ParityReport:
+@takes_options(ThreadOptions)
+def verify(
+    artifact: str | Path, against: str | Path | None = None, *, rtol: float = DEFAULT_RTOL, **options: Any
+) -> ParityReport:
     """Check the files of ``artifact``, and its logits: against those of ``against``, both computed in float32.
 
     Every file is compared with the SHA-256 in the manifest, and what the manifest says of positions, sizes and end
@@ -113,7 +117,7 @@ def verify(artifact: str | Path, against: str | Path | None = None, *, rtol: flo
         raise UsageError(f"`rtol` {rtol} must be above 0")
     if against is None and rtol != DEFAULT_RTOL:
         raise UsageError("`rtol` belongs to `against`; rounded activations are judged by KL and top token")
-    directory = Path(artifact)
+    directory, threads = Path(artifact), ThreadOptions(**options).threads
     manifest = read_manifest(directory)
     if against is not None:
         for path, its in ((directory, manifest), (against, read_manifest(Path(against)))):
@@ -125,32 +129,31 @@ def verify(artifact: str | Path, against: str | Path | None = None, *, rtol: flo
     files = check_files(directory, manifest)
     check_settings(directory, manifest)
     if against is not None:
-        report = _verify_against(directory, Path(against), rtol)
+        report = _verify_against(_load(directory, threads), _load(Path(against), threads), rtol)
     elif manifest.graph_quant is not None:
-        report = _verify_quantised(directory)
+        report = _verify_quantised(load(directory, threads=threads), read_reference(directory))
     else:
         report = _report((), None)
     return replace(report, files=files)
 
 
-def _verify_against(artifact: Path, against: Path, rtol: float) -> ParityReport:
-    candidate, reference = _load(artifact), _load(against)
+def _verify_against(candidate: Model, reference: Model, rtol: float) -> ParityReport:
     cases = _compare_models(candidate, reference)
     if candidate.manifest.dtype == "float16" and candidate.manifest.kind == "onnx":
         return _report(cases, max(rtol, HALF_RTOL), HALF_TOP1, HALF_MEAN_KL)
     return _report(cases, rtol)
 
 
-def _load(path: Path) -> Model:
+def _load(path: Path, threads: int | None) -> Model:
     """Load an artifact in float32 on the CPU; a graph has only one type."""
-    return load(path, device="cpu", dtype="auto" if read_manifest(path).kind == "onnx" else "float32")
+    dtype = "auto" if read_manifest(path).kind == "onnx" else "float32"
+    return load(path, device="cpu", dtype=dtype, threads=threads)
 
 
-def _verify_quantised(artifact: Path) -> ParityReport:
+def _verify_quantised(model: Model, reference: Reference | None) -> ParityReport:
     """The cases go from the cheapest graph to the most general one, because a session never goes back."""
     from pos2d.runtime.evaluation.activation_probe import MAX_MEAN_KL, MIN_TOP1, compare_activations
 
-    model, reference = load(artifact), read_reference(artifact)
     predictions = () if reference is None else reference.predictions
     distances = [distance_in_sequence(model, prediction) for prediction in predictions]
     cases, cure = compare_activations(model)

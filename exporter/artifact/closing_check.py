@@ -9,6 +9,7 @@ from typing import Any
 
 import pos2d
 from pos2d.errors import ParityError, Pos2DError
+from pos2d.exporter.files.parallel import thread_limit
 from pos2d.progress import Progress
 
 # pos2d is imported from the same directory as in this process. The other paths go to the end of sys.path: a user's file
@@ -31,8 +32,9 @@ def closing_check(staging: Path, merged: Path | None) -> dict[str, Any]:
         Pos2DError: ``verify`` itself failed.
     """
     against = [] if merged is None else ["--against", str(merged.absolute())]
+    threads = [] if thread_limit() is None else ["--threads", str(thread_limit())]
     with Progress("verifying", 1):
-        done = run_verb("verify", str(staging.absolute()), *against, "--json")
+        done = run_verb("verify", str(staging.absolute()), *against, *threads, "--json")
     if done.returncode not in (0, ParityError.exit_code):
         raise Pos2DError(f"verify ended with exit code {done.returncode}: {_last_line(done.stderr)}")
     report: dict[str, Any] = json.loads(done.stdout)
