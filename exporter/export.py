@@ -21,6 +21,7 @@ from pos2d.options import split_options, takes_options
 from pos2d.recipes import ALL_BITS
 from pos2d.reference import COLUMNS, ONE_BRANCH
 from pos2d.threads import ThreadOptions
+from pos2d.units import size_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +47,11 @@ class ExportReport:
         """One line for people."""
         what = " ".join(filter(None, (self.format, self.quant)))
         figures = "; ".join(self._figures())
-        return f"{self.output}: {what}, {self.bytes / 1e6:.1f} MB in {self.seconds:.1f} s; {figures}"
+        return f"{self.output}: {what}, {size_text(self.bytes)} in {self.seconds:.1f} s; {figures}"
 
     def _figures(self) -> Iterator[str]:
         if self.quant == "auto" and self.bits is not None and self.weights_bytes is not None:
-            size = f"weights of {self.weights_bytes / 1e6:.1f} MB"
+            size = f"weights of {size_text(self.weights_bytes)}"
             yield f"8 bits for {self.bits[8]} of {sum(self.bits.values())} layers, {size}"
         exact = (self.parity or {}).get("exact")
         totals = self.quantised

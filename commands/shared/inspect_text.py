@@ -11,6 +11,7 @@ from pos2d.exporter.inspection.known_bases import KNOWN_BASES
 from pos2d.exporter.inspection.model_facts import ArtifactFacts, BaseFacts
 from pos2d.exporter.inspection.ranking import Guess, Score
 from pos2d.spec import spans
+from pos2d.units import size_text
 
 Row = tuple[str, str]
 MOST_SCORES = 20
@@ -42,7 +43,7 @@ def aligned(rows: Iterable[Row]) -> list[str]:
 
 
 def _adapter(facts: AdapterFacts) -> Iterable[Row]:
-    yield "file", f"{facts.file}, {size(facts.bytes)}, {facts.parameters:,} parameters, {types(facts.dtypes)}"
+    yield "file", f"{facts.file}, {size_text(facts.bytes)}, {facts.parameters:,} parameters, {types(facts.dtypes)}"
     if facts.sha256:
         yield "sha256", facts.sha256
     if facts.ranks:
@@ -75,7 +76,7 @@ def _layers(modules: ModuleKind, layers: int) -> str:
 def _base(facts: BaseFacts) -> Iterable[Row]:
     shards = f"{facts.shards} file{'s' if facts.shards > 1 else ''}"
     yield "family", f"{facts.family}, {facts.parameters:,} parameters"
-    yield "weights", f"{size(facts.bytes)} in {shards}, {types(facts.dtypes)}"
+    yield "weights", f"{size_text(facts.bytes)} in {shards}, {types(facts.dtypes)}"
     yield "layers", f"{facts.layers}, hidden {facts.hidden}, MLP {facts.intermediate}"
     yield "heads", f"{facts.heads} of {facts.head_dim}, {facts.kv_heads} for keys and values"
     yield "rope", f"{facts.head_dim // 2} frequencies, {pairs(facts.rope)}"
@@ -114,9 +115,9 @@ def _artifact(facts: ArtifactFacts) -> Iterable[Row]:
         yield "totals", pairs(facts.totals)
     if facts.parity:
         yield "parity", pairs({key: value for key, value in facts.parity.items() if key != "cases"})
-    yield "files", f"{size(facts.bytes)} in {len(facts.files)}"
+    yield "files", f"{size_text(facts.bytes)} in {len(facts.files)}"
     for name, count in facts.files.items():
-        yield "files", f"{name} {size(count)}"
+        yield "files", f"{name} {size_text(count)}"
 
 
 def _fit(fit: Fit) -> Iterable[Row]:
@@ -154,10 +155,6 @@ def _verdict(guess: Guess) -> Iterable[str]:
         yield "the text does not tell apart the ratios that are tied; one with longer branches may"
     if not guess.stride_is_clear:
         yield "the text does not tell apart the strides that are tied, so the choice hardly matters for it"
-
-
-def size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,} bytes"
 
 
 def listed(values: Iterable[Any]) -> str:

@@ -12,6 +12,7 @@ from pos2d.exporter.files.parallel import worker_count
 from pos2d.exporter.files.tensor_io import BLOCK_ELEMENTS
 from pos2d.exporter.merging.shard_writer import COPY_BYTES
 from pos2d.exporter.merging.shards import ShardLayout
+from pos2d.units import size_text
 
 # Memory of the process before its first tensor: 0.26 GB measured with torch 2.13 for CPUs; CUDA builds take more.
 INTERPRETER_BYTES = 300 << 20
@@ -39,7 +40,7 @@ class Needs:
         check_disk(output, self.disk, self.disk_free)
         if self.memory > self.memory_available:
             raise StorageError(
-                f"the merge needs {_gigabytes(self.memory)} of memory, {_gigabytes(self.memory_available)} are "
+                f"the merge needs {size_text(self.memory)} of memory, {size_text(self.memory_available)} are "
                 "available; close other programs"
             )
 
@@ -74,7 +75,7 @@ def check_disk(output: Path, needed: int, free: int) -> None:
     """
     if needed > free:
         raise StorageError(
-            f"{output} needs {_gigabytes(needed)}, its disk has {_gigabytes(free)} free; "
+            f"{output} needs {size_text(needed)}, its disk has {size_text(free)} free; "
             "make room or choose an output elsewhere"
         )
 
@@ -83,7 +84,3 @@ def _widest_factors(layout: ShardLayout) -> int:
     """The largest number of bytes that the factors of one tensor take in float64."""
     low_rank = ([delta for delta in tensor.deltas if delta.rank is not None] for tensor in layout.tensors)
     return max(sum(t.numel() * 8 for delta in deltas for t in delta.tensors().values()) for deltas in low_rank)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

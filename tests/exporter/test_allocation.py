@@ -31,6 +31,7 @@ from pos2d.exporter.tensors.tensor_plan import plan_tensors
 from pos2d.manifest import read_manifest
 from pos2d.onnx_io import DATA_FILE
 from pos2d.recipes import GraphRecipe
+from pos2d.units import size_text
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base
 from tests.bounds import gamma
 
@@ -207,12 +208,12 @@ def test_a_merged_directory_gets_the_same_bits_and_the_report_counts_them(
     assert recipes[0] == planned(from_merged(tmp_path / "merged"), "auto", size)[0]
     assert report.weights_bytes == (tmp_path / "one" / DATA_FILE).stat().st_size <= size
     layers = len(recipes[0].bits)
-    match = re.search(r"auto, .*; 8 bits for (\d+) of (\d+) layers, weights of (\S+) MB", report.summary())
+    match = re.search(r"auto, .*; 8 bits for (\d+) of (\d+) layers, weights of (\S+ \S+);", report.summary())
     assert match is not None
     assert match.groups() == (
         str(len(modules_with_8_bits(recipes[0]))),
         str(layers),
-        f"{report.weights_bytes / 1e6:.1f}",
+        size_text(report.weights_bytes),
     )
 
 

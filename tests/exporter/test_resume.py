@@ -408,11 +408,11 @@ def test_needs_are_checked_before_the_first_byte(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
         refused = call(*flags)
-    assert (refused.exit_code, "its disk has 0.0 GB free" in refused.stderr) == (5, True)
+    assert (refused.exit_code, "MB, its disk has 1 kB free" in refused.stderr) == (5, True)
     memory = psutil.virtual_memory()._replace(available=1000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     refused = call(*flags)
-    assert (refused.exit_code, "GB of memory" in refused.stderr) == (5, True)
+    assert (refused.exit_code, " of memory, 1 kB are available" in refused.stderr) == (5, True)
     assert list(tmp_path.iterdir()) == [tmp_path / "other"]
 
 
