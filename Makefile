@@ -42,8 +42,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 
+# Each worker runs whole files, with one thread: most tests are too small for several threads.
 test: check $(OLD_TRANSFORMERS)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Files that take seconds, for the time between two edits; make test runs them too.
 QUICK := tests/contract tests/test_house.py \
