@@ -1,5 +1,6 @@
 """Checks the pickle of a ``.pth`` file before torch loads it: it may name nothing but what plain tensors need."""
 
+import codecs
 import io
 import pickletools
 import zipfile
@@ -31,6 +32,8 @@ def check_pickle(path: Path) -> None:
     is_archive = zipfile.is_zipfile(path)
     data = _pickle_of_archive(path) if is_archive else _start_of(path)
     forbidden = _forbidden_objects(io.BytesIO(data))
+    if forbidden is None and not is_archive and _is_text(data):
+        raise InputError(f"{path} is a text, not a LoRA file; give the file that the training saved")
     if forbidden is None:
         raise InputError(f"{path} is not a LoRA file: torch.save did not write it, or it is incomplete; copy it again")
     if forbidden:
@@ -42,6 +45,15 @@ def check_pickle(path: Path) -> None:
 def _start_of(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(LOOSE_PICKLE_BYTES)
+
+
+def _is_text(data: bytes) -> bool:
+    """Whether ``data``, the beginning of a file, is text in UTF-8; its last character may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return bool(data) and b"\0" not in data
 
 
 def _pickle_of_archive(path: Path) -> bytes:

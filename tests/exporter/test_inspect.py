@@ -359,7 +359,7 @@ def test_unknown_paths(tmp_path: Path) -> None:
     assert "is nothing that this tool knows" in message(tmp_path)
     assert "give its directory" in message(BASE / "model.safetensors")
     (tmp_path / "notes.pth").write_text("no", encoding="utf-8")
-    assert "torch.save did not write it" in message(tmp_path / "notes.pth")
+    assert "notes.pth is a text, not a LoRA file" in message(tmp_path / "notes.pth")
     assert "is not an adapter" in message(write_adapter(tmp_path / "state.pth", {"w": torch.ones(2)}))
     assert "has 2 .pth files" in message(tmp_path)
     shutil.copytree(BASE, tmp_path / "gpt")
