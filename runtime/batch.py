@@ -16,7 +16,7 @@ from pos2d.options import split_options, takes_options
 from pos2d.progress import Progress
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.batching.answers import records_in_order
-from pos2d.runtime.batching.input_file import JSON_SUFFIXES, count_lines, input_file, windows
+from pos2d.runtime.batching.input_file import JSON_SUFFIXES, STANDARD_INPUT, count_lines, input_file, windows
 from pos2d.runtime.batching.lines import parse_line
 from pos2d.runtime.batching.output import BatchOutput, write_records
 from pos2d.runtime.engine.sampling import SamplingOptions
@@ -102,7 +102,7 @@ def batch(
     warnings = tuple(answering.sampling.warnings(Path(artifact)))
     (loading,) = split_options(options, LoadOptions)
     with input_file(input) as source:
-        lines = count_lines(source)
+        lines = count_lines(source, "standard input" if str(input) == STANDARD_INPUT else str(input))
         recipe = _recipe(Path(artifact), source, answering, LoadOptions(**loading), context)
         result = BatchOutput(Path(output), recipe)
         if any(path.exists() and path.samefile(source) for path in result.files):

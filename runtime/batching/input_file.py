@@ -43,23 +43,23 @@ def input_file(name: str | Path) -> Iterator[Path]:
         yield path
 
 
-def count_lines(path: Path) -> int:
-    """Number of lines of a file.
+def count_lines(path: Path, name: str) -> int:
+    """Number of lines of a file, which errors call ``name``.
 
     Raises:
         InputError: it is not a regular file, cannot be read, is empty, or is not in UTF-8.
     """
     if path.exists() and not path.is_file():
-        raise InputError(f"{path} is not a regular file, and it must be read twice; write the lines to a file")
+        raise InputError(f"{name} is not a regular file, and it must be read twice; write the lines to a file")
     try:
         with path.open("rb") as file:
-            check_encoding(file.read(LONGEST_MARK), str(path))
+            check_encoding(file.read(LONGEST_MARK), name)
             file.seek(0)
             count = sum(1 for _ in file)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{name} cannot be read: {error.strerror}") from None
     if count == 0:
-        raise InputError(f"{path} is empty; it must have a line for every question")
+        raise InputError(f"{name} is empty; it must have a line for every question")
     return count
 
 

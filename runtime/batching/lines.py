@@ -89,7 +89,9 @@ def _block(raw: bytes, plain: bool) -> dict[str, Any]:
     except RecursionError:
         raise InputError("the JSON is nested too deeply") from None
     except ValueError:
-        value = text if (plain or SEPARATOR in text) and not text.startswith(("{", "[")) else None
+        value = None
+    if not isinstance(value, dict | list | str) and (plain or SEPARATOR in text) and not text.startswith(("{", "[")):
+        value = text  # no JSON, or a number
     if isinstance(value, str):
         value = {"branches": [part.strip() for part in value.split(SEPARATOR)]}
     if not isinstance(value, dict):

@@ -25,10 +25,14 @@ OTHER_NAMES = {
     "eos_token_id": "end_token",
     "system": "context",
     "system_prompt": "context",
+    "tools": "chat_template_kwargs",
+    "enable_thinking": "chat_template_kwargs",
     STOP_KEY: "stop",
 }
 # Settings of other programs that we do not have, so that none of them is taken for the user's own data.
 OTHER_SETTINGS = {*READERS, *NOT_HEEDED, "do_sample", "frequency_penalty", "presence_penalty", "logit_bias", "best_of"}
+# Keys of data sets that are not misspelt options, though they look like it.
+IDENTIFIERS = ("prompt_id", "context_id")
 # How similar a key must be to an option to count as misspelt.
 MISSPELT = 0.8
 
@@ -56,6 +60,8 @@ def _check_name(name: str, known: Collection[str]) -> None:
     plain = name.lower().replace("-", "_")
     if name in RECORD_KEYS:
         raise InputError(f'a line has no {name!r}, since the record of its answer has one; put your own under "meta"')
+    if plain in IDENTIFIERS:
+        return
     meant = [plain] if plain in known else get_close_matches(plain, known, n=1, cutoff=MISSPELT)
     if plain in OTHER_NAMES:
         meant = [OTHER_NAMES[plain]]

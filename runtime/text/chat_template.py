@@ -41,6 +41,15 @@ def render_for_answer(tokenizer: Any, messages: Sequence[Mapping[str, Any]], arg
     """
     if not messages or messages[-1]["role"] != "assistant":
         return render_messages(tokenizer, messages, arguments, add_generation_prompt=True)
+    text = _continued(tokenizer, messages, arguments)
+    if messages[-1]["content"].strip():
+        return text
+    # Where a template trims contents, transformers also takes the white space before an empty answer away.
+    opened = _continued(tokenizer, [*messages[:-1], {**messages[-1], "content": "-"}], arguments).removesuffix("-")
+    return text if text.startswith(opened) else opened
+
+
+def _continued(tokenizer: Any, messages: Sequence[Mapping[str, Any]], arguments: Arguments | None) -> str:
     try:
         text: str = tokenizer.apply_chat_template(
             list(messages), tokenize=False, continue_final_message=True, **(arguments or {})
@@ -99,12 +108,17 @@ def check_arguments(tokenizer: Any, arguments: Arguments | None, *, uses_templat
 
     Raises:
         UsageError: it does not, or no template is used.
+        InputError: there are several templates, and none of them is the default.
     """
     if not arguments:
         return
     if not uses_template:
         raise UsageError("`chat_template_kwargs` has no effect without a chat template; leave it out")
-    template: str = tokenizer.get_chat_template(tools=arguments.get("tools"))
+    try:
+        template = str(tokenizer.get_chat_template(tools=arguments.get("tools")))
+    except ValueError:
+        names = ", ".join(tokenizer.chat_template)
+        raise InputError(f"the chat templates of this model are {names}; name one of them 'default'") from None
     unread = [name for name in arguments if not re.search(rf"\b{re.escape(name)}\b", template)]
     if unread:
         raise UsageError(

@@ -34,12 +34,21 @@ def texts(record: dict[str, Any]) -> list[str]:
 
 
 def test_own_keys_are_carried_through_in_their_order(talking: Path, tmp_path: Path) -> None:
-    own = {"answer": "4", "id": 7, "meta": None, "tags": ["a", {"b": 1.5}], "category": "é", "source_file": "x", "": 0}
+    own = {"answer": "4", "id": 7, "meta": None, "tags": ["a", {"b": 1.5}], "category": "é", "prompt_id": 1, "": 0}
     output = tmp_path / "out.jsonl"
     runtime.batch(talking / "onnx", write(tmp_path / "in.jsonl", own | {"prompt": "2 + 2"}, own), output, **OPTIONS)
     answered, wrong = records(output)
     assert list(answered.items())[:-1] == [("line", 1), *own.items()]
     assert list(wrong) == ["line", *own, "error"]
+
+
+def test_a_number_is_a_prompt_where_lines_are_texts(talking: Path, tmp_path: Path) -> None:
+    numbers = "1984\ntrue\nNaN\n"
+    for name in ("in.txt", "in.jsonl"):
+        (tmp_path / name).write_text(f"{numbers}1 || 2\n", encoding="utf-8")
+        runtime.batch(talking / "onnx", tmp_path / name, tmp_path / f"{name}.out", **OPTIONS)
+    assert [len(texts(record)) for record in records(tmp_path / "in.txt.out")] == [1, 1, 1, 2]
+    assert ["error" in record for record in records(tmp_path / "in.jsonl.out")] == [True, True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -53,6 +62,7 @@ def test_own_keys_are_carried_through_in_their_order(talking: Path, tmp_path: Pa
         ("message", "did you mean 'messages'"),
         ("stop_strings", "did you mean 'stop'"),
         ("temp", "did you mean 'temperature'"),
+        ("tools", "did you mean 'chat_template_kwargs'"),
         ("frequency_penalty", "a setting of another program"),
         ("no_repeat_ngram_size", "a setting of another program"),
         ("completions", "the record of its answer has one"),
@@ -81,7 +91,7 @@ def test_the_context_of_the_file_is_that_of_lines_without_one(talker: runtime.Mo
     output = tmp_path / "out.jsonl"
     runtime.batch(talker.path, source, output, context="be brief", **OPTIONS)
 
-    def ask(prompts: Any, context: str | None = "be brief", **options: Any) -> list[str]:
+    def ask(prompts: Any, context: str = "be brief", **options: Any) -> list[str]:
         return [answer.text for answer in talker.generate(prompts, context, **OPTIONS, **options)]
 
     system = {"role": "system", "content": "be brief"}

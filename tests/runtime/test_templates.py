@@ -10,6 +10,7 @@ import pytest
 
 from pos2d import runtime
 from pos2d.errors import InputError, UsageError
+from pos2d.runtime.text.chat_template import render_for_answer
 from pos2d.runtime.text.completions import collect
 from pos2d.runtime.text.tokenization import encode, encode_prompts
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -105,6 +106,23 @@ def test_a_begun_answer_is_continued(talker: runtime.Model, tmp_path: Path) -> N
     runtime.batch(talker.path, tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_new_tokens=6)
     record = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
     assert record["completions"][0]["text"] == answer.text
+
+
+@pytest.mark.parametrize("content", ["m.content", "m.content | trim"], ids=["keeps", "trims"])
+@pytest.mark.parametrize("begun", ["", " ", "\n"])
+def test_an_empty_answer_is_continued_after_its_header(
+    talker: runtime.Model, template: Any, content: str, begun: str
+) -> None:
+    """The white space of the header stays, as in Llama 3's, which ends in empty lines."""
+    template(f"{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ '\n\n' }}}}{{{{ {content} }}}}</s>{{% endfor %}}")
+    text = render_for_answer(talker.tokenizer, [BEGUN[0], {"role": "assistant", "content": begun}])
+    assert text == "<user>\n\none</s><assistant>\n\n" + ("" if "trim" in content else begun)
+
+
+def test_templates_without_a_default_are_refused(talker: runtime.Model, template: Any) -> None:
+    template({"tool_use": TURNS, "rag": TURNS})
+    with pytest.raises(InputError, match="tool_use, rag; name one of them 'default'"):
+        talker.chat(BEGUN[:1], chat_template_kwargs={"a": 1})
 
 
 def test_an_answer_that_the_template_hides_is_not_continued(talker: runtime.Model, template: Any) -> None:
