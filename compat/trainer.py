@@ -152,7 +152,7 @@ def _tokenizer_of(source: "Source") -> Any:
         return _tokenizer(source.base.directory)
     with tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(source.base.directory / "config.json", Path(folder) / "config.json")
-        write_sidecars(source.sidecars, Path(folder))
+        write_sidecars(source.sidecars, Path(folder), source.base.sizes.family)
         return _tokenizer(Path(folder))
 
 

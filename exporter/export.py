@@ -121,7 +121,7 @@ def export(
     plan = form.plan(source, chosen)
     check_disk(output, plan.nbytes + SIDECAR_BYTES, disk_free(output))
     with staged(output, force=force) as staging, limited_threads(threads):
-        write_sidecars(source.sidecars, staging)
+        write_sidecars(source.sidecars, staging, source.base.sizes.family)
         manifest = _manifest(source, staging, kind=chosen.format, **form.write(source, plan, staging))
         manifest.write(staging)
         parity = None if chosen.no_verify else form.check(staging, source, plan)

@@ -213,7 +213,7 @@ def _write_small_files(merge: CheckedMerge, target: Path) -> None:
         write_json(target / INDEX, index)
     write_json(target / CONFIG, baked_config(base, merge.source.spec, plan.dtype, plan.tied))
     copy_code(target)
-    write_sidecars(merge.source.sidecars, target)
+    write_sidecars(merge.source.sidecars, target, base.sizes.family)
 
 
 def _report(

@@ -90,8 +90,8 @@ def check_sidecars(files: Files) -> None:
             read_settings(files[name])
 
 
-def write_sidecars(sidecars: Sidecars, target: Path) -> None:
-    """Write the files into ``target``, in a form that transformers 4.57 and 5 read alike."""
+def write_sidecars(sidecars: Sidecars, target: Path, family: str) -> None:
+    """Write the files of a model of ``family`` into ``target``, in a form that transformers 4.57 and 5 read alike."""
     for name, path in sidecars.files.items():
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target / name)
@@ -104,7 +104,7 @@ def write_sidecars(sidecars: Sidecars, target: Path) -> None:
         more = dict(sidecars.settings or {}) if name == TOKENIZER_SETTINGS else {}
         readable = readable_settings(more | found, whole=whole and name == TOKENIZER_SETTINGS)
         if whole and name == TOKENIZER_SETTINGS:
-            readable |= settings_of_class(readable, target / TOKENIZER)
+            readable |= settings_of_class(readable, target / TOKENIZER, family)
         if readable != found and (path.is_file() or name == TOKENIZER_SETTINGS):
             write_json(path, readable)
     path = target / GENERATION_SETTINGS

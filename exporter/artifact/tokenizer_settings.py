@@ -36,9 +36,10 @@ def readable_settings(settings: Mapping[str, Any], *, whole: bool) -> dict[str, 
     listed = list(extra) if isinstance(extra, list) else []
     of_release_5 = result.pop(NAMED_EXTRA, None)
     named |= of_release_5 if isinstance(of_release_5, dict) else {}
-    if listed:
-        known = result.get(OLD_EXTRA) or []
-        result[OLD_EXTRA] = [*known, *(token for token in listed if token not in known)]
+    known = result.get(OLD_EXTRA)
+    if listed or isinstance(known, list):
+        # Release 5 cannot read a token that is an object there. Its flags are in tokenizer.json.
+        result[OLD_EXTRA] = list(dict.fromkeys(map(_content, [*(known or []), *listed])))
     if whole:
         # Release 5 makes every such key a special token, 4.57 only those in the object.
         named |= {key: value for key, value in result.items() if _is_named_extra(key, value) and key not in named}
@@ -52,17 +53,16 @@ def readable_settings(settings: Mapping[str, Any], *, whole: bool) -> dict[str, 
     return result
 
 
-def settings_of_class(settings: Mapping[str, Any], tokenizer: Path) -> dict[str, Any]:
+def settings_of_class(settings: Mapping[str, Any], tokenizer: Path, family: str) -> dict[str, Any]:
     """What must be added to readable settings, by the file ``tokenizer``, where the releases read a class differently.
 
-    Release 5 does not use Llama's class for bytes. 4.57 puts tokens first and last as its class does, 5 as the file.
+    Release 5 does not use Llama's class for bytes, nor for a base of the family mistral, whose file it takes as it
+    stands. 4.57 puts tokens first and last as its class does, 5 as the file.
     """
     if _class_of(settings) not in ADDING_CLASSES:
         return {}
     if _class_of(settings) == "LlamaTokenizer" and b'"ByteLevel"' in tokenizer.read_bytes():
         return {"tokenizer_class": TOKENIZER_CLASS}
-    if {"add_bos_token", "add_eos_token"} & set(settings):
-        return {}
     from tokenizers import Tokenizer
 
     try:
@@ -70,7 +70,14 @@ def settings_of_class(settings: Mapping[str, Any], tokenizer: Path) -> dict[str,
     except Exception:  # a damaged file is reported by whoever uses it
         return {}
     special = reader.encode("a").special_tokens_mask
-    return {"add_bos_token": special[:1] == [1], "add_eos_token": special[-1:] == [1]}
+    added = {"add_bos_token": special[:1] == [1], "add_eos_token": special[-1:] == [1]}
+    if family == "mistral" and all(settings.get(key, value) == value for key, value in added.items()):
+        return {"tokenizer_class": TOKENIZER_CLASS}
+    return {} if set(added) & set(settings) else added
+
+
+def _content(token: object) -> str:
+    return str(token.get("content") if isinstance(token, dict) else token)
 
 
 def _class_of(settings: Mapping[str, Any]) -> str:

@@ -14,11 +14,13 @@ from transformers import AutoTokenizer
 from pos2d import exporter
 from pos2d.errors import InputError
 from pos2d.exporter import MergeReport
+from pos2d.exporter.artifact.sidecars import Sidecars, files_in, write_sidecars
 from pos2d.exporter.artifact.tokenizer_settings import readable_settings
 from pos2d.manifest import read_manifest
 from tests.bases import CONFIGS, write_base, write_tokenizer
 from tests.exporter.test_peft import UNTIED
 from tests.peft_files import write_peft
+from tests.tiny_tokenizers import tiny_tokenizer
 
 OLD = Path(sys.prefix) / "transformers-4.57"
 BYTES = 256
@@ -149,6 +151,10 @@ AS_WRITTEN: dict[str, dict[str, Any]] = {
     "a class of release 5": {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True},
     "a class that puts a token first": {"tokenizer_class": "LlamaTokenizer", "bos_token": "<mark>"},
     "a class that splits words": {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": True, "bos_token": "<mark>"},
+    "tokens that are objects": {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": [{"content": "<mark>", "lstrip": False, "normalized": False}],
+    },
     "code of its own": {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Slow", "mine.Fast"]}},
 }
 
@@ -174,6 +180,20 @@ def test_both_releases_read_the_same_tokenizer(base: Path, plain: Path, tmp_path
         assert inputs == ["attention_mask", "input_ids"]
     assert {BYTES + 1, BYTES + 2} <= set(found[0][0][1])
     assert BYTES + 1 in found[0][2][1]
+
+
+def test_a_tokenizer_of_mistral_is_taken_as_its_file_stands(tmp_path: Path) -> None:
+    """Release 5 does not use the declared class for such a base, but would for the artifact."""
+    source, target = tmp_path / "base", tmp_path / "out"
+    for directory, family in ((source, "mistral"), (target, "qwen3")):
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps({"model_type": family}), encoding="utf-8")
+    tiny_tokenizer("mark by a normaliser").backend_tokenizer.save(str(source / "tokenizer.json"))
+    edit(source / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "unk_token": None})
+    write_sidecars(Sidecars(files_in(source)), target, "mistral")
+    expected, found = (AutoTokenizer.from_pretrained(directory) for directory in (source, target))
+    for text in (" the Hello</s>Hello", "Hello world"):
+        assert found(text).input_ids == expected(text).input_ids
 
 
 def test_settings_that_are_readable_stay() -> None:

@@ -122,7 +122,7 @@ def small_files(base: Path, target: Path) -> None:
     base_facts(source.base)
     write_json(target / "config.json", baked_config(source.base, source.spec, "float32", source.base.sizes.tied))
     model_config(source.base, source.spec, source.base.sizes.tied)
-    write_sidecars(source.sidecars, target)
+    write_sidecars(source.sidecars, target, source.base.sizes.family)
 
 
 @pytest.mark.parametrize("family", ["llama with yarn rope", "mistral with wide heads", "qwen3 with wide heads"])
