@@ -3,7 +3,17 @@
 from pathlib import Path
 
 from pos2d.errors import InputError, UsageError
-from pos2d.exporter.inputs.weight_files import CONFIG, INDEX, OLD_INDEX, OLD_SINGLE, SINGLE, files_of_index
+from pos2d.exporter.inputs.checkpoint import read_config
+from pos2d.exporter.inputs.weight_files import (
+    CONFIG,
+    INDEX,
+    INDEX_ENDING,
+    OLD_INDEX,
+    OLD_SINGLE,
+    SINGLE,
+    explicit_file,
+    files_of_index,
+)
 
 # Everything but weights. Subfolders hold the same model in other forms, but for the tokenizer's further templates.
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -78,7 +88,14 @@ def _download(base_model: str, revision: str | None) -> tuple[Path, str]:
 
 
 def _fetch_weights(base_model: str, path: Path) -> None:
-    """Download the weights that transformers would load, and no others: the first of these that the repository has."""
+    """Download the weights that transformers would load, and no others: those that the configuration names, or else the
+    first of these that the repository has."""
+    explicit = explicit_file(path, read_config(path))
+    if explicit is not None:
+        _fetch(base_model, path.name, [explicit])
+        if explicit.endswith(INDEX_ENDING) and (path / explicit).is_file():
+            _fetch(base_model, path.name, files_of_index(path / explicit))
+        return
     for single, index in ((SINGLE, INDEX), (OLD_SINGLE, OLD_INDEX)):
         _fetch(base_model, path.name, [single])
         if (path / single).is_file():

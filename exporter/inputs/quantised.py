@@ -39,15 +39,15 @@ CURE = "merge into the unquantised base that it was made from, then quantise the
 
 
 def refuse_quantised_config(config: Mapping[str, Any], source: str) -> None:
-    """Check that a configuration does not say that its weights are quantised; null says nothing.
+    """Check that a configuration does not say that its weights are quantised; null and an empty object say nothing.
 
     Raises:
         InputError: it does.
     """
     values = ConfigValues(config, source)
     for key, name in CONFIG_KEYS.items():
-        if values.has(key):
-            block = values.block(key)
+        block = values.block(key)
+        if block.values:
             method = str(block.values.get("quant_method", "") or "")
             name = name or METHODS.get(method.lower(), method[:40])
             raise InputError(f"{source}: the base is quantised ({key}{f', {name}' if name else ''}); {CURE}")

@@ -13,6 +13,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 # A key of config.json that names the file to load.
 EXPLICIT = "transformers_weights"
+INDEX_ENDING = ".safetensors.index.json"
 
 
 def weight_files(directory: Path, config: Mapping[str, Any]) -> list[str]:
@@ -22,9 +23,9 @@ def weight_files(directory: Path, config: Mapping[str, Any]) -> list[str]:
         InputError: no weights, or an index that cannot be read.
         UnsafeInputError: a file outside the directory.
     """
-    explicit = ConfigValues(config, str(directory / CONFIG)).text(EXPLICIT, None)
+    explicit = explicit_file(directory, config)
     if explicit is not None:
-        return _explicit_files(directory, explicit)
+        return files_of_index(directory / explicit) if explicit.endswith(INDEX_ENDING) else [explicit]
     for single, index in ((SINGLE, INDEX), (OLD_SINGLE, OLD_INDEX)):
         if (directory / single).is_file():
             return [single]
@@ -56,12 +57,19 @@ def files_of_index(index: Path) -> list[str]:
     return files
 
 
-def _explicit_files(directory: Path, name: str) -> list[str]:
-    source = directory / CONFIG
+def explicit_file(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """The file of weights, or the index of such, that the configuration names; None if it names none.
+
+    Raises:
+        InputError: another kind of file.
+        UnsafeInputError: a file outside the directory.
+    """
+    source = str(directory / CONFIG)
+    name: str | None = ConfigValues(config, source).text(EXPLICIT, None)
+    if name is None:
+        return None
     if Path(name).name != name:
         raise UnsafeInputError(f"{source}: {EXPLICIT} {name!r} is outside its directory; do not trust this model")
-    if name.endswith(".safetensors.index.json"):
-        return files_of_index(directory / name)
-    if not name.endswith(".safetensors"):
+    if not name.endswith((".safetensors", INDEX_ENDING)):
         raise InputError(f"{source}: {EXPLICIT} {name!r} is not a safetensors file or an index of such; correct it")
-    return [name]
+    return name

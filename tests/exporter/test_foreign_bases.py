@@ -14,6 +14,7 @@ from pos2d.errors import InputError
 from pos2d.exporter.artifact.sidecars import check_sidecars, files_in
 from pos2d.exporter.inputs import location
 from pos2d.exporter.inputs.base import read_base
+from pos2d.exporter.inputs.weight_files import OLD_SINGLE
 from pos2d.exporter.inspect import inspect
 from pos2d.manifest import read_manifest
 from tests.bases import CONFIGS, write_base, write_tokenizer
@@ -86,8 +87,9 @@ def test_quantised_tensors_whose_configuration_does_not_say_so(base: Path, form:
 def test_quantised_by_the_configuration(base: Path, key: str, value: object) -> None:
     set_keys(base, **{key: value})
     assert f"config.json: the base is quantised ({key}" in refusal(base)
-    set_keys(base, **{key: None})
-    assert read_base(base).sizes.layers == 2
+    for nothing in (None, dict[str, Any]()):
+        set_keys(base, **{key: nothing})
+        assert read_base(base).sizes.layers == 2
 
 
 def test_settings_of_a_quantiser_beside_plain_weights_mean_nothing(base: Path) -> None:
@@ -162,15 +164,17 @@ def test_directories_from_which_transformers_loads_something_else(
 
 
 @pytest.mark.parametrize(
-    ("stored", "wanted"),
+    ("stored", "named", "wanted"),
     [
-        (["model.safetensors", "model.safetensors.index.json", "a.safetensors"], {"model.safetensors"}),
-        (["model.safetensors.index.json", "a.safetensors", "b.safetensors", "pytorch_model.bin"], {"a.safetensors"}),
-        (["pytorch_model.bin", "consolidated.00.pth"], {"pytorch_model.bin"}),
+        (["model.safetensors", "model.safetensors.index.json", "a.safetensors"], None, {"model.safetensors"}),
+        (["model.safetensors.index.json", "a.safetensors", "b.safetensors", OLD_SINGLE], None, {"a.safetensors"}),
+        ([OLD_SINGLE, "consolidated.00.pth"], None, {OLD_SINGLE}),
+        (["model.safetensors", "b.safetensors"], "b.safetensors", {"b.safetensors"}),
+        (["model.safetensors", "a.safetensors"], "b.safetensors.index.json", {"a.safetensors"}),
     ],
 )
 def test_what_is_downloaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: list[str], wanted: set[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: list[str], named: str | None, wanted: set[str]
 ) -> None:
     """From a stand-in for the Hub: of weights only those that are loaded, and every file of one commit."""
     import fnmatch
@@ -180,7 +184,9 @@ def test_what_is_downloaded(
     snapshot = tmp_path / "7777"
     snapshot.mkdir()
     content = json.dumps({"weight_map": {"x": "a.safetensors"}})
-    hub = [*stored, "config.json", "tokenizer.json", "original/config.json", "onnx/model.onnx"]
+    config = json.dumps({"model_type": "llama", "transformers_weights": named})
+    indices = [] if named is None or named in stored else [named]
+    hub = [*stored, *indices, "config.json", "tokenizer.json", "original/config.json", "onnx/model.onnx"]
     revisions: list[str | None] = []
 
     def download(
@@ -191,7 +197,7 @@ def test_what_is_downloaded(
             asked = any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)
             if asked and not any(fnmatch.fnmatch(file, pattern) for pattern in ignore_patterns or []):
                 (snapshot / file).parent.mkdir(exist_ok=True)
-                (snapshot / file).write_text(content if file.endswith("index.json") else "{}", encoding="utf-8")
+                (snapshot / file).write_text(content if file.endswith("index.json") else config, encoding="utf-8")
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
