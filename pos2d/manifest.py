@@ -90,7 +90,8 @@ class Manifest:
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            InputError: a format that cannot be read, an unknown kind, or keys that are missing or unknown.
+            InputError: a format that cannot be read, an unknown kind, keys that are missing or unknown, or a graph
+                whose file is not listed.
         """
         block = upgraded(block, FORMAT_VERSION)
         known = {field.name for field in fields(cls)}
@@ -99,7 +100,7 @@ class Manifest:
         if block["kind"] not in get_args(Kind):
             raise InputError(f"manifest: kind {block['kind']!r} is not one of {', '.join(get_args(Kind))}")
         _check_types(block)
-        return cls(
+        manifest = cls(
             **{
                 **block,
                 "rope_2d": Rope2DSpec.from_dict(block["rope_2d"]),
@@ -110,6 +111,11 @@ class Manifest:
                 "adapters": tuple(block["adapters"]),
             }
         )
+        if manifest.graph is not None:
+            unlisted = sorted(manifest.graph.files - set(manifest.files))
+            if unlisted:
+                raise InputError(f"manifest: graph names {unlisted[0]}, which files lacks; make the artifact again")
+        return manifest
 
     def write(self, directory: Path) -> None:
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)

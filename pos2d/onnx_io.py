@@ -108,6 +108,11 @@ class GraphInfo:
     sizes: Dimensions
     graphs: Mapping[GraphName, GraphFile]
 
+    @property
+    def files(self) -> set[str]:
+        """The names of the graphs' files and of the weights."""
+        return {self.data, *(graph.file for graph in self.graphs.values())}
+
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> "GraphInfo":
         """Inverse of :func:`dataclasses.asdict`.

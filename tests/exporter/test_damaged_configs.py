@@ -157,6 +157,19 @@ def test_manifests(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
     fuzz(artifact / "manifest.json", describe)
 
 
+def test_a_manifest_that_names_other_graphs(bases: dict[str, Path], tmp_path: Path) -> None:
+    base, path = bases["llama with yarn rope"], tmp_path / "onnx" / "manifest.json"
+    options: dict[str, Any] = {"quant": "int8", "no_verify": True, "no_calibration": True, "no_patch_rope": True}
+    exporter.export(None, path.parent, base_model=base, lora=base.with_suffix(".pth"), **options)
+    text = path.read_text(encoding="utf-8")
+    for name in ("model_batch.onnx", "model.onnx.data"):
+        block = json.loads(text)
+        block["graph"] = json.loads(json.dumps(block["graph"]).replace(f'"{name}"', '"other"'))
+        write_json(path, block)
+        with pytest.raises(InputError, match="graph names other, which files lacks"):
+            read_manifest(path.parent)
+
+
 def test_configurations_of_adapters(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = write_peft(tmp_path / "adapter", alpha_pattern={"q_proj": 3}, rank_pattern={"q_proj": RANK})
     base = read_base(bases["mistral with wide heads"])
