@@ -1,6 +1,5 @@
 """Finds the adapter that a path or Hub id means, and says what else is there if it is none."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +17,7 @@ from pos2d.exporter.adapters.peft_files import (
     cure_without_weights,
 )
 from pos2d.exporter.artifact.sidecars import TOKENIZER_FILES
+from pos2d.exporter.files.links import refuse_broken_link
 from pos2d.git_lfs import refuse_pointer
 
 Form = Literal["trainer", "peft", "mlx"]
@@ -25,6 +25,7 @@ Form = Literal["trainer", "peft", "mlx"]
 FILE_ENDINGS = (".pth", ".pt", ".bin", ".safetensors", ".json", ".gguf", ".npz", ".ckpt")
 WEIGHTS = (SAFE_WEIGHTS, PICKLED_WEIGHTS, MLX_WEIGHTS)
 HUB_FILES = [ADAPTER_CONFIG, *INDEXES, SAFE_WEIGHTS, PARTS, MLX_WEIGHTS, "generation_config.json", *TOKENIZER_FILES]
+FOREIGN = ("*.safetensors", "*.gguf", "*.npz")
 WANTED = "give the trainer's .pth file or a PEFT directory"
 
 
@@ -74,6 +75,7 @@ def _locate_file(path: Path) -> Location:
 
 
 def _locate_in(directory: Path, label: str) -> Location:
+    refuse_broken_link(directory / ADAPTER_CONFIG)
     if (directory / ADAPTER_CONFIG).is_file():
         return Location(directory, "mlx" if is_mlx(directory) else "peft", label)
     weights = [path.name for name in (*WEIGHTS, PARTS) for path in directory.glob(name)]
@@ -124,7 +126,7 @@ def _cure(directory: Path) -> str:
             f"{first_names(states)} are states of a training, not an adapter; give the directory in which the adapter "
             "was saved"
         )
-    foreign: Sequence[Path] = sorted(directory.glob("*.safetensors"))
+    foreign = [path for ending in FOREIGN for path in sorted(directory.glob(ending))]
     description = describe_foreign(foreign[0]) if foreign else None
     return f"{foreign[0].name} {description}" if description else "give one adapter"
 

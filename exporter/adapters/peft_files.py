@@ -10,6 +10,7 @@ from pos2d.errors import InputError, UnsafeInputError
 from pos2d.exporter.adapters.adapter import first_names, refuse_empty
 from pos2d.exporter.artifact.staging import sha256
 from pos2d.exporter.files.json_object import read_json_object
+from pos2d.exporter.files.links import refuse_broken_link
 from pos2d.exporter.files.pth import read_pth
 from pos2d.git_lfs import refuse_pointer
 
@@ -49,9 +50,10 @@ def weight_files(directory: Path) -> WeightFiles:
     """Find the weights of a PEFT directory: one file, or those that an index names.
 
     Raises:
-        InputError: no weights, an incomplete set of files, or both forms at once.
+        InputError: no weights, an incomplete set of files, both forms at once, or a link to a file that is missing.
         UnsafeInputError: an index that names files outside the directory.
     """
+    refuse_broken_link(directory / SAFE_WEIGHTS)
     indexed = next((directory / name for name in INDEXES if (directory / name).is_file()), None)
     parts = sorted(directory.glob(PARTS))
     if (directory / SAFE_WEIGHTS).is_file():
@@ -66,6 +68,7 @@ def weight_files(directory: Path) -> WeightFiles:
         raise InputError(
             f"{directory} has {parts[0].name}, but no {INDEXES[0]}; copy the index, or save again in one file"
         )
+    refuse_broken_link(directory / PICKLED_WEIGHTS)
     if (directory / PICKLED_WEIGHTS).is_file():
         return WeightFiles((directory / PICKLED_WEIGHTS,))
     raise InputError(f"{directory} has no {SAFE_WEIGHTS} and no {PICKLED_WEIGHTS}; {cure_without_weights(directory)}")
@@ -77,6 +80,9 @@ def cure_without_weights(directory: Path) -> str:
         return "the weights are shards of FSDP: merge them with `accelerate merge-weights`, or save the adapter again"
     if any(directory.glob("global_step*")) or (directory / "zero_to_fp32.py").is_file():
         return "the weights are shards of DeepSpeed: gather them with its zero_to_fp32.py, or save the adapter again"
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    if len(others) == 1 and (directory / ADAPTER_CONFIG).is_file():
+        return f"rename {others[0]} to {SAFE_WEIGHTS} if it has the adapter's weights"
     return "save the adapter again"
 
 

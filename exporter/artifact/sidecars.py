@@ -11,6 +11,7 @@ from pos2d import hf
 from pos2d.exporter.artifact.staging import sha256, write_json
 from pos2d.exporter.artifact.tokenizer_settings import readable_settings, settings_of_class
 from pos2d.exporter.files.json_object import read_json_object
+from pos2d.exporter.files.links import refuse_broken_link
 from pos2d.git_lfs import refuse_pointer
 
 TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -67,7 +68,13 @@ class Sidecars:
 
 
 def files_in(directory: Path, patterns: Sequence[str] = (GENERATION_SETTINGS, *TOKENIZER_FILES)) -> dict[str, Path]:
-    """The files of a directory that travel with an artifact, by name; the other patterns choose some of them."""
+    """The files of a directory that travel with an artifact, by name; the other patterns choose some of them.
+
+    Raises:
+        InputError: one of them is a link to a file that is missing.
+    """
+    for pattern in patterns:
+        refuse_broken_link(directory / pattern)  # a glob leaves them out where the pattern is a name
     found = (path for pattern in patterns for path in sorted(directory.glob(pattern)) if path.is_file())
     return {path.relative_to(directory).as_posix(): path for path in found}
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pos2d.errors import InputError, UsageError
+from pos2d.exporter.files.links import refuse_broken_link
 from pos2d.exporter.inputs.checkpoint import read_config
 from pos2d.exporter.inputs.weight_files import (
     CONFIG,
@@ -33,6 +34,7 @@ def locate(base_model: str, revision: str | None) -> tuple[Path, str | None]:
     if path.is_dir():
         if revision is not None:
             raise UsageError(f"`revision` is for a Hub id; {base_model} is a directory")
+        refuse_broken_link(path / CONFIG)
         if not (path / CONFIG).is_file():
             raise InputError(f"{path / CONFIG} does not exist; {_cure(path)}")
         return path, None

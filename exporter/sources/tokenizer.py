@@ -79,6 +79,13 @@ def _chosen(adapters: Sequence[Adapter], tokenizer: str | Path | None) -> tuple[
     """Whose files replace those of the base, and which; none if the base's travel."""
     if tokenizer is not None:
         directory = Path(tokenizer)
+        if not directory.is_dir():
+            place = (
+                f"is one file; give its directory, {directory.parent},"
+                if directory.is_file()
+                else "is no directory; give one"
+            )
+            raise InputError(f"{directory} {place} as `tokenizer`")
         files = files_in(directory)
         if not _has_vocabulary(directory):
             raise InputError(f"{directory} has no tokenizer; give a directory with tokenizer.json as `tokenizer`")

@@ -162,12 +162,20 @@ def pointer(path: Path) -> Path:
     return path
 
 
+def broken_link(path: Path) -> Path:
+    weights = write_peft(path) / WEIGHTS
+    weights.unlink()
+    weights.symlink_to(path / "missing")
+    return path
+
+
 def without_config(path: Path) -> Path:
     (write_peft(path) / CONFIG).unlink()
     torch.save({"state": 1}, path / "rng_state.pth")
     return path
 
 
+SETTINGS = '{"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}'
 SENTENCES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "weights without a configuration": (without_config, r"adapter_model.safetensors but no adapter_config.json.*copy"),
     "one file without": (lambda path: without_config(path) / WEIGHTS, "but no adapter_config.json"),
@@ -178,9 +186,13 @@ SENTENCES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a model with an adapter inside": (files("config.json", "lora/adapter_config.json"), "is a model, .* as .*lora"),
     "a model": (files("config.json"), "is a model, not an adapter"),
     "a pointer": (pointer, "is a Git LFS pointer"),
+    "a broken link": (broken_link, "is a link to a file that is missing"),
+    "another name": (tensors(Q, file="pytorch_lora_weights.safetensors", config=SETTINGS),
+                     "rename pytorch_lora_weights.safetensors to adapter_model.safetensors"),
+    "a directory with gguf": (files("lora.gguf"), "lora.gguf is a GGUF file"),
     "empty tensors": (empty_tensors, "4 of 4 tensors are empty.*ZeRO-3"),
-    "shards of FSDP": (files(CONFIG, "pytorch_model_fsdp_0/__0_0.distcp", content='{"peft_type": "LORA", "r": 4, '
-                             '"lora_alpha": 4, "target_modules": ["q_proj"]}'), "shards of FSDP: .*merge-weights"),
+    "shards of FSDP": (files(CONFIG, "pytorch_model_fsdp_0/__0_0.distcp", content=SETTINGS),
+                       "shards of FSDP: .*merge-weights"),
     "shards of DeepSpeed": (files("global_step5/mp_rank_00_model_states.pt"), "shards of DeepSpeed: .*zero_to_fp32"),
     "kohya": (tensors("lora_unet_down_blocks_0.lora_down.weight"), "kohya"),
     "diffusers": (tensors("unet.down_blocks.0.attn1.to_q.lora_A.weight"), "diffusers"),

@@ -131,8 +131,12 @@ def test_different_tokenizers_are_refused_and_can_be_chosen(base: Path, plain: P
     assert merge(base, one, two, output=tmp_path / "chosen", tokenizer=two).tokenizer == "two"
     assert merge(base, one, output=tmp_path / "later", then=two).tokenizer == "two"
     assert merge(base, one, output=tmp_path / "first", then=plain).tokenizer == "one"
-    with pytest.raises(InputError, match="has no tokenizer"):
-        merge(base, one, output=tmp_path / "no", tokenizer=plain)
+    for wrong, words in (
+        (plain, "has no tokenizer"),
+        (two / "tokenizer.json", "is one file; give its directory, .*/two"),
+    ):
+        with pytest.raises(InputError, match=words):
+            merge(base, one, output=tmp_path / "no", tokenizer=wrong)
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(base: Path, plain: Path, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from pos2d.exporter.inputs import location
 from pos2d.exporter.inputs.base import read_base
 from pos2d.exporter.inputs.weight_files import OLD_SINGLE
 from pos2d.exporter.inspect import inspect
+from pos2d.exporter.sources.source import TrainedPositions, from_adapters
 from pos2d.manifest import read_manifest
-from tests.bases import CONFIGS, write_base, write_tokenizer
+from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base, write_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d" * 32 + "\nsize 123\n"
 Q = "model.layers.0.self_attn.q_proj"
@@ -119,6 +120,36 @@ def test_pointers_of_git_lfs_elsewhere(base: Path, tmp_path: Path, golden_artifa
     (artifact / "model.safetensors").write_text(POINTER, encoding="utf-8")
     with pytest.raises(InputError, match=r"model\.safetensors is a Git LFS pointer"):
         read_manifest(artifact)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_links_to_files_that_are_missing(base: Path, tmp_path: Path, name: str) -> None:
+    """As in a Hub snapshot that was copied without its blobs: no file is taken for one that does not exist."""
+    write_tokenizer(base)
+    write_adapter(tmp_path / "lora.pth", random_adapter(square(linear_modules(base))))
+    (base / name).unlink()
+    (base / name).symlink_to(tmp_path / "blobs" / "12")
+    with pytest.raises(InputError, match=rf"{name} is a link to a file that is missing; download it again"):
+        from_adapters(base, tmp_path / "lora.pth", TrainedPositions(no_patch_rope=True))
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (["model-00001-of-00002.safetensors"], "model.safetensors.index.json, which names them, is missing"),
+        (["global_step10/x.pt"], "global_step10 has shards of DeepSpeed"),
+        (["pytorch_model_fsdp_0/x.distcp"], "pytorch_model_fsdp_0 has shards of FSDP"),
+        (["consolidated.00.pth"], "consolidated.00.pth is in the format of the model's authors"),
+        (["model.fp16.safetensors"], "rename it to model.safetensors"),
+        (["notes.txt"], "give a directory with weights"),
+    ],
+)
+def test_weights_of_another_name(base: Path, found: list[str], words: str) -> None:
+    (base / "model.safetensors").unlink()
+    for name in found:
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(b"")
+    assert words in refusal(base)
 
 
 @pytest.fixture
