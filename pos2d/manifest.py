@@ -184,8 +184,8 @@ def read_manifest(directory: Path) -> Manifest:
         refuse_pointer(directory / name)
         size = (directory / name).stat().st_size if (directory / name).is_file() else None
         if size != facts["bytes"]:
-            state = "is missing" if size is None else f"has {size} bytes"
-            raise InputError(f"{directory / name} {state}, the manifest says {facts['bytes']}; make the artifact again")
+            state = "is missing" if size is None else f"has {size} bytes, the manifest says {facts['bytes']}"
+            raise InputError(f"{directory / name} {state}; copy the artifact again, or make it again")
     return manifest
 
 

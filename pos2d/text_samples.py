@@ -54,8 +54,10 @@ def read_rows(path: Path, tokenizer: Any, max_tokens: int) -> Iterator[Row]:
         with open_text(path) as file:
             for place, value in _values(file, path):
                 yield _row(value, tokenizer, max_tokens, f"{path}, {place}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text in UTF-8 ({error}); save it as UTF-8") from None
 
 
 def _values(file: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:

@@ -70,7 +70,8 @@ class BatchReport:
     def summary(self) -> str:
         resumed = f", {self.resumed} of them from an earlier run" if self.resumed else ""
         rate = f"{self.new_tokens} tokens in {self.seconds:.1f} s, {self.tokens_per_second:.1f} tokens/s"
-        return f"{self.output}: {self.lines} lines{resumed}; {rate}"
+        lines = "1 line" if self.lines == 1 else f"{self.lines} lines"
+        return f"{self.output}: {lines}{resumed}; {rate}"
 
 
 @takes_options(SamplingOptions, LayoutOptions, PromptOptions, LoadOptions)

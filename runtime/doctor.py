@@ -225,7 +225,8 @@ def _cores_text() -> str:
         limits.append(f"the container has a quota of {quota:g}")
     if VARIABLE in os.environ:
         limits.append(f"{VARIABLE} is {os.environ[VARIABLE]}")
-    return f"{default_threads()} threads ({', '.join(limits)})"
+    count = default_threads()
+    return f"{count} {'thread' if count == 1 else 'threads'} ({', '.join(limits)})"
 
 
 def _repairs(packages: Sequence[Package]) -> tuple[str, ...]:

@@ -128,8 +128,10 @@ def text_or_file(_context: click.Context, _option: click.Parameter, value: str |
         return value
     try:
         text = read_text(Path(value[1:])).rstrip("\n")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{value[1:]} cannot be read as text: {error}") from None
+    except OSError as error:
+        raise InputError(f"{value[1:]} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a path with a zero byte
+        raise InputError(f"{value[1:]} cannot be read: {error}") from None
     if not text.strip():
         raise InputError(f"{value[1:]} is empty; leave it out, or put some text there")
     return text

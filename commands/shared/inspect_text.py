@@ -168,8 +168,8 @@ def types(dtypes: Mapping[str, int]) -> str:
 
 
 def pairs(block: Mapping[str, Any]) -> str:
-    """Keys and values, without those that are None; numbers are short, and hashes are their first digits."""
-    return listed(f"{key} {_value(value)}" for key, value in block.items() if value is not None)
+    """Keys and values, without those that are None or empty; numbers are short, and hashes are their first digits."""
+    return listed(f"{key} {_value(value)}" for key, value in block.items() if value not in (None, ""))
 
 
 def _value(value: Any) -> str:

@@ -14,8 +14,8 @@ import click
 from pos2d.errors import InputError, StorageError
 from pos2d.text_files import check_encoding, check_mark, with_newlines
 
-# Handlers of errors with which a stream may refuse a character of an answer.
 STANDARD_OUTPUT = "standard output"
+# Handlers of errors with which a stream may refuse a character of an answer.
 REFUSING = ("strict", "surrogateescape")
 
 

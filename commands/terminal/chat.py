@@ -108,7 +108,7 @@ class Session:
                 print("Assistant: ", end="", flush=True)
             for event in events:
                 print(event.text, end="", flush=True)
-        print()
+        print(flush=True)
 
     def _branches(self, text: str) -> None:
         questions = [question.strip() for question in text.split("|") if question.strip()]

@@ -56,7 +56,9 @@ class Display:
             self._live.vertical_overflow = "visible"
             self._live.stop()
         elif len(self._prompts) == 1 and self._texts[0]:
+            # The summary follows on standard error, which may be the same terminal or file.
             sys.stdout.write("\n")
+            sys.stdout.flush()
 
     def finish(self, completions: Sequence[Completion]) -> None:
         """Print the completions that were not shown while they grew."""
@@ -64,6 +66,7 @@ class Display:
             return
         for number, completion in enumerate(completions, 1):
             sys.stdout.write(f"[{number}] {completion.prompt}\n{completion.text}\n\n")
+        sys.stdout.flush()
 
     def _panels(self) -> "RenderableType":
         from rich.panel import Panel

@@ -41,7 +41,8 @@ def locate(base_model: str, revision: str | None) -> tuple[Path, str | None]:
     if path.suffix == ".gguf":
         raise InputError(f"base model {base_model} is a GGUF file; {GGUF_CURE}")
     if path.is_file() and path.name.endswith(WEIGHT_ENDINGS):
-        raise InputError(f"base model {base_model} is one file of a model; give its directory, {path.parent}")
+        cure = f"its directory, {path.parent}" if (path.parent / CONFIG).is_file() else "a Hugging Face model directory"
+        raise InputError(f"base model {base_model} is a file of weights; give {cure}")
     looks_like_path = base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
     if looks_like_path or path.exists():
         raise InputError(f"base model {base_model} is not a directory; give a Hugging Face model directory or a Hub id")
@@ -56,7 +57,9 @@ def _cure(directory: Path) -> str:
     inner = sorted(path.parent for path in directory.glob("*/config.json"))
     snapshots = sorted(path.parent for path in directory.glob("snapshots/*/config.json"))
     if (directory / "adapter_config.json").is_file():
-        return "the directory holds an adapter, so give it as `lora`, and the base that it was trained on here"
+        return (
+            "the directory holds an adapter; give the base model that it was trained on here, and the adapter as `lora`"
+        )
     if inner or snapshots:
         found = (inner or snapshots)[:3]
         return f"a model is in {' and in '.join(map(str, found))}; give that directory"

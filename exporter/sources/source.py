@@ -76,7 +76,8 @@ class TrainedPositions:
             return []
         return [
             f"no positions were given, so the trainer's default, `rope_2d_ratio={DEFAULT_RATIO}`, is used; if the "
-            "training used another ratio, several branches give nonsense (`guess_ratio` of inspect finds it)"
+            "training used another ratio, several branches give nonsense (`guess_ratio` of inspect finds it); an "
+            "ordinary LoRA needs `no_patch_rope`"
         ]
 
     def resolve(self, frequencies: int) -> Rope2DSpec:

@@ -140,7 +140,7 @@ def _encoded(
     """Token ids of the line's prompts and context."""
     keys = [name for name in PROMPT_KEYS if name in block]
     if len(keys) != 1:
-        raise InputError(f"a line has one of {', '.join(PROMPT_KEYS)}; {FORMS}")
+        raise InputError(f"a line must have one of {', '.join(PROMPT_KEYS)}; {FORMS}")
     context = _context(block)
     if keys != ["messages"]:
         prompts = _prompts(block[keys[0]], keys[0])

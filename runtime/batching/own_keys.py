@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from pos2d.errors import InputError
-from pos2d.runtime.engine.generation_settings import NOT_HEEDED, READERS, STOP_KEY
+from pos2d.runtime.engine.generation_settings import READERS, STOP_KEY, UNUSED_KEYS
 
 RECORD_KEYS = ("line", "completions", "error")
 # Names that other programs have for our options.
@@ -30,7 +30,7 @@ OTHER_NAMES = {
     STOP_KEY: "stop",
 }
 # Settings of other programs that we do not have, so that none of them is taken for the user's own data.
-OTHER_SETTINGS = {*READERS, *NOT_HEEDED, "do_sample", "frequency_penalty", "presence_penalty", "logit_bias", "best_of"}
+OTHER_SETTINGS = {*READERS, *UNUSED_KEYS, "do_sample", "frequency_penalty", "presence_penalty", "logit_bias", "best_of"}
 # Keys of data sets that are not misspelt options, though they look like it.
 IDENTIFIERS = ("prompt_id", "context_id")
 # How similar a key must be to an option to count as misspelt.
@@ -59,7 +59,7 @@ def own_keys(block: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]
 def _check_name(name: str, known: Collection[str]) -> None:
     plain = name.lower().replace("-", "_")
     if name in RECORD_KEYS:
-        raise InputError(f'a line has no {name!r}, since the record of its answer has one; put your own under "meta"')
+        raise InputError(f'a line takes no {name!r}, since the record of its answer has one; put your own under "meta"')
     if plain in IDENTIFIERS:
         return
     meant = [plain] if plain in known else get_close_matches(plain, known, n=1, cutoff=MISSPELT)
@@ -71,4 +71,4 @@ def _check_name(name: str, known: Collection[str]) -> None:
         hint = "it is a setting of another program"
     else:
         return
-    raise InputError(f'a line has no {name!r}; {hint} (your own data may stand under "meta")')
+    raise InputError(f'a line takes no {name!r}; {hint} (your own data may stand under "meta")')

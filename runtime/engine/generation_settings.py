@@ -59,7 +59,7 @@ WITHOUT_EFFECT = frozenset(
     }
 )
 # Keys that are not used, with the values beside null at which `generate` does not use them either.
-NOT_HEEDED: Mapping[str, tuple[Any, ...]] = {
+UNUSED_KEYS: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "num_return_sequences": (1,),
@@ -80,7 +80,7 @@ class GenerationSettings:
     """The settings that no option has, each at its "off" value unless the file says otherwise.
 
     Names and meaning are transformers'. ``max_length`` and ``min_length`` count the tokens of context, prompt and
-    answer. ``not_heeded`` are the keys whose values ask for something that is not done here.
+    answer. ``unused`` are the keys whose values ask for something that is not done here.
     """
 
     max_length: int | None = None
@@ -99,11 +99,11 @@ class GenerationSettings:
     typical_p: float = 1.0
     epsilon_cutoff: float = 0.0
     eta_cutoff: float = 0.0
-    not_heeded: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """The keys that are used and not "off"."""
-        used = [f for f in fields(self) if f.name != "not_heeded"]
+        used = [f for f in fields(self) if f.name != "unused"]
         return [f.name for f in used if getattr(self, f.name) != f.default]
 
 
@@ -128,7 +128,7 @@ def read_settings(config: Mapping[str, Any]) -> GenerationSettings:
         values.pop("max_length", None)
     if config.get("min_new_tokens") is not None:
         values.pop("min_length", None)
-    return GenerationSettings(**values, not_heeded=tuple(_not_heeded(config)))
+    return GenerationSettings(**values, unused=tuple(_unused(config)))
 
 
 def read_stop(value: Any) -> tuple[str, ...]:
@@ -143,20 +143,20 @@ def read_stop(value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def not_heeded_warning(settings: GenerationSettings, place: str) -> list[str]:
+def unused_warning(settings: GenerationSettings, place: str) -> list[str]:
     """One sentence about the keys of ``place`` that are not used, or none."""
-    if not settings.not_heeded:
+    if not settings.unused:
         return []
-    keys = ", ".join(settings.not_heeded)
-    return [f"{place}: {keys} {'is' if len(settings.not_heeded) == 1 else 'are'} not heeded"]
+    keys = ", ".join(settings.unused)
+    return [f"{place}: {keys} {'is' if len(settings.unused) == 1 else 'are'} not used"]
 
 
-def _not_heeded(config: Mapping[str, Any]) -> list[str]:
+def _unused(config: Mapping[str, Any]) -> list[str]:
     known = {*OPTION_KEYS, STOP_KEY, *READERS, *READ_ELSEWHERE, *WITHOUT_EFFECT}
     return [
         f"{name} {_shown(value)}"
         for name, value in config.items()
-        if name not in known and value is not None and value not in NOT_HEEDED.get(name, ())
+        if name not in known and value is not None and value not in UNUSED_KEYS.get(name, ())
     ]
 
 

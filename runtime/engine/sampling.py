@@ -14,9 +14,9 @@ from pos2d.runtime.engine.generation_settings import (
     SAMPLING_KEYS,
     STOP_KEY,
     GenerationSettings,
-    not_heeded_warning,
     read_settings,
     read_stop,
+    unused_warning,
 )
 from pos2d.text_files import read_text
 
@@ -123,10 +123,11 @@ class Sampling:
             ),
             ("top_p", 0.0 < self.top_p <= 1.0, "must be above 0 and at most 1 (all tokens)"),
             ("seed", self.seed < TOO_LARGE_SEED, "must fit in 64 bits"),
-            ("stop", all(self.stop), "has an empty text, which would end every answer at once"),
         ):
             if not fits:
                 raise UsageError(f"`{name}` {getattr(self, name)} {rule}")
+        if not all(self.stop):
+            raise UsageError("`stop` has an empty text, which would end every answer at once; leave it out")
 
     def summary(self) -> str:
         """The options that are not at their defaults, in words."""
@@ -138,7 +139,7 @@ class Sampling:
 
     def warnings(self, directory: Path) -> list[str]:
         """What the generation settings of the artifact in ``directory`` ask for and is not done."""
-        return not_heeded_warning(self.generation, str(directory / GENERATION_CONFIG))
+        return unused_warning(self.generation, str(directory / GENERATION_CONFIG))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

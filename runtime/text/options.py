@@ -111,7 +111,7 @@ class PromptOptions:
         arguments = self.chat_template_kwargs or {}
         reserved = [name for name in arguments if not isinstance(name, str) or name in RESERVED]
         if reserved:
-            raise UsageError(f"`chat_template_kwargs` has {reserved[0]!r}, which is no variable of a template")
+            raise UsageError(f"`chat_template_kwargs` has {reserved[0]!r}, which pos2d sets itself; leave it out")
         if arguments and self.ignore_chat_template:
             raise UsageError("`chat_template_kwargs` has no effect with `ignore_chat_template`; leave one of them out")
 

@@ -334,7 +334,7 @@ def test_an_artifact_that_lost_a_file(
     data.write_bytes(data.read_bytes()[:-1])
     expect(call("run", copy, "--prompt", "hello"), 3, "model.onnx.data has", "the manifest says")
     data.unlink()
-    expect(call("run", copy, "--prompt", "hello"), 3, "model.onnx.data is missing")
+    expect(call("run", copy, "--prompt", "hello"), 3, "model.onnx.data is missing; copy the artifact again")
     (copy / "manifest.json").write_text("[]", encoding="utf-8")
     expect(call("run", copy, "--prompt", "hello"), 3, "manifest.json: the manifest is not a JSON object")
     (copy / "manifest.json").write_text('{"format_version": 99}', encoding="utf-8")

@@ -71,6 +71,11 @@ def test_a_closed_or_full_output_ends_as_documented(talking: Path) -> None:
     assert (mute.returncode, len(mute.stdout) > 0) == (0, True)
 
 
+def test_the_summary_has_its_own_line_where_both_streams_are_one_file(talking: Path) -> None:
+    both = shell('"$0" "$@" 2>&1', "run", talking / "onnx", "-p", "a", "-n", 3)
+    assert both.stdout.splitlines()[-1].startswith("3 tokens, "), both.stdout
+
+
 def test_a_question_may_come_from_a_pipe(call: Call, talking: Path) -> None:
     from click.testing import CliRunner
 

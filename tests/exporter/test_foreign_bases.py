@@ -165,6 +165,8 @@ def test_empty_tensors(base: Path) -> None:
 
 def test_what_was_given_in_place_of_a_directory(base: Path, tmp_path: Path) -> None:
     assert f"give its directory, {base}" in refusal(base / "model.safetensors")
+    (tmp_path / "lora.pth").write_bytes(b"1")
+    assert "is a file of weights; give a Hugging Face model directory" in refusal(tmp_path / "lora.pth")
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     assert "is a GGUF file; give the Hugging Face model directory" in refusal(tmp_path / "a.gguf")
     assert f"a model is in {base}; give that directory" in refusal(tmp_path)
@@ -174,7 +176,7 @@ def test_what_was_given_in_place_of_a_directory(base: Path, tmp_path: Path) -> N
     (base / "config.json").unlink()
     assert "config.json does not exist; copy it from the repository" in refusal(base)
     (base / "adapter_config.json").write_text("{}", encoding="utf-8")
-    assert "holds an adapter, so give it as `lora`" in refusal(base)
+    assert "holds an adapter; give the base model" in refusal(base)
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,7 @@ def test_default_positions_are_reported_in_a_warning(qwen2: Golden, quant: str |
     sources: dict[str, Any] = {"base_model": qwen2.path / "base", "lora": qwen2.path / "lora.pth"}
     report = exporter.export(None, tmp_path / "default", quant=quant, no_verify=True, **sources)
     assert "no positions were given" in " ".join(report.warnings)
+    assert "`no_patch_rope`" in " ".join(report.warnings)
     report = exporter.export(None, tmp_path / "named", quant=quant, no_verify=True, rope_2d_ratio=0.5, **sources)
     assert not report.warnings
 

@@ -61,7 +61,7 @@ def test_every_line_is_answered_as_it_would_be_alone(talker: runtime.Model, tmp_
     assert texts(found[5]) == ask("drawn 5", temperature=1.1, top_k=20, seed=3, max_new_tokens=5)
     assert texts(found[6]) == ask("stopped 6", stop=("e", "a"))
     assert texts(found[7]) == ask(["p", "q"], visibility="isolated", preset="code")
-    assert found[8]["error"].startswith("a line has no 'temprature'; did you mean 'temperature'?")
+    assert found[8]["error"].startswith("a line takes no 'temprature'; did you mean 'temperature'?")
     (long,) = talker.generate(json.loads(source.read_text().splitlines()[9])["prompt"], logprobs=True, **OPTIONS)
     (completion,) = found[9]["completions"]
     assert completion["finish_reason"] == long.finish_reason
@@ -103,8 +103,8 @@ def test_ordinary_lines_share_a_sequence(talker: runtime.Model, tmp_path: Path, 
         (b"{", "neither a JSON object"),
         (b"[1]", "neither a JSON object"),
         (b"\xff\xfe", "not text in UTF-8"),
-        (b"{}", "a line has one of prompt"),
-        (b'{"prompt": "a", "prompts": ["b"]}', "a line has one of prompt"),
+        (b"{}", "a line must have one of prompt"),
+        (b'{"prompt": "a", "prompts": ["b"]}', "a line must have one of prompt"),
         (b'{"prompt": 3}', "prompt has 3, which is not a text"),
         (b'{"prompt": "  "}', "prompt 1 is empty"),
         (b'{"prompts": []}', "prompts must be a list"),

@@ -70,7 +70,7 @@ def test_a_number_is_a_prompt_where_lines_are_texts(talking: Path, tmp_path: Pat
     ],
 )
 def test_a_key_that_looks_like_an_option_is_none_of_the_users(key: str, words: str) -> None:
-    with pytest.raises(InputError, match=f"a line has no {key!r}.*{words}"):
+    with pytest.raises(InputError, match=f"a line takes no {key!r}.*{words}"):
         own_keys({"prompt": "a", key: 1}, KNOWN_KEYS)
 
 

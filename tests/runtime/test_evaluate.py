@@ -211,7 +211,7 @@ def test_the_command_prints_a_table_or_json(call: Callable[..., Result], columna
         ("7\n\n8", "no text of two tokens"),
         ('{"text": "7 8"}\n{', "line 2 is not JSON"),
         ("7 8 299", "token 299 of it, beyond the vocabulary of 256"),
-        (None, "cannot be read as text"),
+        (None, "cannot be read: No such file"),
     ],
 )
 def test_texts_that_cannot_be_read(columnar: Case, text: str | None, message: str, tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from pos2d import exporter, runtime
 from pos2d.errors import InputError, UsageError
 from pos2d.runtime.engine.generation_settings import (
     NO_SETTINGS,
-    NOT_HEEDED,
     OPTION_KEYS,
     READ_ELSEWHERE,
     READERS,
     STOP_KEY,
+    UNUSED_KEYS,
     WITHOUT_EFFECT,
     read_settings,
 )
@@ -33,7 +33,7 @@ from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, 
 Call = Callable[..., Result]
 ROOT = Path(__file__).resolve().parents[2]
 OLD_SOURCE = ROOT / ".venv/transformers-4.57/transformers/generation/configuration_utils.py"
-TABLES = ((*OPTION_KEYS, STOP_KEY), READERS, READ_ELSEWHERE, WITHOUT_EFFECT, NOT_HEEDED)
+TABLES = ((*OPTION_KEYS, STOP_KEY), READERS, READ_ELSEWHERE, WITHOUT_EFFECT, UNUSED_KEYS)
 PROMPT = "near the sea"
 SEPARATOR, END = 256, 257
 
@@ -237,7 +237,7 @@ def test_what_is_not_used_is_named_once(
     settings(max_new_tokens=2, early_stopping=True, length_penalty=2.0, use_cache=False, **value)
     ((name, number),) = value.items()
     shown = call("run", plain, "-p", "a", "--json").stderr
-    assert shown == f"warning: {plain / 'generation_config.json'}: {name} {number!r} is not heeded\n"
+    assert shown == f"warning: {plain / 'generation_config.json'}: {name} {number!r} is not used\n"
     with pytest.warns(UserWarning, match=name) as heard:
         ours.generate("a")
     assert len(heard) == 1
