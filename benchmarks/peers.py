@@ -78,7 +78,7 @@ ENTRIES = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``idle``: cores that the process took while others were timed; above nought it slowed them."""
+    """``idle``: cores that the process took while others were timed; above 0, it slowed them."""
 
     peer: str
     bits: int
@@ -208,7 +208,7 @@ def _medians(found: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _text(given: Input, count: int) -> list[int]:
-    """Ids of a text, since random ones are nothing that a trained model is sure of; the speeds do not care."""
+    """Ids of a text: a trained model is not sure of what follows random ones. The speeds are the same for both."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     ids: list[int] = Tokenizer.from_file(str(given.plain / "tokenizer.json")).encode(text).ids
     return ids[:count]

@@ -12,7 +12,10 @@ from pos2d.reference import MOST_LIKELY, HeldOut, Prediction
 
 
 class ExactPass:
-    """``tensors`` are those of the sum, by name, and ``workers`` read them. ``predictions`` are there at the end."""
+    """Runs the exact model once, layer by layer.
+
+    ``tensors`` are those of the sum, by name, and ``workers`` read them. ``predictions`` are there at the end.
+    """
 
     def __init__(
         self, source: Source, tensors: Mapping[str, PlannedTensor], workers: Executor, held_out: Sequence[HeldOut]

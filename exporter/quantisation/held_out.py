@@ -51,7 +51,7 @@ times as large. A square with the same area as the first circle has sides of abo
 
 
 def held_out_tokens(directory: Path, vocab: int, context_length: int) -> tuple[list[HeldOut], bool]:
-    """What to compare on, and whether it is text.
+    """The sequences to compare on, and whether they are text.
 
     The tokens are those of :data:`TEXT` if ``directory`` has a ``tokenizer.json`` that fits the vocabulary, otherwise
     random ones. A model with few positions gets fewer.
@@ -81,7 +81,7 @@ def _lengths(context_length: int) -> list[int]:
 
 
 def _text_tokens(path: Path, vocab: int) -> list[int]:
-    """Empty where the text cannot be encoded in this vocabulary."""
+    """The tokens of :data:`TEXT`; none where it cannot be encoded in this vocabulary."""
     if not path.is_file():
         return []
     from tokenizers import Tokenizer

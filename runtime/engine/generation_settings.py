@@ -1,4 +1,4 @@
-"""The settings of ``generation_config.json``: which are used, as transformers' ``generate`` does, and which are not.
+"""The settings of ``generation_config.json``: which are used, as ``generate`` of transformers uses them, and which not.
 
 Every key of transformers' ``GenerationConfig`` stands in exactly one of the tables below. Keys that have an option
 (:class:`pos2d.runtime.engine.sampling.Sampling`) are its default.

@@ -140,7 +140,7 @@ class Sampler:
 
     @cached_property
     def bad_words(self) -> processors.Biases:
-        """An end token is no bad word."""
+        """The table of ``bad_words_ids``, without those that are a single end token."""
         words = self.sampling.generation.bad_words_ids
         return processors.biases_of((ids, -np.inf) for ids in words if len(ids) > 1 or ids[0] not in self.end_tokens)
 

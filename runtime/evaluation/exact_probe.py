@@ -78,7 +78,7 @@ def distance_in_batch(model: Model, predictions: Sequence[Prediction]) -> CaseDi
 
 
 def judged(manifest: Manifest, reference: Reference, cases: Sequence[CaseDistance]) -> ExactDistance:
-    """The report: against what the export recorded in the manifest, or the limits of a new artifact."""
+    """Judge the distances by what the export recorded in the manifest, or by the limits of a new artifact."""
     recorded = (manifest.parity or {}).get("exact")
     assert manifest.graph_quant is not None
     max_kl, min_top1 = LIMITS[min(manifest.graph_quant.bits.values())]
