@@ -56,7 +56,7 @@ def report_text(report: "MergeReport") -> str:
     rope = report.rope_2d
     rotation = f"frequencies {spans(rope['pair_indices'])} of {len(rope['axes'])} rotate with branch and time"
     layout = f"stride {rope['branch_stride']}, align {rope['align_to']}, {rope['visibility']}"
-    lines = [f"positions: {rotation if rope['pair_indices'] else 'no 2D RoPE'}; {layout}"]
+    lines = [f"positions: {rotation}; {layout}" if rope["pair_indices"] else "positions: no 2D RoPE"]
     if report.untied:
         lines.append("the adapter changes head and embedding differently, so they are two tensors now")
     if report.tokenizer != "base":

@@ -109,7 +109,9 @@ class Model(LoadedArtifact):
         return found
 
     def _next_turn(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Iterator[Event]:
-        *earlier, last = messages or [{}]
+        if isinstance(messages, str | Mapping) or not messages:
+            raise InputError("`messages` must be a list of turns, at least one; each has a role and a content")
+        *earlier, last = messages
         return self.conversation(earlier, **options).ask(last)
 
     def logits(

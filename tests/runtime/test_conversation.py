@@ -258,10 +258,10 @@ def test_a_refused_turn_changes_nothing(talker: runtime.Model, question: Any, wo
 def test_what_a_conversation_needs(talker: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="is not a turn"):
         talker.conversation([{"role": "user", "content": 3}])
-    with pytest.raises(InputError, match="is not a turn"):
-        talker.chat([])
-    with pytest.raises(InputError, match="is not a turn"):
-        talker.chat("hi")  # type: ignore[arg-type]
+    no_lists: tuple[Any, ...] = ([], "hi", {"role": "user", "content": "hi"})
+    for messages in no_lists:
+        with pytest.raises(InputError, match="must be a list of turns"):
+            talker.chat(messages)
     with pytest.raises(InputError, match="the next turn is the user's"):
         talker.chat([{"role": "system", "content": "hi"}])
     with pytest.raises(TypeError, match="no keyword 'temprature'; did you mean 'temperature'"):
