@@ -25,7 +25,8 @@ from pos2d.runtime.model.model import Model
 from pos2d.runtime.text.options import LayoutOptions, PromptOptions, RequestOptions, request_options
 
 # Files of an artifact, besides its manifest, that determine how a prompt is encoded.
-ENCODING_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+ENCODING_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
+TEMPLATE_FILES = "additional_chat_templates/*.jinja"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +156,11 @@ def _recipe(
         prompts["context"] = context
     if options.chat_template_kwargs:
         prompts["chat_template_kwargs"] = dict(options.chat_template_kwargs)
-    hashed = (artifact / name for name in (FILE_NAME, *ENCODING_FILES))
+    patterns = (FILE_NAME, *ENCODING_FILES, TEMPLATE_FILES)
+    hashed = sorted(path for pattern in patterns for path in artifact.glob(pattern))
     recipe = {
         "input": {"name": source.name, "sha256": _sha256(source)},
-        "artifact": {"name": artifact.name, "sha256": {path.name: _sha256(path) for path in hashed if path.is_file()}},
+        "artifact": {"name": artifact.name, "sha256": {path.name: _sha256(path) for path in hashed}},
         "sampling": asdict(options.sampling),
         "options": {**asdict(loading), **layout, **prompts},
         "tool_version": __version__,

@@ -40,7 +40,7 @@ def _special_stops(tokenizer: Any, sampling: Sampling) -> list[int]:
         within = [token for token in special if token and token in stop and token != stop.strip()]
         if within and stop.strip() not in special:
             raise UsageError(
-                f"`stop` {stop!r} has the special token {within[0]}, which no text of an answer has; "
-                f"end answers with `end_token` {within[0]}"
+                f"`stop` {stop!r}, or stop_strings of the artifact's generation_config.json, has the special token "
+                f"{within[0]}, which no text of an answer has; end answers with `end_token` {within[0]}"
             )
     return [special[stop.strip()] for stop in sampling.stop if stop.strip() in special]
