@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pos2d.errors import InputError, UnsafeInputError
+from pos2d.errors import InputError
 from pos2d.exporter.adapters.adapter import first_names, refuse_empty
 from pos2d.exporter.artifact.staging import sha256
-from pos2d.exporter.files.json_object import read_json_object
 from pos2d.exporter.files.links import refuse_broken_link
 from pos2d.exporter.files.pth import read_pth
+from pos2d.exporter.inputs.weight_files import files_of_index
 from pos2d.git_lfs import refuse_pointer
 
 if TYPE_CHECKING:
@@ -87,17 +87,10 @@ def cure_without_weights(directory: Path) -> str:
 
 
 def _files_of_index(index: Path) -> list[str]:
-    places = read_json_object(index, "save the adapter again").get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
-        raise InputError(f"{index} has no weight_map from tensors to files; save the adapter again")
-    files = sorted(set(places.values()))
-    for file in files:
-        if Path(file).name != file:
-            raise UnsafeInputError(f"{index} names {file!r}, which is outside its directory; do not trust this adapter")
+    files = files_of_index(index)
     missing = [file for file in files if not (index.parent / file).is_file()]
-    if missing or not all(file.endswith(".safetensors") for file in files):
-        fault = f"{first_names(missing)}, which is missing" if missing else "files that are not safetensors"
-        raise InputError(f"{index} names {fault}; copy the adapter again")
+    if missing:
+        raise InputError(f"{index} names {first_names(missing)}, which is missing; copy the adapter again")
     return files
 
 

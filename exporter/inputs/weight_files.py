@@ -15,6 +15,7 @@ OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 # A key of config.json that names the file to load.
 EXPLICIT = "transformers_weights"
 INDEX_ENDING = ".safetensors.index.json"
+CURE = "copy the directory again"
 # Other files of weights, and what to do if a directory has no more than them.
 OTHER_WEIGHTS = {
     "model-*-of-*.safetensors": f"is one of several files, and {INDEX}, which names them, is missing; copy it too",
@@ -65,16 +66,16 @@ def files_of_index(index: Path) -> list[str]:
         InputError: it cannot be read, or names a file of another kind.
         UnsafeInputError: it names a file outside its directory.
     """
-    places = ConfigValues(read_json_object(index, "copy the model again"), str(index)).block("weight_map").values
+    places = ConfigValues(read_json_object(index, CURE), str(index)).block("weight_map").values
     ending = ".bin" if index.name == OLD_INDEX else ".safetensors"
     files = sorted({str(file) for file in places.values()})
     for file in files:
         if Path(file).name != file:
-            raise UnsafeInputError(f"{index} names {file!r}, which is outside its directory; do not trust this model")
+            raise UnsafeInputError(f"{index} names {file!r}, which is outside its directory; do not trust it")
         if not file.endswith(ending):
-            raise InputError(f"{index} names {file!r}, which is not a {ending} file; copy the model again")
+            raise InputError(f"{index} names {file!r}, which is not a {ending} file; {CURE}")
     if not files:
-        raise InputError(f"{index} names no files in weight_map; copy the model again")
+        raise InputError(f"{index} names no files in weight_map; {CURE}")
     return files
 
 
