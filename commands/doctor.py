@@ -46,7 +46,7 @@ def report_text(report: "DoctorReport") -> str:
 def _package_row(package: "Package") -> Row:
     facts = [package.purpose]
     if package.extra:
-        facts.append(f"optional: {package.extra}")
+        facts.append("optional")
     if package.fault and package.installed:
         facts.append(package.short_fault)
     return package.name, package.installed or "missing", ", ".join(facts)
