@@ -36,8 +36,8 @@ def check_pickle(path: Path) -> None:
         raise InputError(f"{path} is a text, not a LoRA file; give the file that the training saved")
     if forbidden is None:
         raise InputError(
-            f"{path} is no LoRA file, which torch.save writes, or it is incomplete; give the trainer's .pth file or a "
-            "PEFT directory, or copy the file again"
+            f"{path} is not a LoRA file: torch.save did not write it, or it is incomplete; give the trainer's .pth "
+            "file or a PEFT directory, or copy the file again"
         )
     if forbidden:
         raise UnsafeInputError(f"{path} would run {forbidden[0]}; a LoRA file holds tensors only, do not load it")

@@ -144,7 +144,7 @@ def test_variables_of_the_template(talker: runtime.Model, template: Any, monkeyp
     for ask in (talker.generate, lambda prompt, **given: talker.conversation(**given).ask(prompt)):
         with pytest.raises(UsageError, match=r"'thinkin', which the chat template .* does not read"):
             ask("one", chat_template_kwargs={"thinkin": False})
-    for wrong, words in (({"tokenize": True}, "no variable"), ([1], "must be a JSON object")):
+    for wrong, words in (({"tokenize": True}, "which pos2d sets itself"), ([1], "must be a JSON object")):
         with pytest.raises(UsageError, match=words):
             talker.generate("one", chat_template_kwargs=wrong)
     with pytest.raises(UsageError, match="no effect with `ignore_chat_template`"):
