@@ -44,7 +44,7 @@ check: $(INSTALLED)
 
 # Each worker runs whole files, with one thread: most tests are too small for several threads.
 test: check $(OLD_TRANSFORMERS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Files that take seconds, for the time between two edits; make test runs them too.
 QUICK := tests/contract tests/test_house.py \

@@ -21,6 +21,11 @@ BACKENDS = ("merged", "onnx")
 QUANTS: dict[str, BnbQuant] = {name: name for name in get_args(BnbQuant)}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests of the documentation, which run longest, so that no worker is left with them at the end."""
+    items.sort(key=lambda item: "docs" not in item.path.parts)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Golden:
     """One case of the trainer: its input files and what its own code gave for them."""
