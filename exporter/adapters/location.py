@@ -17,6 +17,7 @@ from pos2d.exporter.adapters.peft_files import (
     cure_without_weights,
 )
 from pos2d.exporter.artifact.sidecars import TOKENIZER_FILES
+from pos2d.exporter.files.hub import hub_errors
 from pos2d.exporter.files.links import refuse_broken_link
 from pos2d.git_lfs import refuse_pointer
 
@@ -134,18 +135,10 @@ def _cure(directory: Path) -> str:
 def _download(hub_id: str, revision: str | None) -> Path:
     """The snapshot of the adapter's files alone."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 
-    try:
+    with hub_errors(f"adapter {hub_id}", revision, "a path here nor an adapter"):
         path = Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
         if not any(path.glob("*.safetensors")):
             rest = [PICKLED_WEIGHTS] if (path / ADAPTER_CONFIG).is_file() else ["*.pth"]
             path = Path(snapshot_download(hub_id, revision=path.name, allow_patterns=rest, ignore_patterns=["*/*"]))
-    except RevisionNotFoundError:
-        raise InputError(f"adapter {hub_id} has no revision {revision!r}; give a commit, tag or branch") from None
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"adapter {hub_id} is neither a path here nor an adapter that can be downloaded from the Hub: {reason}"
-        ) from None
     return path

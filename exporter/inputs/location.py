@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pos2d.errors import InputError, UsageError
+from pos2d.exporter.files.hub import hub_errors
 from pos2d.exporter.files.links import refuse_broken_link
 from pos2d.exporter.inputs.checkpoint import read_config
 from pos2d.exporter.inputs.weight_files import (
@@ -74,21 +75,10 @@ def _cure(directory: Path) -> str:
 
 def _download(base_model: str, revision: str | None) -> tuple[Path, str]:
     """The snapshot of a repository on the Hub; all its files are of one commit."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
-
-    try:
+    with hub_errors(f"base model {base_model}", revision, "a directory nor a model"):
         path = _fetch(base_model, revision, SMALL_FILES, ignore=["*/*"])
         _fetch(base_model, path.name, [TEMPLATES])
         _fetch_weights(base_model, path)
-    except RevisionNotFoundError:
-        raise InputError(
-            f"base model {base_model} has no revision {revision!r}; give a commit, tag or branch"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"base model {base_model} is neither a directory nor a model that can be downloaded from the Hub: {reason}"
-        ) from None
     return path, path.name
 
 

@@ -1,10 +1,10 @@
 """The KV cache of a prefix of later sequences: a shared context, or the turns of a conversation."""
 
 from collections.abc import Sequence
-from itertools import takewhile
 
 from pos2d.layout import build_layout
 from pos2d.runtime.engine.backend import Backend
+from pos2d.runtime.engine.common_prefix import common_length
 from pos2d.runtime.engine.decode import prefill
 from pos2d.runtime.engine.sequence import check_length
 from pos2d.spec import Rope2DSpec
@@ -25,7 +25,7 @@ class PrefixCache:
 
     def keep_common(self, ids: Sequence[int]) -> int:
         """Drop everything after the longest common prefix with ``ids``; return the length of that prefix."""
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids, strict=False)))
+        common = common_length(self.ids, ids)
         self.cache.rewind(common)
         self.ids = self.ids[:common]
         return common

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pos2d.errors import InputError, UsageError
-from pos2d.runtime.text.common_prefix import common_length
+from pos2d.runtime.engine.common_prefix import common_length
 
 Arguments = Mapping[str, Any]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from pos2d.errors import InputError
 from pos2d.hf.tokenizer import load_tokenizer
+from pos2d.runtime.engine.common_prefix import common_length
 from pos2d.runtime.text.chat_template import render_chat
-from pos2d.runtime.text.common_prefix import common_length
 
 __all__ = [
     "EncodedPrompts",
