@@ -48,8 +48,8 @@ test: check $(OLD_TRANSFORMERS)
 
 # Files that take seconds, for the time between two edits; make test runs them too.
 QUICK := tests/contract tests/test_house.py \
-	tests/exporter/test_blockwise.py tests/exporter/test_gptq.py tests/exporter/test_ledger.py tests/exporter/test_rounding.py \
-	tests/exporter/test_tensors.py tests/runtime/test_goldens.py tests/runtime/test_isolated.py tests/runtime/test_sampling.py
+	tests/exporter/test_blockwise.py tests/exporter/test_gptq.py tests/exporter/test_ledger.py tests/sources/test_rounding.py \
+	tests/sources/test_tensors.py tests/runtime/test_goldens.py tests/runtime/test_isolated.py tests/runtime/test_sampling.py
 
 quick: check
 	$(BIN)/python -m pytest $(QUICK)

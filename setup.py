@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-FOLDERS = ("commands", "compat", "exporter", "runtime")
+FOLDERS = ("commands", "compat", "exporter", "runtime", "sources")
 
 
 def below(folder: str) -> list[str]:

@@ -29,9 +29,9 @@ from pos2d.exporter.formats.onnx import format as onnx_format
 from pos2d.exporter.formats.onnx.weight_layout import embedding_block
 from pos2d.exporter.formats.options import ExportOptions
 from pos2d.exporter.quantisation.blockwise import SEARCHED_SPANS, dequantise, quantise
-from pos2d.exporter.sources.source import from_merged
 from pos2d.onnx_io import DATA_FILE, FUSED_LAYERS
 from pos2d.recipes import BITS, DEFAULT_BLOCKS, GraphQuant
+from pos2d.sources.source import from_merged
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTER = ROOT / "examples" / "demo_adapter" / "lora.pth"

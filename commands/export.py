@@ -8,7 +8,7 @@ from pos2d.commands.shared.flags import base_flags, flags_of, force_flag, json_f
 from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show, warn
 from pos2d.exporter.formats.options import ExportOptions
-from pos2d.exporter.sources.source import TrainedPositions
+from pos2d.sources.source import TrainedPositions
 from pos2d.threads import ThreadOptions
 
 

@@ -10,7 +10,7 @@ from pos2d.commands.shared.report import show, warn
 from pos2d.commands.shared.tables import table
 from pos2d.exporter.merge import MergeOptions
 from pos2d.exporter.merging.ledger import figures_by_kind
-from pos2d.exporter.sources.source import TrainedPositions
+from pos2d.sources.source import TrainedPositions
 from pos2d.spec import spans
 from pos2d.threads import ThreadOptions
 from pos2d.units import size_text

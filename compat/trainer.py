@@ -35,7 +35,7 @@ from pos2d.runtime.text.tokenization import encode_prompts
 from pos2d.spec import Align, Rope2DSpec
 
 if TYPE_CHECKING:
-    from pos2d.exporter.sources.source import Source
+    from pos2d.sources.source import Source
 
 
 def load_model_with_lora(
@@ -71,10 +71,10 @@ def load_model_with_lora(
         StorageError: the memory cannot hold the weights.
     """
     # Imported here, so that pos2d.compat alone does not need the exporter.
-    from pos2d.exporter.artifact.hf_config import baked_config
-    from pos2d.exporter.merging.in_memory import merged_tensors
-    from pos2d.exporter.sources.source import TrainedPositions, from_adapters
-    from pos2d.exporter.tensors.tensor_plan import plan_tensors
+    from pos2d.sources.hf_config import baked_config
+    from pos2d.sources.source import TrainedPositions, from_adapters
+    from pos2d.sources.tensors.in_memory import merged_tensors
+    from pos2d.sources.tensors.tensor_plan import plan_tensors
 
     options = LoadOptions(device=device, dtype=dtype)
     chosen_device = one_device(options.device)
@@ -146,7 +146,7 @@ def generate_text(
 
 def _tokenizer_of(source: "Source") -> Any:
     """The tokenizer that a written merge would have: that of the adapter, or of the base if the adapter has none."""
-    from pos2d.exporter.artifact.sidecars import write_sidecars
+    from pos2d.sources.sidecars.sidecars import write_sidecars
 
     if source.sidecars.tokenizer_of == "base":
         return _tokenizer(source.base.directory)

@@ -17,13 +17,9 @@ VERBS = "verbs"
 # The subpackages of each package from the lowest to the highest; ``verbs`` are the files at the top of the package
 # itself.
 LAYERS: dict[str, tuple[str, ...]] = {
+    "sources": ("files", "sidecars", "checkpoints", "adapters", "tensors", VERBS),
     "exporter": (
-        "files",
-        "inputs",
         "artifact",
-        "adapters",
-        "sources",
-        "tensors",
         "merging",
         "quantisation",
         "formats",
@@ -37,10 +33,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
 }
 # What each package may import of the others; all of them import the contract, the files of pos2d/ itself.
 BELOW: dict[str, tuple[str, ...]] = {
-    "exporter": (),
-    "runtime": (),
-    "compat": ("exporter", "runtime"),
-    "commands": ("exporter", "runtime"),
+    "sources": (),
+    "exporter": ("sources",),
+    "runtime": ("sources",),
+    "compat": ("sources", "runtime"),
+    "commands": ("sources", "exporter", "runtime"),
 }
 
 # A package and one of its subpackages, or VERBS.
@@ -147,7 +144,8 @@ def draw() -> str:
     """
     columns = ("exporter", "runtime")
     lanes = {package: LANE * len(LAYERS[package]) for package in columns}
-    bottom = TOP + STEP * max(len(LAYERS[package]) for package in columns)
+    middle = TOP + STEP * max(len(LAYERS[package]) for package in columns)
+    bottom = middle + 60 + STEP * len(LAYERS["sources"])
     width = 2 * LEFT + 2 * WIDTH + GAP + sum(lanes.values())
     height = bottom + 112
     parts = [
@@ -155,11 +153,12 @@ def draw() -> str:
     ]
     x = LEFT
     for package in columns:
-        parts += _stack(package, x, bottom)
+        parts += _stack(package, x, middle)
         x += WIDTH + lanes[package] + GAP
+    parts += _stack("sources", LEFT, bottom)
     words = "The contract that all packages import: positions, layout, manifest, options, errors, names in artifacts"
     parts.append(_box(LEFT, bottom + 16, width - 2 * LEFT, "pos2d/", words))
-    key = "In each column the ring marks a subpackage, and the dots above it mark those that import it."
+    key = "In each stack the ring marks a subpackage, and the dots above it mark those that import it."
     parts.append(_text(LEFT, bottom + 88, key, "words"))
     return "\n".join(
         [

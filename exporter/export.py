@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from pos2d.errors import UsageError
-from pos2d.exporter.artifact.sidecars import write_sidecars
 from pos2d.exporter.artifact.staging import check_output, file_facts, staged
-from pos2d.exporter.files.parallel import limited_threads
 from pos2d.exporter.formats import format_of, load_format
 from pos2d.exporter.formats.options import ExportOptions, FormatName
 from pos2d.exporter.merging.ledger import RETENTION_THRESHOLD
 from pos2d.exporter.merging.preflight import SIDECAR_BYTES, check_disk, disk_free
 from pos2d.exporter.quantisation.summary import QuantisationSummary
-from pos2d.exporter.sources.source import Source, TrainedPositions, from_adapters, from_merged
 from pos2d.manifest import Manifest
 from pos2d.options import split_options, takes_options
 from pos2d.recipes import ALL_BITS
 from pos2d.reference import COLUMNS, ONE_BRANCH
+from pos2d.sources.files.parallel import limited_threads
+from pos2d.sources.sidecars.sidecars import write_sidecars
+from pos2d.sources.source import Source, TrainedPositions, from_adapters, from_merged
 from pos2d.threads import ThreadOptions
 from pos2d.units import size_text
 

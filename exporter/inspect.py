@@ -5,12 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from pos2d.errors import InputError, UsageError
-from pos2d.exporter.adapters import Adapter, read_adapters
-from pos2d.exporter.adapters.location import is_hub_id, locate
-from pos2d.exporter.adapters.peft_files import ADAPTER_CONFIG
-from pos2d.exporter.files.parallel import limited_threads
-from pos2d.exporter.inputs.base import read_base
-from pos2d.exporter.inputs.checkpoint import Checkpoint
 from pos2d.exporter.inspection.adapter_facts import AdapterFacts, mlx_facts, peft_facts, trainer_facts
 from pos2d.exporter.inspection.guess import guess_positions
 from pos2d.exporter.inspection.model_facts import ArtifactFacts, BaseFacts, artifact_facts, base_facts
@@ -19,6 +13,12 @@ from pos2d.exporter.inspection.samples import read_samples
 from pos2d.hf.tokenizer import load_tokenizer
 from pos2d.manifest import FILE_NAME
 from pos2d.options import takes_options
+from pos2d.sources.adapters import Adapter, read_adapters
+from pos2d.sources.adapters.location import is_hub_id, locate
+from pos2d.sources.adapters.peft_files import ADAPTER_CONFIG
+from pos2d.sources.checkpoints.base import read_base
+from pos2d.sources.checkpoints.checkpoint import Checkpoint
+from pos2d.sources.files.parallel import limited_threads
 from pos2d.threads import ThreadOptions
 
 DESCRIPTIONS = {

@@ -8,23 +8,24 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pos2d.dtypes import ComputeDtype
-from pos2d.exporter.artifact.hf_config import baked_config
-from pos2d.exporter.artifact.sidecars import copy_code, write_sidecars
-from pos2d.exporter.artifact.staging import JOURNAL, check_output, file_facts, staged, write_json
-from pos2d.exporter.files.parallel import limited_threads
-from pos2d.exporter.inputs.checkpoint import Checkpoint
-from pos2d.exporter.inputs.weight_files import CONFIG, INDEX
+from pos2d.exporter.artifact.staging import JOURNAL, check_output, file_facts, staged
 from pos2d.exporter.merging.journal import Journal
 from pos2d.exporter.merging.ledger import Ledger, Totals, read_ledger, total, warnings
 from pos2d.exporter.merging.preflight import Needs, needs_of
 from pos2d.exporter.merging.resume import finished_artifact
 from pos2d.exporter.merging.shard_writer import write_weights
 from pos2d.exporter.merging.shards import ShardLayout, lay_out_shards
-from pos2d.exporter.sources.source import Source, TrainedPositions, from_adapters
-from pos2d.exporter.tensors.rounding import Rounding, RoundingMode
-from pos2d.exporter.tensors.tensor_plan import TensorPlan, plan_tensors
 from pos2d.manifest import Manifest
 from pos2d.options import check_options, option, split_options, takes_options
+from pos2d.sources.checkpoints.checkpoint import Checkpoint
+from pos2d.sources.checkpoints.weight_files import CONFIG, INDEX
+from pos2d.sources.files.json_object import write_json
+from pos2d.sources.files.parallel import limited_threads
+from pos2d.sources.hf_config import baked_config
+from pos2d.sources.sidecars.sidecars import copy_code, write_sidecars
+from pos2d.sources.source import Source, TrainedPositions, from_adapters
+from pos2d.sources.tensors.rounding import Rounding, RoundingMode
+from pos2d.sources.tensors.tensor_plan import TensorPlan, plan_tensors
 from pos2d.threads import ThreadOptions
 
 
@@ -129,8 +130,8 @@ def merge(
 
     Raises:
         UsageError: options out of range, or that contradict each other.
-        InputError: see :func:`pos2d.exporter.inputs.base.read_base` and :func:`pos2d.exporter.adapters.read_adapters`;
-            values that are not finite.
+        InputError: see :func:`pos2d.sources.checkpoints.base.read_base` and
+            :func:`pos2d.sources.adapters.read_adapters`; values that are not finite.
         UnsafeInputError: an adapter or base that would run code, or an index that names files outside its directory.
         OutputError, StorageError: see :func:`pos2d.exporter.artifact.staging.staged`; too little disk space or memory.
     """

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pos2d.errors import UsageError
-from pos2d.exporter.inputs.base import read_base
 from pos2d.exporter.planning.candidates import (
     Candidate,
     PlannedRun,
@@ -17,6 +16,7 @@ from pos2d.exporter.planning.footprint import Workload
 from pos2d.exporter.planning.recommendation import recommend
 from pos2d.manifest import FILE_NAME
 from pos2d.options import takes_options
+from pos2d.sources.checkpoints.base import read_base
 from pos2d.units import parse_size
 
 
@@ -55,7 +55,7 @@ def plan(
 
     Raises:
         UsageError: a size that cannot be read, or a number below 1.
-        InputError: see :func:`pos2d.exporter.inputs.base.read_base` and :func:`pos2d.manifest.read_manifest`.
+        InputError: see :func:`pos2d.sources.checkpoints.base.read_base` and :func:`pos2d.manifest.read_manifest`.
         UnsafeInputError: weights that would run code.
     """
     import psutil

@@ -1,6 +1,5 @@
 """Answer every line of a file, many at a time; a run that was interrupted continues where it ended."""
 
-import hashlib
 import json
 import time
 from collections import Counter
@@ -11,6 +10,7 @@ from typing import Any
 
 from pos2d import __version__
 from pos2d.errors import UsageError
+from pos2d.hashing import sha256
 from pos2d.manifest import FILE_NAME
 from pos2d.options import split_options, takes_options
 from pos2d.progress import Progress
@@ -159,19 +159,14 @@ def _recipe(
     patterns = (FILE_NAME, *ENCODING_FILES, TEMPLATE_FILES)
     hashed = sorted(path for pattern in patterns for path in artifact.glob(pattern))
     recipe = {
-        "input": {"name": source.name, "sha256": _sha256(source)},
-        "artifact": {"name": artifact.name, "sha256": {path.name: _sha256(path) for path in hashed}},
+        "input": {"name": source.name, "sha256": sha256(source)},
+        "artifact": {"name": artifact.name, "sha256": {path.name: sha256(path) for path in hashed}},
         "sampling": asdict(options.sampling),
         "options": {**asdict(loading), **layout, **prompts},
         "tool_version": __version__,
     }
     as_stored: dict[str, Any] = json.loads(json.dumps(recipe))  # tuples become lists, as in the note of an earlier run
     return as_stored
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _report(

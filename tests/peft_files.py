@@ -11,8 +11,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from pos2d.errors import InputError
-from pos2d.exporter.adapters.peft import read_peft
-from pos2d.exporter.inputs.checkpoint import Checkpoint
+from pos2d.sources.adapters.peft import read_peft
+from pos2d.sources.checkpoints.checkpoint import Checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q, PREFIX = "model.layers.0.self_attn.q_proj", "base_model.model."

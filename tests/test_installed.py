@@ -20,6 +20,7 @@ PLANTED = (
     "commands",
     "exporter",
     "runtime",
+    "sources",
     "compat",
     "pos2d",
     "torch",
@@ -51,7 +52,7 @@ def test_everything_is_installed_below_one_name(wheel: list[str]) -> None:
 
 
 def test_the_wheel_has_every_file_of_every_package(wheel: list[str]) -> None:
-    for folder in ("commands", "compat", "exporter", "runtime"):
+    for folder in ("commands", "compat", "exporter", "runtime", "sources"):
         for path in (ROOT / folder).rglob("*.py"):
             assert f"pos2d/{path.relative_to(ROOT).as_posix()}" in wheel
     for path in (ROOT / "pos2d").rglob("*.py"):

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pos2d.commands.shared.tables import table
-from pos2d.exporter.adapters.adapter import first_names
 from pos2d.exporter.inspect import Fit, InspectReport
 from pos2d.exporter.inspection.adapter_facts import AdapterFacts, ModuleKind
 from pos2d.exporter.inspection.known_bases import KNOWN_BASES
 from pos2d.exporter.inspection.model_facts import ArtifactFacts, BaseFacts
 from pos2d.exporter.inspection.ranking import Guess, Score
+from pos2d.sources.adapters.adapter import first_names
 from pos2d.spec import spans
 from pos2d.units import size_text
 

@@ -1,1 +1,1 @@
-"""The directory that is written: staging, ``config.json``, tokenizer files, and the closing check."""
+"""The directory that is written: staging, and the check at the end of an export."""

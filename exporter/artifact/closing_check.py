@@ -9,8 +9,8 @@ from typing import Any
 
 import pos2d
 from pos2d.errors import ParityError, Pos2DError
-from pos2d.exporter.files.parallel import thread_limit
 from pos2d.progress import Progress
+from pos2d.sources.files.parallel import thread_limit
 
 # pos2d is imported from the same directory as in this process. The other paths go to the end of sys.path: a user's file
 # that has the name of a module must not be imported in place of the standard library's or an installed package's.

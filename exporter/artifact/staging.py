@@ -7,17 +7,16 @@ finished shards from which it can be resumed.
 
 import ctypes
 import errno
-import hashlib
-import json
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pos2d.errors import InputError, OutputError, StorageError
+from pos2d.hashing import sha256
 from pos2d.manifest import FILE_NAME, read_manifest
 
 try:
@@ -121,17 +120,6 @@ def file_facts(directory: Path, without: Collection[str] = ()) -> dict[str, dict
         for path in sorted(directory.rglob("*"))
         if path.is_file() and (name := path.relative_to(directory).as_posix())
     }
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON with sorted keys and a final newline, so that equal contents are equal bytes."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

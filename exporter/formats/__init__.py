@@ -7,8 +7,8 @@ from typing import Any, Protocol, cast
 
 from pos2d.errors import UsageError
 from pos2d.exporter.formats.options import ExportOptions, FormatName
-from pos2d.exporter.sources.source import Source
 from pos2d.options import options_of
+from pos2d.sources.source import Source
 
 # The module of every format, imported when the format is used.
 FORMATS: Mapping[FormatName, str] = {

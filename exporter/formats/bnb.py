@@ -10,25 +10,25 @@ from typing import Any, cast, get_args
 from pos2d.bnb_format import OUTLIER_THRESHOLD, BnbQuant
 from pos2d.dtypes import ITEM_BYTES
 from pos2d.errors import UsageError
-from pos2d.exporter.artifact.hf_config import baked_config
-from pos2d.exporter.artifact.sidecars import copy_code
-from pos2d.exporter.artifact.staging import write_json
-from pos2d.exporter.files.parallel import single_threaded_torch, submitted, worker_count
-from pos2d.exporter.files.safetensors_layout import index_of, lay_out, split
-from pos2d.exporter.files.tensor_io import TensorFile, opened, write_at
-from pos2d.exporter.files.tensor_places import TensorPlace
 from pos2d.exporter.formats.options import ExportOptions
-from pos2d.exporter.inputs.checkpoint import LM_HEAD
-from pos2d.exporter.inputs.weight_files import INDEX
 from pos2d.exporter.quantisation.encodings import Encoding, Int8Rows, Nf4Blocks, Rounded
 from pos2d.exporter.quantisation.module_names import named_modules
 from pos2d.exporter.quantisation.summary import summarise
 from pos2d.exporter.quantisation.writing import write_tensor
-from pos2d.exporter.sources.source import Source
-from pos2d.exporter.tensors.stats import DeltaStats
-from pos2d.exporter.tensors.tensor_plan import PlannedTensor, plan_tensors
 from pos2d.progress import Progress
 from pos2d.recipes import BnbRecipe
+from pos2d.sources.checkpoints.checkpoint import LM_HEAD
+from pos2d.sources.checkpoints.weight_files import INDEX
+from pos2d.sources.files.json_object import write_json
+from pos2d.sources.files.parallel import single_threaded_torch, submitted, worker_count
+from pos2d.sources.files.safetensors_layout import index_of, lay_out, split
+from pos2d.sources.files.tensor_io import TensorFile, opened, write_at
+from pos2d.sources.files.tensor_places import TensorPlace
+from pos2d.sources.hf_config import baked_config
+from pos2d.sources.sidecars.sidecars import copy_code
+from pos2d.sources.source import Source
+from pos2d.sources.tensors.stats import DeltaStats
+from pos2d.sources.tensors.tensor_plan import PlannedTensor, plan_tensors
 
 OPTIONS = ("quant", "skip_modules", "dtype", "max_shard_size")
 DEFAULT_SHARD_SIZE = "5GB"

@@ -9,19 +9,19 @@ from typing import Any
 
 from pos2d.config_values import ConfigValues, shown
 from pos2d.errors import InputError
-from pos2d.exporter.adapters.adapter import first_names, module_kind, refuse_empty
-from pos2d.exporter.adapters.mlx import DOWN, MLX_WEIGHTS, UP, mlx_modules, read_mlx_settings, read_mlx_tensors
-from pos2d.exporter.adapters.patterns import match_start, pattern_error
-from pos2d.exporter.adapters.peft_config import KEY_OF_PATTERN
-from pos2d.exporter.adapters.peft_files import ADAPTER_CONFIG, PICKLED_WEIGHTS, weight_files
-from pos2d.exporter.adapters.trainer import SUFFIXES, pair_factors, without_prefixes
-from pos2d.exporter.artifact.staging import sha256
-from pos2d.exporter.files.json_object import read_json_object
-from pos2d.exporter.files.pth import read_pth
-from pos2d.exporter.files.tensor_places import torch_name
-from pos2d.exporter.inputs.checkpoint import EMBEDDING
 from pos2d.exporter.inspection.known_bases import KINDS, KNOWN_BASES
 from pos2d.git_lfs import refuse_pointer
+from pos2d.hashing import sha256
+from pos2d.sources.adapters.adapter import first_names, module_kind, refuse_empty
+from pos2d.sources.adapters.mlx import DOWN, MLX_WEIGHTS, UP, mlx_modules, read_mlx_settings, read_mlx_tensors
+from pos2d.sources.adapters.patterns import match_start, pattern_error
+from pos2d.sources.adapters.peft_config import KEY_OF_PATTERN
+from pos2d.sources.adapters.peft_files import ADAPTER_CONFIG, PICKLED_WEIGHTS, weight_files
+from pos2d.sources.adapters.trainer import SUFFIXES, pair_factors, without_prefixes
+from pos2d.sources.checkpoints.checkpoint import EMBEDDING
+from pos2d.sources.files.json_object import read_json_object
+from pos2d.sources.files.pth import read_pth
+from pos2d.sources.files.tensor_places import torch_name
 
 PEFT_PREFIX = "base_model.model."
 # Old files have the adapter's name before ".weight"; a bias of B is not a factor.

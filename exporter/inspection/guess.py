@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pos2d.exporter.adapters import Adapter
-from pos2d.exporter.artifact.hf_config import baked_config
-from pos2d.exporter.files.tensor_io import TensorFile, opened
-from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD, Checkpoint
 from pos2d.exporter.inspection.position_grid import position_grid
 from pos2d.exporter.inspection.ranking import Floats, Guess, finalists, rank
 from pos2d.exporter.inspection.samples import Sample
-from pos2d.exporter.tensors.exact_rows import exact_rows
-from pos2d.exporter.tensors.tensor_plan import PlannedTensor, plan_tensors
 from pos2d.families import CLASS_NAMES
 from pos2d.layout import build_layout
 from pos2d.progress import Progress
+from pos2d.sources.adapters import Adapter
+from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
+from pos2d.sources.files.tensor_io import TensorFile, opened
+from pos2d.sources.hf_config import baked_config
+from pos2d.sources.tensors.exact_rows import exact_rows
+from pos2d.sources.tensors.tensor_plan import PlannedTensor, plan_tensors
 from pos2d.spec import Rope2DSpec
 
 if TYPE_CHECKING:

@@ -6,15 +6,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pos2d.exporter.adapters.adapter import module_kind
-from pos2d.exporter.artifact.hf_config import end_tokens
-from pos2d.exporter.files.tensor_places import torch_name
-from pos2d.exporter.inputs.checkpoint import Checkpoint
-from pos2d.exporter.inputs.rope import rope_settings
-from pos2d.exporter.inputs.weight_files import CONFIG
 from pos2d.exporter.inspection.known_bases import KINDS
 from pos2d.manifest import read_manifest
 from pos2d.onnx_io import GraphInfo
+from pos2d.sources.adapters.adapter import module_kind
+from pos2d.sources.checkpoints.checkpoint import Checkpoint
+from pos2d.sources.checkpoints.rope import rope_settings
+from pos2d.sources.checkpoints.weight_files import CONFIG
+from pos2d.sources.files.tensor_places import torch_name
+from pos2d.sources.hf_config import end_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from pos2d.spec import Rope2DSpec, pair_indices_for_ratio
 # Of several ratios that select the same frequencies the first one is named: rounder numbers are more probable.
 RATIOS = (0.5, 1.0, 0.25, 0.75, 0.125, 0.375, 0.625, 0.875)
 STRIDES = (128, 64, 256, 512, 1)
-# The trainer's default; that of the ratio is in pos2d.exporter.sources.source.
+# The trainer's default; that of the ratio is in pos2d.sources.source.
 DEFAULT_STRIDE = STRIDES[0]
 
 

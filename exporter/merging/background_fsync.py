@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from pos2d.exporter.files.tensor_io import forget_cached
+from pos2d.sources.files.tensor_io import forget_cached
 
 
 class BackgroundFsync:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pos2d.errors import OutputError
-from pos2d.exporter.artifact.staging import sync, write_json
+from pos2d.exporter.artifact.staging import sync
 from pos2d.exporter.merging.ledger import TensorEntry
+from pos2d.sources.files.json_object import write_json
 
 FinishedShards = Mapping[str, Mapping[str, TensorEntry]]
 

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pos2d.errors import InputError
-from pos2d.exporter.tensors.stats import DeltaStats
 from pos2d.manifest import Manifest
+from pos2d.sources.tensors.stats import DeltaStats
 
 RETENTION_THRESHOLD = 0.9
 Action = Literal["copied", "converted", "merged", "replaced"]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pos2d.errors import StorageError
-from pos2d.exporter.adapters import Adapter
 from pos2d.exporter.artifact.staging import workspace_of
-from pos2d.exporter.files.parallel import worker_count
-from pos2d.exporter.files.tensor_io import BLOCK_ELEMENTS
 from pos2d.exporter.merging.shard_writer import COPY_BYTES
 from pos2d.exporter.merging.shards import ShardLayout
+from pos2d.sources.adapters import Adapter
+from pos2d.sources.files.parallel import worker_count
+from pos2d.sources.files.tensor_io import BLOCK_ELEMENTS
 from pos2d.units import size_text
 
 # Memory of the process before its first tensor: 0.26 GB measured with torch 2.13 for CPUs; CUDA builds take more.

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from pos2d.errors import InputError
-from pos2d.exporter.artifact.staging import discard_workspace, sha256
-from pos2d.exporter.files.tensor_io import PIECE_BYTES, opened, pieces, sha256_of
-from pos2d.exporter.inputs.checkpoint import Checkpoint
+from pos2d.exporter.artifact.staging import discard_workspace
 from pos2d.exporter.merging.ledger import TensorEntry, read_ledger
 from pos2d.exporter.merging.shards import Shard, ShardLayout
-from pos2d.exporter.tensors.tensor_plan import PlannedTensor
+from pos2d.hashing import sha256
 from pos2d.manifest import Manifest, read_manifest
+from pos2d.sources.checkpoints.checkpoint import Checkpoint
+from pos2d.sources.files.tensor_io import PIECE_BYTES, opened, pieces, sha256_of
+from pos2d.sources.tensors.tensor_plan import PlannedTensor
 
 
 def is_intact(shard: Shard, entries: Mapping[str, TensorEntry], directory: Path) -> bool:

@@ -9,20 +9,20 @@ from functools import partial
 from pathlib import Path
 
 from pos2d.errors import OutputError
-from pos2d.exporter.adapters.deltas import Delta, Replaced
-from pos2d.exporter.files.parallel import single_threaded_torch, submitted, worker_count
-from pos2d.exporter.files.tensor_io import BLOCK, TensorFile, create_file, opened, pieces, write_at
-from pos2d.exporter.files.tensor_places import torch_dtype
 from pos2d.exporter.merging.background_fsync import BackgroundFsync
 from pos2d.exporter.merging.journal import Journal
 from pos2d.exporter.merging.ledger import Action, TensorEntry
 from pos2d.exporter.merging.resume import is_intact, is_made_from
-from pos2d.exporter.merging.rounded_rows import check_copied, rounded_rows
 from pos2d.exporter.merging.shards import Shard, ShardLayout
-from pos2d.exporter.tensors.rounding import Rounding, round_nearest
-from pos2d.exporter.tensors.stats import DeltaStats, delta_stats
-from pos2d.exporter.tensors.tensor_plan import PlannedTensor
 from pos2d.progress import Progress
+from pos2d.sources.adapters.deltas import Delta, Replaced
+from pos2d.sources.files.parallel import single_threaded_torch, submitted, worker_count
+from pos2d.sources.files.tensor_io import BLOCK, TensorFile, create_file, opened, pieces, write_at
+from pos2d.sources.files.tensor_places import torch_dtype
+from pos2d.sources.tensors.rounded_rows import check_copied, rounded_rows
+from pos2d.sources.tensors.rounding import Rounding, round_nearest
+from pos2d.sources.tensors.stats import DeltaStats, delta_stats
+from pos2d.sources.tensors.tensor_plan import PlannedTensor
 
 # Bytes of a copied tensor that are read at once: a piece stays in the processor's cache.
 COPY_BYTES = 1 << 20

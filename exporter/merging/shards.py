@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pos2d.exporter.files.safetensors_layout import index_of, lay_out, split
-from pos2d.exporter.files.tensor_places import TensorPlace
-from pos2d.exporter.inputs.checkpoint import Checkpoint
-from pos2d.exporter.inputs.weight_files import SINGLE
-from pos2d.exporter.tensors.tensor_plan import PlannedTensor, TensorPlan
+from pos2d.sources.checkpoints.checkpoint import Checkpoint
+from pos2d.sources.checkpoints.weight_files import SINGLE
+from pos2d.sources.files.safetensors_layout import index_of, lay_out, split
+from pos2d.sources.files.tensor_places import TensorPlace
+from pos2d.sources.tensors.tensor_plan import PlannedTensor, TensorPlan
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,9 +9,6 @@ from typing import get_args
 from pos2d import hf
 from pos2d.bnb_format import BnbQuant
 from pos2d.dtypes import ITEM_BYTES
-from pos2d.exporter.artifact.sidecars import CODE, files_in
-from pos2d.exporter.files.tensor_places import torch_name
-from pos2d.exporter.inputs.checkpoint import Checkpoint, read_config
 from pos2d.exporter.planning.footprint import (
     HEADER_ENTRY_BYTES,
     Footprint,
@@ -27,6 +24,9 @@ from pos2d.families import Dimensions, expected_tensors
 from pos2d.manifest import Manifest, read_manifest
 from pos2d.onnx_io import DATA_FILE
 from pos2d.recipes import BITS, BnbRecipe
+from pos2d.sources.checkpoints.checkpoint import Checkpoint, read_config
+from pos2d.sources.files.tensor_places import torch_name
+from pos2d.sources.sidecars.sidecars import CODE, files_in
 
 # Types of merges, the trainer's bfloat16 before float16.
 MERGE_DTYPES = ("float32", "bfloat16", "float16")

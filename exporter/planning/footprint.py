@@ -11,13 +11,13 @@ from typing import cast, get_args
 
 from pos2d.bnb_format import NF4_BLOCK, STORED_PARTS, WEIGHT, BnbQuant
 from pos2d.dtypes import ITEM_BYTES
-from pos2d.exporter.files.tensor_places import TensorPlace
 from pos2d.exporter.planning import graph_footprint
 from pos2d.exporter.quantisation.encodings import Int8Rows
 from pos2d.families import Dimensions, expected_tensors
 from pos2d.manifest import Kind
 from pos2d.memory_costs import GRAPH_PREFILL_CHUNK, PROCESS_BYTES, TORCH_PREFILL_CHUNK, kv_cache_bytes
 from pos2d.recipes import GraphQuant
+from pos2d.sources.files.tensor_places import TensorPlace
 
 # bitsandbytes (0.50), once its nf4 kernels are loaded; 8 bits run on torch's own.
 BITSANDBYTES_BYTES = 47_000_000

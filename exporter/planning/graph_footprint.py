@@ -6,9 +6,9 @@ from math import exp
 
 from pos2d.dtypes import ITEM_BYTES
 from pos2d.exporter.formats.onnx.weight_layout import WeightLayout, lay_out
-from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD, LM_HEAD
 from pos2d.families import Dimensions, expected_tensors
 from pos2d.recipes import BITS, DEFAULT_BLOCKS, GraphQuant, GraphRecipe
+from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD, LM_HEAD
 
 # The graph files without weights: bytes of all three together, and what each layer adds to them.
 GRAPHS_BYTES, LAYER_BYTES, QUANTISED_LAYER_BYTES = 8000, 10_500, 14_000

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 from pos2d.dtypes import SAFETENSORS_NAMES
 from pos2d.errors import UsageError
-from pos2d.exporter.files.parallel import single_threaded_torch, submitted, worker_count
-from pos2d.exporter.files.tensor_io import TensorFile, opened
-from pos2d.exporter.inputs.checkpoint import LM_HEAD
 from pos2d.exporter.quantisation.encodings import BlockBits
-from pos2d.exporter.sources.source import Source
-from pos2d.exporter.tensors.exact_rows import exact_rows
-from pos2d.exporter.tensors.tensor_plan import PlannedTensor, TensorPlan
 from pos2d.onnx_io import FUSED_LAYERS
 from pos2d.progress import Progress
 from pos2d.recipes import GraphRecipe
+from pos2d.sources.checkpoints.checkpoint import LM_HEAD
+from pos2d.sources.files.parallel import single_threaded_torch, submitted, worker_count
+from pos2d.sources.files.tensor_io import TensorFile, opened
+from pos2d.sources.source import Source
+from pos2d.sources.tensors.exact_rows import exact_rows
+from pos2d.sources.tensors.tensor_plan import PlannedTensor, TensorPlan
 from pos2d.units import parse_size, size_text
 
 if TYPE_CHECKING:

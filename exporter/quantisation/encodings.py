@@ -19,12 +19,12 @@ from pos2d.bnb_format import (
     WEIGHT,
     quantise_rows,
 )
-from pos2d.exporter.files.tensor_io import BLOCK_ELEMENTS
-from pos2d.exporter.files.tensor_places import torch_dtype
 from pos2d.exporter.quantisation.bitsandbytes_library import bitsandbytes
 from pos2d.exporter.quantisation.blockwise import dequantise, quantise
 from pos2d.exporter.quantisation.gptq import HessianFactors, quantise_with_gptq
-from pos2d.exporter.tensors.rounding import round_nearest
+from pos2d.sources.files.tensor_io import BLOCK_ELEMENTS
+from pos2d.sources.files.tensor_places import torch_dtype
+from pos2d.sources.tensors.rounding import round_nearest
 
 if TYPE_CHECKING:
     import torch

@@ -5,10 +5,10 @@ from concurrent.futures import Executor
 
 from pos2d.exporter.quantisation.calibration import calibrate
 from pos2d.exporter.quantisation.gptq import HessianFactors
-from pos2d.exporter.sources.source import Source
-from pos2d.exporter.tensors.tensor_plan import PlannedTensor
 from pos2d.progress import Progress
 from pos2d.reference import MOST_LIKELY, HeldOut, Prediction
+from pos2d.sources.source import Source
+from pos2d.sources.tensors.tensor_plan import PlannedTensor
 
 
 class ExactPass:

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 
 from pos2d.errors import InputError
-from pos2d.exporter.artifact.hf_config import model_config
-from pos2d.exporter.files.parallel import single_threaded_torch
-from pos2d.exporter.files.tensor_io import opened
-from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD
 from pos2d.exporter.quantisation.gptq import HessianFactors, factorise_hessian, split_into_groups
-from pos2d.exporter.sources.source import Source
-from pos2d.exporter.tensors.exact_rows import exact_rows
-from pos2d.exporter.tensors.tensor_plan import PlannedTensor
 from pos2d.families import CLASS_NAMES
 from pos2d.hf.empty_model import empty_model
 from pos2d.layout import Layout
+from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD
+from pos2d.sources.files.parallel import single_threaded_torch
+from pos2d.sources.files.tensor_io import opened
+from pos2d.sources.hf_config import model_config
+from pos2d.sources.source import Source
+from pos2d.sources.tensors.exact_rows import exact_rows
+from pos2d.sources.tensors.tensor_plan import PlannedTensor
 
 # Values of a tensor that are read at a time: for the head, enough that the product keeps two cores busy.
 CHUNK_ELEMENTS = 1 << 20

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from pos2d.exporter.tensors.stats import DeltaStats
+from pos2d.sources.tensors.stats import DeltaStats
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,12 @@
 """Write the exact sum of one tensor through an encoding, some rows at a time."""
 
 from pos2d.errors import InputError
-from pos2d.exporter.files.tensor_io import TensorFile
 from pos2d.exporter.quantisation.encodings import Encoding, Rounded, Write
-from pos2d.exporter.tensors.exact_rows import exact_rows
-from pos2d.exporter.tensors.rounding import is_finite
-from pos2d.exporter.tensors.stats import DeltaStats, delta_stats
-from pos2d.exporter.tensors.tensor_plan import PlannedTensor
+from pos2d.sources.files.tensor_io import TensorFile
+from pos2d.sources.tensors.exact_rows import exact_rows
+from pos2d.sources.tensors.rounding import is_finite
+from pos2d.sources.tensors.stats import DeltaStats, delta_stats
+from pos2d.sources.tensors.tensor_plan import PlannedTensor
 
 
 def write_tensor(

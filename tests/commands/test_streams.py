@@ -16,7 +16,7 @@ from pos2d import runtime
 from pos2d.commands.shared.streams import print_json, read_input
 from pos2d.commands.terminal.transcript import load_messages
 from pos2d.errors import InputError
-from pos2d.exporter.files.json_object import read_json_object
+from pos2d.sources.files.json_object import read_json_object
 from pos2d.text_files import open_text, read_text
 
 Call = Callable[..., Result]

@@ -13,14 +13,14 @@ import torch
 from click.testing import Result
 
 from pos2d import exporter, runtime
-from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD
 from pos2d.exporter.quantisation import calibration, layerwise_model
 from pos2d.exporter.quantisation.calibration import LAYERS_BY_INPUT, calibrate
 from pos2d.exporter.quantisation.gptq import DAMPING
 from pos2d.exporter.quantisation.layerwise_model import LayerwiseModel
-from pos2d.exporter.sources.source import Source, TrainedPositions, from_adapters
-from pos2d.exporter.tensors.tensor_plan import plan_tensors
 from pos2d.manifest import read_manifest
+from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD
+from pos2d.sources.source import Source, TrainedPositions, from_adapters
+from pos2d.sources.tensors.tensor_plan import plan_tensors
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
 from tests.bounds import SIGMAS, logits_bound
 

@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, L
 from pos2d import exporter, runtime
 from pos2d.commands.plan import plan_text
 from pos2d.errors import InputError, StorageError, UsageError
-from pos2d.exporter.inputs.checkpoint import EMBEDDING
 from pos2d.exporter.plan import PlanReport
 from pos2d.exporter.planning.footprint import (
     HEADER_ENTRY_BYTES,
@@ -49,6 +48,7 @@ from pos2d.memory_costs import (
 from pos2d.onnx_io import DATA_FILE
 from pos2d.runtime.backends.onnx.backend import OnnxBackend
 from pos2d.runtime.backends.torch.backend import TorchBackend
+from pos2d.sources.checkpoints.checkpoint import EMBEDDING
 from pos2d.units import parse_size, size_text
 from tests.bases import (
     CONFIGS,

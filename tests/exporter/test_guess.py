@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from pos2d import exporter
 from pos2d.errors import InputError, UsageError
-from pos2d.exporter.adapters import read_adapters
-from pos2d.exporter.inputs.base import read_base
 from pos2d.exporter.inspection.guess import branch_losses, guess_positions, merged_model
 from pos2d.exporter.inspection.position_grid import distinct_ratios
 from pos2d.exporter.inspection.ranking import Guess, Score, choose, merge_flags, paired_difference
 from pos2d.exporter.inspection.samples import BRANCH_TOKENS, Sample, read_samples
 from pos2d.layout import build_layout
+from pos2d.sources.adapters import read_adapters
+from pos2d.sources.checkpoints.base import read_base
 from pos2d.spec import Rope2DSpec, Visibility, pair_indices_for_ratio
 from pos2d.text_samples import Branch
 from tests.bases import CONFIGS, SHAPE, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer

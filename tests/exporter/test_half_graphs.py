@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from pos2d import exporter, runtime
-from pos2d.exporter.tensors.rounding import round_nearest, round_stochastic
 from pos2d.layout import build_layout
 from pos2d.onnx_io import LINEAR_KINDS
 from pos2d.runtime.backends.onnx.backend import OnnxBackend
 from pos2d.runtime.engine.decode import forward
 from pos2d.runtime.evaluation.parity import compare
+from pos2d.sources.tensors.rounding import round_nearest, round_stochastic
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base
 from tests.bounds import logits_bound
 

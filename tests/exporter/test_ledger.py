@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from pos2d import exporter
 from pos2d.commands.merge import ledger_table
 from pos2d.exporter.merging.ledger import TensorEntry, total
-from pos2d.exporter.tensors.stats import DeltaStats
 from pos2d.manifest import read_manifest
+from pos2d.sources.tensors.stats import DeltaStats
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
 from tests.bounds import gamma
 

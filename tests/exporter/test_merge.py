@@ -18,7 +18,7 @@ from pos2d.manifest import read_manifest
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, weights, write_adapter, write_base
 from tests.bounds import rounded_once, sum_bound
 from tests.conftest import Golden
-from tests.exporter.test_rounding import nearest
+from tests.sources.test_rounding import nearest
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pos2d.exporter.files.parallel import limited_threads, submitted, thread_limit, worker_count
+from pos2d.sources.files.parallel import limited_threads, submitted, thread_limit, worker_count
 
 
 def test_results_come_in_the_order_of_the_jobs() -> None:

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pos2d import exporter
-from pos2d.exporter.adapters import read_adapters
-from pos2d.exporter.adapters.deltas import Delta, LowRank, Replaced
-from pos2d.exporter.inputs.base import read_base
-from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD, Checkpoint
 from pos2d.exporter.merging.preflight import needs_of
 from pos2d.exporter.merging.shards import lay_out_shards
-from pos2d.exporter.tensors.tensor_plan import plan_tensors
-from pos2d.exporter.tensors.tying import stays_tied
+from pos2d.sources.adapters import read_adapters
+from pos2d.sources.adapters.deltas import Delta, LowRank, Replaced
+from pos2d.sources.checkpoints.base import read_base
+from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
+from pos2d.sources.tensors.tensor_plan import plan_tensors
+from pos2d.sources.tensors.tying import stays_tied
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
 
 

@@ -31,8 +31,8 @@ from tests.bases import (
     write_tokenizer,
 )
 from tests.conftest import Golden
-from tests.exporter.test_checkpoint_forms import HEAD, as_pickles
 from tests.runtime.test_transformers_loading import VERSIONS, in_transformers
+from tests.sources.test_checkpoint_forms import HEAD, as_pickles
 
 ROOT = Path(__file__).resolve().parents[2]
 # As the guide prints them, but for the third name that is unpacked.

@@ -14,11 +14,11 @@ import onnx_ir as ir
 from pos2d.exporter.formats.onnx.attention import AttentionVariant
 from pos2d.exporter.formats.onnx.graph_builder import INT64, MICROSOFT, GraphBuilder
 from pos2d.exporter.formats.onnx.weight_layout import GraphWeight, WeightLayout, fusible_modules
-from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD, LM_HEAD
 from pos2d.exporter.quantisation.encodings import BlockBits
 from pos2d.families import Dimensions
 from pos2d.onnx_io import INPUT_IDS, LOGITS, LOGITS_ROWS, POS2D, POSITION_IDS, fused_name
 from pos2d.recipes import GraphRecipe
+from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD, LM_HEAD
 from pos2d.spec import Rope2DSpec
 
 IR_VERSION = 10

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from pos2d.errors import UsageError
 from pos2d.exporter.artifact.closing_check import closing_check
-from pos2d.exporter.artifact.hf_config import model_config
 from pos2d.exporter.formats.onnx.weight_layout import MIN_BLOCK, WeightLayout, embedding_block, lay_out
 from pos2d.exporter.formats.onnx.weight_writer import write_weights
 from pos2d.exporter.formats.options import ExportOptions
-from pos2d.exporter.inputs.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from pos2d.exporter.quantisation.allocation import allocate_bits
 from pos2d.exporter.quantisation.held_out import held_out_tokens
 from pos2d.exporter.quantisation.module_names import named_modules
-from pos2d.exporter.sources.source import Source
-from pos2d.exporter.tensors.tensor_plan import PlannedTensor, plan_tensors
 from pos2d.graph_metadata import graph_metadata
 from pos2d.onnx_io import DATA_FILE, GRAPH_FILES, GraphFile, GraphInfo, GraphName, GraphTensor
 from pos2d.recipes import BITS, BLOCK_SIZES, DEFAULT_BLOCKS, UNCALIBRATED_BLOCK, GraphQuant, GraphRecipe
 from pos2d.reference import Reference
+from pos2d.sources.checkpoints.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
+from pos2d.sources.hf_config import model_config
+from pos2d.sources.source import Source
+from pos2d.sources.tensors.tensor_plan import PlannedTensor, plan_tensors
 
 if TYPE_CHECKING:
     import numpy as np

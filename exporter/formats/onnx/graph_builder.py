@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from pos2d.exporter.files.tensor_places import TensorPlace
+from pos2d.sources.files.tensor_places import TensorPlace
 
 MICROSOFT = "com.microsoft"
 INT32, INT64 = ir.DataType.INT32, ir.DataType.INT64

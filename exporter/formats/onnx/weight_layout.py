@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from pos2d.dtypes import SAFETENSORS_NAMES
-from pos2d.exporter.files.tensor_places import TensorPlace
-from pos2d.exporter.inputs.checkpoint import EMBEDDING, HEAD, LM_HEAD
 from pos2d.exporter.quantisation.encodings import BlockBits, Encoding, Rounded
 from pos2d.families import Dimensions
 from pos2d.onnx_io import DATA_FILE, FUSED_LAYERS, fused_name
 from pos2d.recipes import GraphRecipe
+from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD, LM_HEAD
+from pos2d.sources.files.tensor_places import TensorPlace
 
 # Large tensors begin at a page, so that they can be mapped; small ones at a cache line.
 PAGE, LINE = 4096, 64

@@ -6,19 +6,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from pos2d.exporter.files.parallel import single_threaded_torch, submitted, worker_count
-from pos2d.exporter.files.tensor_io import opened, write_at
 from pos2d.exporter.formats.onnx.weight_layout import GraphWeight, WeightLayout
 from pos2d.exporter.quantisation.exact_pass import ExactPass
 from pos2d.exporter.quantisation.gptq import HessianFactors
 from pos2d.exporter.quantisation.summary import QuantisationSummary, summarise
 from pos2d.exporter.quantisation.writing import write_tensor
-from pos2d.exporter.sources.source import Source
-from pos2d.exporter.tensors.stats import DeltaStats
-from pos2d.exporter.tensors.tensor_plan import PlannedTensor
 from pos2d.onnx_io import DATA_FILE
 from pos2d.progress import Progress
 from pos2d.reference import HeldOut, Prediction
+from pos2d.sources.files.parallel import single_threaded_torch, submitted, worker_count
+from pos2d.sources.files.tensor_io import opened, write_at
+from pos2d.sources.source import Source
+from pos2d.sources.tensors.stats import DeltaStats
+from pos2d.sources.tensors.tensor_plan import PlannedTensor
 
 # A weight, one of its parts, and the row of the weight at which that part begins.
 Job = tuple[GraphWeight, PlannedTensor, int]

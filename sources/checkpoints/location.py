@@ -1,0 +1,106 @@
+"""Finds the directory of a base model: a local one, or one that is downloaded from the Hub."""
+
+from pathlib import Path
+
+from pos2d.errors import InputError, UsageError
+from pos2d.sources.checkpoints.checkpoint import read_config
+from pos2d.sources.checkpoints.weight_files import (
+    CONFIG,
+    INDEX,
+    INDEX_ENDING,
+    OLD_INDEX,
+    OLD_SINGLE,
+    SINGLE,
+    explicit_file,
+    files_of_index,
+)
+from pos2d.sources.files.hub import hub_errors
+from pos2d.sources.files.links import refuse_broken_link
+
+# Everything but weights. Subfolders hold the same model in other forms, but for the tokenizer's further templates.
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+TEMPLATES = "additional_chat_templates/*.jinja"
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".json")
+
+
+def locate(base_model: str, revision: str | None) -> tuple[Path, str | None]:
+    """The local directory of a base, and its commit if it came from the Hub at ``revision``.
+
+    Raises:
+        UsageError: a revision of a local directory.
+        InputError: neither a directory with a model nor a model of the Hub.
+        UnsafeInputError: an index that names files outside its directory.
+    """
+    path = Path(base_model)
+    if path.is_dir():
+        if revision is not None:
+            raise UsageError(f"`revision` is for a Hub id; {base_model} is a directory")
+        refuse_broken_link(path / CONFIG)
+        if not (path / CONFIG).is_file():
+            raise InputError(f"{path / CONFIG} does not exist; {_cure(path)}")
+        return path, None
+    if path.suffix == ".gguf":
+        raise InputError(f"base model {base_model} is a GGUF file; {GGUF_CURE}")
+    if path.is_file() and path.name.endswith(WEIGHT_ENDINGS):
+        cure = f"its directory, {path.parent}" if (path.parent / CONFIG).is_file() else "a Hugging Face model directory"
+        raise InputError(f"base model {base_model} is a file of weights; give {cure}")
+    looks_like_path = base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
+    if looks_like_path or path.exists():
+        raise InputError(f"base model {base_model} is not a directory; give a Hugging Face model directory or a Hub id")
+    return _download(base_model, revision)
+
+
+GGUF_CURE = "give the Hugging Face model directory from which it was converted"
+
+
+def _cure(directory: Path) -> str:
+    """What to give in place of a directory without a configuration."""
+    inner = sorted(path.parent for path in directory.glob("*/config.json"))
+    snapshots = sorted(path.parent for path in directory.glob("snapshots/*/config.json"))
+    if (directory / "adapter_config.json").is_file():
+        return (
+            "the directory holds an adapter; give the base model that it was trained on here, and the adapter as `lora`"
+        )
+    if inner or snapshots:
+        found = (inner or snapshots)[:3]
+        return f"a model is in {' and in '.join(map(str, found))}; give that directory"
+    if any(directory.glob("*.gguf")):
+        return f"the directory holds a GGUF file; {GGUF_CURE}"
+    if (directory / "params.json").is_file():
+        return "params.json is of its authors' own format; convert the model to Hugging Face's format, or download that"
+    if (directory / SINGLE).is_file() or (directory / INDEX).is_file():
+        return "copy it from the repository of the model"
+    return "give a Hugging Face model directory"
+
+
+def _download(base_model: str, revision: str | None) -> tuple[Path, str]:
+    """The snapshot of a repository on the Hub; all its files are of one commit."""
+    with hub_errors(f"base model {base_model}", revision, "a directory nor a model"):
+        path = _fetch(base_model, revision, SMALL_FILES, ignore=["*/*"])
+        _fetch(base_model, path.name, [TEMPLATES])
+        _fetch_weights(base_model, path)
+    return path, path.name
+
+
+def _fetch_weights(base_model: str, path: Path) -> None:
+    """Download the weights that transformers would load, and no others: those that the configuration names, or else the
+    first of these that the repository has."""
+    explicit = explicit_file(path, read_config(path))
+    if explicit is not None:
+        _fetch(base_model, path.name, [explicit])
+        if explicit.endswith(INDEX_ENDING) and (path / explicit).is_file():
+            _fetch(base_model, path.name, files_of_index(path / explicit))
+        return
+    for single, index in ((SINGLE, INDEX), (OLD_SINGLE, OLD_INDEX)):
+        _fetch(base_model, path.name, [single])
+        if (path / single).is_file():
+            return
+        if (path / index).is_file():
+            _fetch(base_model, path.name, files_of_index(path / index))
+            return
+
+
+def _fetch(base_model: str, revision: str | None, patterns: list[str], ignore: list[str] | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(base_model, revision=revision, allow_patterns=patterns, ignore_patterns=ignore))
