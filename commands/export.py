@@ -8,7 +8,7 @@ from pos2d.commands.shared.flags import base_flags, flags_of, force_flag, json_f
 from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show, warn
 from pos2d.exporter.formats.options import ExportOptions
-from pos2d.sources.source import TrainedPositions
+from pos2d.sources.positions import TrainedPositions
 from pos2d.threads import ThreadOptions
 
 
@@ -34,5 +34,5 @@ def export(as_json: bool, **flags: Any) -> None:
     from pos2d import exporter
 
     report = exporter.export(**flags)
-    warn(report.warnings)
+    warn(report.warnings, report.notes)
     show(report, as_json, report.summary())

@@ -10,7 +10,7 @@ from pos2d.commands.shared.report import show, warn
 from pos2d.commands.shared.tables import table
 from pos2d.exporter.merge import MergeOptions
 from pos2d.exporter.merging.ledger import figures_by_kind
-from pos2d.sources.source import TrainedPositions
+from pos2d.sources.positions import TrainedPositions
 from pos2d.spec import spans
 from pos2d.threads import ThreadOptions
 from pos2d.units import size_text
@@ -47,7 +47,7 @@ def merge(as_json: bool, **flags: Any) -> None:
     from pos2d import exporter
 
     report = exporter.merge(**flags)
-    warn(report.warnings)
+    warn(report.warnings, report.notes)
     show(report, as_json, report_text(report))
 
 

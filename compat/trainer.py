@@ -72,7 +72,8 @@ def load_model_with_lora(
     """
     # Imported here, so that pos2d.compat alone does not need the exporter.
     from pos2d.sources.hf_config import baked_config
-    from pos2d.sources.source import TrainedPositions, from_adapters
+    from pos2d.sources.positions import TrainedPositions
+    from pos2d.sources.source import from_adapters
     from pos2d.sources.tensors.in_memory import merged_tensors
     from pos2d.sources.tensors.tensor_plan import plan_tensors
 
@@ -85,7 +86,7 @@ def load_model_with_lora(
     if chosen_device.type == "cpu":
         check_least(str(base_model), least_memory("merged", plan.nbytes, plan.dtype, plan.dtype))
     config = baked_config(base, source.spec, plan.dtype, plan.tied)
-    model = empty_decoder(config, base.sizes.family, COLUMNS)
+    model = empty_decoder(config, base.sizes.family, COLUMNS, base.directory / "config.json")
     with merged_tensors(base, plan) as tensors:
         fill_decoder(
             model,

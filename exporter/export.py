@@ -18,8 +18,9 @@ from pos2d.options import split_options, takes_options
 from pos2d.recipes import ALL_BITS
 from pos2d.reference import COLUMNS, ONE_BRANCH
 from pos2d.sources.files.parallel import limited_threads
+from pos2d.sources.positions import TrainedPositions
 from pos2d.sources.sidecars.sidecars import write_sidecars
-from pos2d.sources.source import Source, TrainedPositions, from_adapters, from_merged
+from pos2d.sources.source import Source, from_adapters, from_merged
 from pos2d.threads import ThreadOptions
 from pos2d.units import size_text
 
@@ -30,6 +31,7 @@ class ExportReport:
 
     ``parity``: the figures of the closing check, or nothing where there was none. ``quantised``: what quantising did to
     the weights. ``bits``: how many layers of a graph have 4 and 8 bits; ``weights_bytes``: the size of its weight file.
+    ``notes``: what was decided by default.
     """
 
     output: str
@@ -42,6 +44,7 @@ class ExportReport:
     bits: Mapping[int, int] | None
     weights_bytes: int | None
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def summary(self) -> str:
         """One line for people."""
@@ -155,6 +158,7 @@ def _manifest(source: Source, staging: Path, **facts: Any) -> Manifest:
         context_length=sizes.context_length,
         eos_token_ids=source.eos_token_ids,
         options=source.options,
+        one_branch_of=source.one_branch_of,
         files=file_facts(staging),
         **{**source.origin, "rope_2d": source.spec, **facts},
     )
@@ -175,6 +179,7 @@ def _report(output: Path, format: FormatName, manifest: Manifest, source: Source
         bits=None if graph is None else {bits: list(graph.bits.values()).count(bits) for bits in ALL_BITS},
         weights_bytes=None if manifest.graph is None else manifest.files[manifest.graph.data]["bytes"],
         warnings=(*source.warnings, *(() if quantised is None else _lost_in_merge(source))),
+        notes=source.notes,
     )
 
 

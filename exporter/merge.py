@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pos2d.dtypes import ComputeDtype
+from pos2d.errors import UsageError
 from pos2d.exporter.artifact.staging import JOURNAL, check_output, file_facts, staged
 from pos2d.exporter.merging.journal import Journal
 from pos2d.exporter.merging.ledger import Ledger, Totals, read_ledger, total, warnings
@@ -21,9 +22,10 @@ from pos2d.sources.checkpoints.checkpoint import Checkpoint
 from pos2d.sources.checkpoints.weight_files import CONFIG, INDEX
 from pos2d.sources.files.json_object import write_json
 from pos2d.sources.files.parallel import limited_threads
-from pos2d.sources.hf_config import baked_config
+from pos2d.sources.hf_config import artifact_config
+from pos2d.sources.positions import TrainedPositions
 from pos2d.sources.sidecars.sidecars import copy_code, write_sidecars
-from pos2d.sources.source import Source, TrainedPositions, from_adapters
+from pos2d.sources.source import Source, from_adapters
 from pos2d.sources.tensors.rounding import Rounding, RoundingMode
 from pos2d.sources.tensors.tensor_plan import TensorPlan, plan_tensors
 from pos2d.threads import ThreadOptions
@@ -59,7 +61,7 @@ class MergeReport:
 
     ``was_finished``: a resumed merge found its output complete, and wrote nothing. ``tokenizer``: whose tokenizer
     travels, ``base`` or the name of an adapter or directory. ``ledger`` maps tensor names to what was done to them; it
-    and ``totals`` are None after a dry run.
+    and ``totals`` are None after a dry run. ``notes``: what was decided by default.
     """
 
     output: str
@@ -76,6 +78,7 @@ class MergeReport:
     bytes: int
     seconds: float
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
     totals: Totals | None
     ledger: Ledger | None
 
@@ -139,6 +142,8 @@ def merge(
     output = Path(output)
     trained, storage, computing = split_options(options, TrainedPositions, MergeOptions, ThreadOptions)
     settings, positions = MergeOptions(**storage), TrainedPositions(**trained)
+    if isinstance(lora, Sequence) and not lora:
+        raise UsageError("give at least one `lora`; a model without an adapter needs no merge, and export takes it")
     threads = ThreadOptions(**computing).threads
     check_output(output, force=force or resume)
     source = from_adapters(
@@ -189,7 +194,7 @@ def _write_settings(merge: CheckedMerge, ledger: Ledger, staging: Path) -> Manif
     base, plan = merge.source.base, merge.plan
     _write_small_files(merge, staging)
     manifest = Manifest(
-        kind="merged",
+        kind="merged" if merge.source.spec.is_2d else "stock",
         family=base.sizes.family,
         dtype=plan.dtype,
         vocab_size=base.sizes.vocab,
@@ -212,8 +217,9 @@ def _write_small_files(merge: CheckedMerge, target: Path) -> None:
     index = merge.layout.index()
     if index is not None:
         write_json(target / INDEX, index)
-    write_json(target / CONFIG, baked_config(base, merge.source.spec, plan.dtype, plan.tied))
-    copy_code(target)
+    write_json(target / CONFIG, artifact_config(base, merge.source.spec, plan.dtype, plan.tied))
+    if merge.source.spec.is_2d:
+        copy_code(target)
     write_sidecars(merge.source.sidecars, target, base.sizes.family)
 
 
@@ -236,6 +242,7 @@ def _report(
         bytes=merge.layout.nbytes if manifest is None else manifest.total_bytes,
         seconds=seconds,
         warnings=(*merge.source.warnings, *warnings(ledger or {}, merge.plan.dtype)),
+        notes=merge.source.notes,
         totals=total(ledger.values()) if ledger is not None else None,
         ledger=ledger,
     )

@@ -7,7 +7,7 @@ from typing import Any
 from pos2d.config_values import MAX_COUNT, ConfigValues
 from pos2d.errors import InputError
 
-MODEL_TYPE_PREFIX = "pos2d_"
+MODEL_TYPE_PREFIX, CLASS_PREFIX = "pos2d_", "Pos2D"
 CLASS_NAMES = {"llama": "Pos2DLlama", "mistral": "Pos2DMistral", "qwen2": "Pos2DQwen2", "qwen3": "Pos2DQwen3"}
 # What transformers, 4.57 and 5 alike, takes for a key that config.json leaves out.
 _QWEN = {

@@ -21,9 +21,11 @@ from pos2d.recipes import BnbRecipe, GraphRecipe
 from pos2d.spec import Rope2DSpec
 from pos2d.text_files import read_text
 
-Kind = Literal["merged", "bnb", "onnx"]
+Kind = Literal["merged", "stock", "bnb", "onnx"]
+# The kinds that ``merge`` writes, with weights in floating point; a stock checkpoint may also be quantised.
+MERGES = ("merged", "stock")
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # The types of values that no class checks; a list is a tuple until the manifest is written.
 VALUE_TYPES: Mapping[str, tuple[type, ...]] = {
     "family": (str,),
@@ -38,6 +40,7 @@ VALUE_TYPES: Mapping[str, tuple[type, ...]] = {
     "tool_version": (str,),
     "ledger": (dict, NoneType),
     "graph": (dict, NoneType),
+    "one_branch_of": (dict, NoneType),
     "parity": (dict, NoneType),
 }
 FILE_NAME = "manifest.json"
@@ -48,6 +51,8 @@ class Manifest:
     """One artifact. ``context_length`` is in positions; generation ends at ``eos_token_ids``.
 
     ``files`` maps a name to bytes and sha256; the weights of a merge have a sha256 for each tensor, in the ledger.
+    ``rope_2d``: the positions that the artifact has. ``one_branch_of``: those of the training, where the artifact has
+    one branch of them and is an ordinary model otherwise.
     ``base``, ``adapters``: where the weights came from; ``options``: how they were summed and rounded.
     ``quant``, ``graph_quant``: how the linear layers of a torch or an ONNX artifact are quantised, if they are.
     ``ledger``: totals and tensors of a merge, totals of a quantisation.
@@ -67,6 +72,7 @@ class Manifest:
     options: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
     tool_version: str
+    one_branch_of: Rope2DSpec | None = None
     quant: BnbRecipe | None = None
     graph_quant: GraphRecipe | None = None
     ledger: Mapping[str, Any] | None = None
@@ -81,6 +87,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {
             "rope_2d": self.rope_2d.to_dict(),
+            "one_branch_of": self.one_branch_of.to_dict() if self.one_branch_of is not None else None,
             "quant": self.quant.to_dict() if self.quant is not None else None,
             "graph_quant": self.graph_quant.to_dict() if self.graph_quant is not None else None,
         }
@@ -104,6 +111,7 @@ class Manifest:
             **{
                 **block,
                 "rope_2d": Rope2DSpec.from_dict(block["rope_2d"]),
+                "one_branch_of": Rope2DSpec.from_dict(block["one_branch_of"]) if block["one_branch_of"] else None,
                 "quant": BnbRecipe.from_dict(block["quant"]) if block["quant"] is not None else None,
                 "graph_quant": GraphRecipe.from_dict(block["graph_quant"]) if block["graph_quant"] else None,
                 "graph": GraphInfo.from_dict(block["graph"]) if block["graph"] is not None else None,

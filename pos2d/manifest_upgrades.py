@@ -72,4 +72,9 @@ def _from_4(block: Block) -> Block:
     return block | {"graph_quant": recipe and {**recipe, "calibrated": False}}
 
 
-UPGRADES: Mapping[int, Callable[[Block], Block | None]] = {3: _from_3, 4: _from_4}
+def _from_5(block: Block) -> Block:
+    """Format 6 has artifacts with one branch of what was trained; until then there were none."""
+    return block | {"one_branch_of": None}
+
+
+UPGRADES: Mapping[int, Callable[[Block], Block | None]] = {3: _from_3, 4: _from_4, 5: _from_5}

@@ -9,7 +9,7 @@ from pos2d.bnb_format import BnbQuant
 from pos2d.dtypes import ITEM_BYTES
 from pos2d.errors import StorageError
 from pos2d.families import Dimensions
-from pos2d.manifest import Kind
+from pos2d.manifest import MERGES, Kind
 from pos2d.units import size_text
 
 # Tokens of one step of chunked prefill. Graphs take smaller chunks: what a chunk cannot attend to is not even computed.
@@ -18,7 +18,12 @@ GRAPH_PREFILL_CHUNK = 128
 
 # Resident memory of a process after its imports and with an empty model, measured on Linux (CPU builds: torch 2.13,
 # transformers 5.23, onnxruntime-gpu 1.31). torch alone is 230 MB of it.
-PROCESS_BYTES: Mapping[Kind, int] = {"merged": 370_000_000, "bnb": 370_000_000, "onnx": 79_000_000}
+PROCESS_BYTES: Mapping[Kind, int] = {
+    "merged": 370_000_000,
+    "stock": 370_000_000,
+    "bnb": 370_000_000,
+    "onnx": 79_000_000,
+}
 
 
 def kv_cache_bytes(sizes: Dimensions, positions: int, dtype: str) -> int:
@@ -29,10 +34,11 @@ def kv_cache_bytes(sizes: Dimensions, positions: int, dtype: str) -> int:
 def least_memory(kind: Kind, stored_bytes: int, stored_dtype: str, dtype: str, quant: BnbQuant | None = None) -> int:
     """Return the memory that an artifact needs on the CPU before its first token: the process and the weights.
 
-    This is for loaders, which know the size and dtype of the files but not the model's dimensions. A merged artifact is
-    converted from ``stored_dtype`` to ``dtype``, or quantised while it is loaded; other kinds are loaded as stored.
+    This is for loaders, which know the size and dtype of the files but not the model's dimensions. The weights of a
+    merge are converted from ``stored_dtype`` to ``dtype``, or quantised while they are loaded; other kinds are loaded
+    as stored, as is a stock checkpoint that is quantised.
     """
-    if kind != "merged":
+    if kind not in MERGES:
         return PROCESS_BYTES[kind] + stored_bytes
     half_bytes = {None: 2 * ITEM_BYTES[dtype], "8bit": 2, "nf4": 1}[quant]
     return PROCESS_BYTES[kind] + stored_bytes * half_bytes // (2 * ITEM_BYTES[stored_dtype])

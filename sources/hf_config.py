@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pos2d.errors import InputError
-from pos2d.families import CLASS_NAMES, MODEL_TYPE_PREFIX
+from pos2d.families import CLASS_NAMES, CLASS_PREFIX, MODEL_TYPE_PREFIX
 from pos2d.sources.checkpoints.checkpoint import Checkpoint
 from pos2d.sources.checkpoints.other_keys import LEFT_OUT, other_keys, token_ids
 from pos2d.sources.checkpoints.rope import rope_settings
@@ -27,13 +27,34 @@ DROPPED = (
     "quantization_config",
     "compression_config",
     "quantization",
+    "auto_map",
 )
 # Llama has no window, but the caches of transformers take one from any configuration.
 WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "attention_chunk_size")
 
 
+def artifact_config(base: Checkpoint, spec: Rope2DSpec, dtype: str, tied: bool) -> dict[str, Any]:
+    """The configuration of a torch artifact: with our classes if it has 2D RoPE, or else of the base's own."""
+    return baked_config(base, spec, dtype, tied) if spec.is_2d else plain_config(base, dtype, tied)
+
+
 def baked_config(base: Checkpoint, spec: Rope2DSpec, dtype: str, tied: bool) -> dict[str, Any]:
-    """The base's configuration, as every supported transformers reads it, with our ``model_type`` and ``rope_2d``."""
+    """The configuration of our classes: our ``model_type``, the code that has them, and ``rope_2d``."""
+    class_name = CLASS_NAMES[base.sizes.family]
+    return plain_config(base, dtype, tied) | {
+        "model_type": MODEL_TYPE_PREFIX + base.sizes.family,
+        "architectures": [f"{class_name}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"configuration_pos2d.{class_name}Config",
+            "AutoModel": f"modeling_pos2d.{class_name}Model",
+            "AutoModelForCausalLM": f"modeling_pos2d.{class_name}ForCausalLM",
+        },
+        "rope_2d": spec.to_dict(),
+    }
+
+
+def plain_config(base: Checkpoint, dtype: str, tied: bool) -> dict[str, Any]:
+    """The base's configuration, as every supported transformers reads it."""
     config = {
         key: value
         for key, value in base.config.items()
@@ -42,19 +63,13 @@ def baked_config(base: Checkpoint, spec: Rope2DSpec, dtype: str, tied: bool) -> 
     rope = rope_settings(base.config, str(base.directory / CONFIG))
     theta = rope.pop("rope_theta")
     sizes = base.sizes
-    class_name = CLASS_NAMES[base.sizes.family]
     others = other_keys(base.config, str(base.directory / CONFIG), sizes.vocab)
     return (
         config
         | others
         | {
-            "model_type": MODEL_TYPE_PREFIX + base.sizes.family,
-            "architectures": [f"{class_name}ForCausalLM"],
-            "auto_map": {
-                "AutoConfig": f"configuration_pos2d.{class_name}Config",
-                "AutoModel": f"modeling_pos2d.{class_name}Model",
-                "AutoModelForCausalLM": f"modeling_pos2d.{class_name}ForCausalLM",
-            },
+            "model_type": base.sizes.family,
+            "architectures": [f"{CLASS_NAMES[base.sizes.family].removeprefix(CLASS_PREFIX)}ForCausalLM"],
             "vocab_size": sizes.vocab,
             "hidden_size": sizes.hidden,
             "intermediate_size": sizes.intermediate,
@@ -67,7 +82,6 @@ def baked_config(base: Checkpoint, spec: Rope2DSpec, dtype: str, tied: bool) -> 
             "dtype": dtype,
             "rope_theta": theta,
             "rope_scaling": rope if rope["rope_type"] != "default" else None,
-            "rope_2d": spec.to_dict(),
         }
     )
 

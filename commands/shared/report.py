@@ -18,7 +18,8 @@ def show(report: Any, as_json: bool, summary: str) -> None:
         print_out(summary)
 
 
-def warn(warnings: Iterable[str]) -> None:
-    """Print warnings of the library on standard error, with its parameters as flags."""
-    for warning in warnings:
-        click.echo(f"warning: {in_terms_of_flags(warning)}", err=True)
+def warn(warnings: Iterable[str], notes: Iterable[str] = ()) -> None:
+    """Print notes and warnings of the library on standard error, with its parameters as flags."""
+    for label, messages in (("note", notes), ("warning", warnings)):
+        for message in messages:
+            click.echo(f"{label}: {in_terms_of_flags(message)}", err=True)

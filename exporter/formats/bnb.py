@@ -24,7 +24,7 @@ from pos2d.sources.files.parallel import single_threaded_torch, submitted, worke
 from pos2d.sources.files.safetensors_layout import index_of, lay_out, split
 from pos2d.sources.files.tensor_io import TensorFile, opened, write_at
 from pos2d.sources.files.tensor_places import TensorPlace
-from pos2d.sources.hf_config import baked_config
+from pos2d.sources.hf_config import artifact_config
 from pos2d.sources.sidecars.sidecars import copy_code
 from pos2d.sources.source import Source
 from pos2d.sources.tensors.stats import DeltaStats
@@ -129,9 +129,10 @@ def write(source: Source, plan: BnbPlan, target: Path) -> dict[str, Any]:
             tallies += _write_shard(shard, source.base.directory, target, progress)
     if len(plan.shards) > 1:
         write_json(target / INDEX, index_of(plan.places))
-    config = baked_config(source.base, source.spec, plan.dtype, plan.tied)
+    config = artifact_config(source.base, source.spec, plan.dtype, plan.tied)
     write_json(target / "config.json", config | {"quantization_config": _quantization_config(plan.recipe, plan.dtype)})
-    copy_code(target)
+    if source.spec.is_2d:
+        copy_code(target)
     totals = summarise(tallies, sum(len(shard.weights) for shard in plan.shards))
     return {"dtype": plan.dtype, "quant": plan.recipe, "ledger": {"totals": asdict(totals)}}
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pos2d.exporter.inspection.position_grid import DEFAULT_STRIDE, distinct_ratios
-from pos2d.sources.source import DEFAULT_RATIO
+from pos2d.sources.positions import DEFAULT_RATIO
 from pos2d.spec import Rope2DSpec
 
 Floats = npt.NDArray[np.float64]

@@ -19,7 +19,8 @@ def check_memory(directory: Path, manifest: Manifest, dtype: str, quant: BnbQuan
         StorageError: more bytes are needed than are available.
     """
     stored = sum(facts["bytes"] for name, facts in manifest.files.items() if name.endswith(WEIGHT_ENDINGS))
-    check_least(str(directory), least_memory(manifest.kind, stored, manifest.dtype, dtype, quant))
+    kind = manifest.kind if manifest.quant is None else "bnb"
+    check_least(str(directory), least_memory(kind, stored, manifest.dtype, dtype, quant))
 
 
 def check_least(model: str, needed: int) -> None:

@@ -29,7 +29,8 @@ from pos2d.exporter.quantisation.blockwise import dequantise, quantise
 from pos2d.manifest import read_manifest
 from pos2d.onnx_io import DATA_FILE
 from pos2d.recipes import GraphRecipe
-from pos2d.sources.source import Source, TrainedPositions, from_adapters, from_merged
+from pos2d.sources.positions import TrainedPositions
+from pos2d.sources.source import Source, from_adapters, from_merged
 from pos2d.sources.tensors.tensor_plan import plan_tensors
 from pos2d.units import size_text
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base

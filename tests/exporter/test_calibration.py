@@ -19,7 +19,8 @@ from pos2d.exporter.quantisation.gptq import DAMPING
 from pos2d.exporter.quantisation.layerwise_model import LayerwiseModel
 from pos2d.manifest import read_manifest
 from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD
-from pos2d.sources.source import Source, TrainedPositions, from_adapters
+from pos2d.sources.positions import TrainedPositions
+from pos2d.sources.source import Source, from_adapters
 from pos2d.sources.tensors.tensor_plan import plan_tensors
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base
 from tests.bounds import SIGMAS, logits_bound

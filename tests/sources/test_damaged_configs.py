@@ -21,8 +21,9 @@ from pos2d.sources.adapters.peft import read_peft
 from pos2d.sources.checkpoints.base import read_base
 from pos2d.sources.files.json_object import write_json
 from pos2d.sources.hf_config import baked_config, model_config
+from pos2d.sources.positions import TrainedPositions
 from pos2d.sources.sidecars.sidecars import write_sidecars
-from pos2d.sources.source import TrainedPositions, from_adapters
+from pos2d.sources.source import from_adapters
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 from tests.peft_files import RANK, write_peft
 

@@ -16,8 +16,9 @@ from pos2d.manifest import read_manifest
 from pos2d.sources.checkpoints import location
 from pos2d.sources.checkpoints.base import read_base
 from pos2d.sources.checkpoints.weight_files import OLD_SINGLE
+from pos2d.sources.positions import TrainedPositions
 from pos2d.sources.sidecars.sidecars import check_sidecars, files_in
-from pos2d.sources.source import TrainedPositions, from_adapters
+from pos2d.sources.source import from_adapters
 from tests.bases import CONFIGS, linear_modules, random_adapter, square, write_adapter, write_base, write_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d" * 32 + "\nsize 123\n"

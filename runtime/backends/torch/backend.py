@@ -24,8 +24,9 @@ from pos2d.runtime.backends.torch.devices import DeviceMap, device_lookup, infer
 from pos2d.runtime.backends.torch.kv_cache import FixedCache, GrowingCache
 from pos2d.runtime.backends.torch.linears import bnb_layers
 from pos2d.runtime.backends.torch.loading import (
+    CONFIG,
     HEAD,
-    check_positions,
+    config_of_artifact,
     empty_decoder,
     fill_decoder,
     sized_decoder,
@@ -70,12 +71,12 @@ class TorchBackend:
         if device.type == "cpu" and options.device_map is None:
             check_memory(directory, manifest, str(dtype).removeprefix("torch."), options.quant)
         attention = COLUMNS if options.attn_implementation == "sdpa" else "eager"
-        model = empty_decoder(directory, manifest.family, attention)
-        check_positions(model, directory, manifest)
+        config = config_of_artifact(directory, manifest)
+        model = empty_decoder(config, manifest.family, attention, directory / CONFIG)
         device_map: DeviceMap = {"": device}
         if options.device_map is not None:
-            sized = sized_decoder(directory, manifest.family, recipe, dtype)
-            device_map = infer_device_map(sized, options.max_memory)
+            unfilled = empty_decoder(config, manifest.family, "eager", directory / CONFIG)
+            device_map = infer_device_map(sized_decoder(unfilled, recipe, dtype), options.max_memory)
         fill_decoder(
             model,
             stored_tensors(directory, manifest),

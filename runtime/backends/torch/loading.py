@@ -1,5 +1,6 @@
 """Load a torch artifact tensor by tensor. Stored quantised weights stay as they are; others can be quantised here."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pos2d.bnb_format import STORED_PARTS, BnbQuant
 from pos2d.errors import InputError
-from pos2d.families import CLASS_NAMES
+from pos2d.families import CLASS_NAMES, MODEL_TYPE_PREFIX
 from pos2d.graph_metadata import differing_keys
 from pos2d.hf import configuration_pos2d
 from pos2d.hf.empty_model import empty_model
@@ -22,50 +23,52 @@ from pos2d.recipes import BnbRecipe
 from pos2d.runtime.backends.options import Int8Kernel
 from pos2d.runtime.backends.torch.devices import DeviceOf
 from pos2d.runtime.backends.torch.linears import quantised_linear, stored_linear
+from pos2d.text_files import read_text
 
-HEAD = "lm_head"
+CONFIG, HEAD = "config.json", "lm_head"
 
 
-def empty_decoder(source: Path | Mapping[str, Any], family: str, attention: str) -> PreTrainedModel:
+def empty_decoder(config: Mapping[str, Any], family: str, attention: str, source: Path) -> PreTrainedModel:
     """A model without weights, except for its rotary frequencies.
 
-    ``source`` is the directory of an artifact, or the content of its ``config.json``; ``attention`` is the name of an
-    implementation that transformers knows.
+    ``config`` is that of our classes, and ``source`` names it in errors; ``attention`` is the name of an implementation
+    that transformers knows.
 
     Raises:
         InputError: a configuration that transformers cannot read.
     """
     name = CLASS_NAMES[family]
-    config_class = getattr(configuration_pos2d, f"{name}Config")
     try:
-        read = config_class.from_pretrained if isinstance(source, Path) else config_class.from_dict
-        config = read(source if isinstance(source, Path) else dict(source))
-        config._attn_implementation = attention
-        model: PreTrainedModel = empty_model(config, f"{name}ForCausalLM")
+        settings = getattr(configuration_pos2d, f"{name}Config").from_dict(dict(config))
+        settings._attn_implementation = attention
+        model: PreTrainedModel = empty_model(settings, f"{name}ForCausalLM")
     except Exception as error:  # whatever its classes make of a damaged configuration
         reason = " ".join(str(error).split())
-        raise InputError(
-            f"{source if isinstance(source, Path) else name}: the configuration cannot be used: {reason}"
-        ) from None
+        raise InputError(f"{source}: the configuration cannot be used: {reason}") from None
     return model
 
 
-def check_positions(model: PreTrainedModel, directory: Path, manifest: Manifest) -> None:
-    """Check that ``config.json``, which plain transformers reads, has the positions of the manifest.
+def config_of_artifact(directory: Path, manifest: Manifest) -> dict[str, Any]:
+    """The configuration of our classes for an artifact, whose own is of the base's classes if it has no 2D RoPE.
 
     Raises:
-        InputError: it has others.
+        InputError: a file that cannot be read, or other positions than those of the manifest.
     """
-    faults = differing_keys("rope_2d", manifest.rope_2d.to_dict(), getattr(model.config, "rope_2d", None))
+    path = directory / CONFIG
+    try:
+        config: dict[str, Any] = json.loads(read_text(path))
+        stored = config.get("rope_2d") if config["model_type"] != manifest.family else {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); make the artifact again") from None
+    stated = manifest.rope_2d.to_dict()
+    faults = differing_keys("rope_2d", stated, stored) if stored or manifest.rope_2d.is_2d else []
     if faults:
-        raise InputError(
-            f"{directory / 'config.json'} has {faults[0]} as {directory / FILE_NAME} says; make the artifact again"
-        )
+        raise InputError(f"{path} has {faults[0]} as {directory / FILE_NAME} says; make the artifact again")
+    return config | {"model_type": MODEL_TYPE_PREFIX + manifest.family, "rope_2d": stated}
 
 
-def sized_decoder(directory: Path, family: str, recipe: BnbRecipe | None, dtype: torch.dtype) -> PreTrainedModel:
-    """An empty model whose parameters have their final types and sizes, for a device map; it cannot be filled."""
-    model = empty_decoder(directory, family, "eager")
+def sized_decoder(model: PreTrainedModel, recipe: BnbRecipe | None, dtype: torch.dtype) -> PreTrainedModel:
+    """Give the parameters of an empty model their final types and sizes, for a device map; it cannot be filled then."""
     for parameter in model.parameters():  # rotary frequencies are no parameters, and stay float32
         parameter.data = parameter.data.to(dtype)
     for layer in quantised_modules(model, recipe).values():
