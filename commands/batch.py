@@ -15,7 +15,7 @@ from pos2d.runtime.text.options import LayoutOptions, PromptOptions
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("artifact")
+@click.argument("model")
 @click.option(
     "-i",
     "--input",

@@ -1,4 +1,4 @@
-"""Time an artifact on this machine."""
+"""Time a model on this machine."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ HEAD = ("branches", "prefill s", "first token s", "step ms", "tokens/s", "answer
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("artifact")
+@click.argument("model")
 @click.option(
     "--prompt-tokens",
     type=int,
@@ -39,7 +39,7 @@ HEAD = ("branches", "prefill s", "first token s", "step ms", "tokens/s", "answer
 @flags_of(LoadOptions, "Loading")
 @json_flag
 def bench(as_json: bool, **flags: Any) -> None:
-    """Measure the speed and memory of an ARTIFACT on this machine: prefill, first token, decode steps."""
+    """Measure the speed and memory of a MODEL on this machine: prefill, first token, decode steps."""
     from pos2d import runtime
 
     report = runtime.bench(**flags)
@@ -49,7 +49,7 @@ def bench(as_json: bool, **flags: Any) -> None:
 def report_text(report: "BenchReport") -> str:
     return "\n".join(
         [
-            f"{report.artifact}: {report.format}; prompt of {report.prompt_tokens} tokens, {report.new_tokens} new "
+            f"{report.model}: {report.format}; prompt of {report.prompt_tokens} tokens, {report.new_tokens} new "
             f"tokens per answer, medians of {report.rounds} rounds",
             table(HEAD, map(_cells, report.rows)),
             f"load to first token {report.load_seconds:.2f} s, peak memory {report.peak_bytes / 1e6:.0f} MB, "

@@ -19,11 +19,11 @@ REFERENCE_HEAD = ("reference", "nll change", "KL", "top-1")
 
 
 @click.command(name="eval", cls=SectionedCommand)
-@click.argument("artifact")
+@click.argument("model")
 @click.option(
     "--against",
-    metavar="ARTIFACT",
-    help="Reference: another artifact of the same model; it runs on the CPU in float32.",
+    metavar="MODEL",
+    help="Reference: another artifact of the same model, or a plain model; it runs on the CPU in float32.",
 )
 @click.option(
     "--text",
@@ -41,7 +41,7 @@ REFERENCE_HEAD = ("reference", "nll change", "KL", "top-1")
 @flags_of(LoadOptions, "Loading")
 @json_flag
 def evaluate(as_json: bool, **flags: Any) -> None:
-    """Measure the perplexity of an ARTIFACT on a text, and with --against the KL and top-1 agreement with a reference.
+    """Measure the perplexity of a MODEL on a text, and with --against the KL and top-1 agreement with a reference.
 
     Samples are scored alone, and then together as branches. In a conversation the last turn is scored, in other texts
     every token but the first.

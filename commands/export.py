@@ -4,32 +4,34 @@ from typing import Any
 
 import click
 
-from pos2d.commands.shared.flags import base_flags, flags_of, force_flag, json_flag, output_flag
+from pos2d.commands.shared.flags import FROM_BASE, flags_of, force_flag, json_flag, output_flag
 from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show, warn
 from pos2d.exporter.formats.options import ExportOptions
+from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.positions import TrainedPositions
 from pos2d.threads import ThreadOptions
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("merged", required=False)
+@click.argument("model", required=False)
 @output_flag
 @flags_of(ExportOptions, "Options")
 @flags_of(ThreadOptions, "Options")
-@base_flags("From a base model and adapters, without MERGED", required=False)
-@flags_of(TrainedPositions, "From a base model and adapters, without MERGED")
+@flags_of(BaseOptions, FROM_BASE)
+@flags_of(TrainedPositions, FROM_BASE)
 @force_flag
 @json_flag
 def export(as_json: bool, **flags: Any) -> None:
     """Write ONNX graphs or a bitsandbytes checkpoint.
 
-    The weights come from a MERGED directory, or from --base-model and --lora. In the second case the sum of base and
-    adapter is quantised exactly, without being rounded to the type of the base model first.
+    MODEL is a directory that merge wrote, or a plain model: a Hugging Face directory, or NAME@REVISION on the Hugging
+    Face Hub. With --base-model and --lora in its place, the sum of base and adapter is quantised exactly, without being
+    rounded to the type of the base model first.
 
-    ONNX graphs are checked at the end, and deleted if they fail: float graphs of a MERGED directory are compared with
-    it, and quantised graphs with the same graphs in float activations and with the exact model on a held-out text.
-    Float graphs from --base-model are not checked.
+    ONNX graphs are checked at the end, and deleted if they fail: float graphs of a MODEL are compared with it, and
+    quantised graphs with the same graphs in float activations and with the exact model on a held-out text. Float graphs
+    from --lora are not checked.
     """
     from pos2d import exporter
 

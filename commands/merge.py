@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pos2d.commands.shared.flags import base_flags, flags_of, force_flag, json_flag, output_flag
+from pos2d.commands.shared.flags import flags_of, force_flag, json_flag, output_flag
 from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show, warn
 from pos2d.commands.shared.tables import table
 from pos2d.exporter.merge import MergeOptions
 from pos2d.exporter.merging.ledger import figures_by_kind
+from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.positions import TrainedPositions
 from pos2d.spec import spans
 from pos2d.threads import ThreadOptions
@@ -23,7 +24,7 @@ HEAD = ("module", "tensors", "rank", "rms(delta)/rms(W)", "retention", "error", 
 
 
 @click.command(cls=SectionedCommand)
-@base_flags("Options", required=True)
+@flags_of(BaseOptions, "Options", required=("base_model", "lora"))
 @flags_of(TrainedPositions, "Positions of the training")
 @output_flag
 @flags_of(MergeOptions, "Options")

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pos2d.commands.shared.flags import json_flag
+from pos2d.commands.shared.flags import in_terms_of_flags, json_flag
 from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show
 from pos2d.commands.shared.tables import table
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("model", metavar="MODEL_OR_ARTIFACT")
+@click.argument("model", metavar="MODEL")
 @click.option(
     "--gpu-memory", metavar="SIZE", help="Plan for a GPU with this memory, such as 8GB.  [default: plan for the CPU]"
 )
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 )
 @json_flag
 def plan(as_json: bool, **flags: Any) -> None:
-    """Show what each format of a base model or an artifact needs, and recommend the best one that fits.
+    """Show what each format of a model or an artifact needs, and recommend the best one that fits.
 
     The best format loses the least quality on a GPU, and on the CPU it is the fastest one that loses little. No weights
     are read.
@@ -55,7 +55,8 @@ def plan_text(report: "PlanReport") -> str:
         used = recommended.ram if recommended.vram is None or report.gpu_memory is None else recommended.vram
         commands = (f"  {command}" for command in recommended.commands)
         advice = [f"{recommended.name}: {report.reason} ({_parts(used)})", *commands]
-    return "\n".join([head, _table(report), "", *advice])
+    hint = [in_terms_of_flags(report.hint)] if report.hint else []
+    return "\n".join([head, _table(report), "", *advice, *hint])
 
 
 def _table(report: "PlanReport") -> str:

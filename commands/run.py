@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from pos2d.commands.shared.flags import (
+    FROM_BASE,
     context_flag,
     flags_of,
     json_flag,
@@ -20,10 +21,12 @@ from pos2d.errors import UsageError
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.sampling import SamplingOptions
 from pos2d.runtime.text.options import LayoutOptions, PromptOptions
+from pos2d.sources.base_options import BaseOptions
+from pos2d.sources.positions import TrainedFrequencies
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("artifact")
+@click.argument("model", required=False)
 @click.option(
     "--mode",
     type=click.Choice(["generate", "chat"]),
@@ -38,10 +41,15 @@ from pos2d.runtime.text.options import LayoutOptions, PromptOptions
 @flags_of(LayoutOptions, "Branches")
 @flags_of(PromptOptions, "Options")
 @flags_of(LoadOptions, "Loading")
+@flags_of(BaseOptions, FROM_BASE)
+@flags_of(TrainedFrequencies, FROM_BASE)
 @json_flag
 @click.option("--jsonl", is_flag=True, help="Print every token as a line of JSON, with the number of its branch.")
 def run(mode: str, prompt: tuple[str, ...], as_json: bool, jsonl: bool, **flags: Any) -> None:
-    """Answer prompts with an ARTIFACT, or chat with it.
+    """Answer prompts with a MODEL, or chat with it.
+
+    MODEL is an artifact, or a plain model: a Hugging Face directory, or NAME@REVISION on the Hugging Face Hub. With
+    --base-model and --lora in its place, adapters are added to their base in memory, and nothing is written.
 
     Several prompts are branches of one sequence, and are answered in parallel. Without --prompt, the prompt is read
     from standard input unless that is a terminal. Defaults that are "the artifact's" come
@@ -87,12 +95,12 @@ def generate(prompt: tuple[str, ...], as_json: bool, jsonl: bool, flags: dict[st
         report = runtime.run(prompt=prompt, on_event=write_line if jsonl else None, **flags)
         if as_json:
             show(report, as_json, "")
-        warn(report.warnings)
+        warn(report.warnings, report.notes)
         return
     with Display(prompt) as display:
         report = runtime.run(prompt=prompt, on_event=display.show, **flags)
     display.finish(report.completions)
-    warn(report.warnings)
+    warn(report.warnings, report.notes)
     click.echo(summary(report), err=True)
 
 

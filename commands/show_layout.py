@@ -11,7 +11,7 @@ from pos2d.runtime.text.options import LayoutOptions, PromptOptions
 
 
 @click.command(name="show-layout", cls=SectionedCommand)
-@click.argument("artifact", required=False)
+@click.argument("model", required=False)
 @prompt_flag(required=True)
 @context_flag
 @click.option(
@@ -27,7 +27,7 @@ from pos2d.runtime.text.options import LayoutOptions, PromptOptions
 def show_layout(as_json: bool, **flags: Any) -> None:
     """Draw the branch and time of every token of the prompts, and mark the tokens that one of them attends to.
 
-    The tokens are those of an ARTIFACT's tokenizer; no weights are read. Without an artifact, words stand for tokens,
+    The tokens are those of a MODEL's tokenizer; no weights are read. Without a model, words stand for tokens,
     with columnar visibility, left alignment and a stride of 128.
     """
     from pos2d import runtime

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("artifact")
+@click.argument("model")
 @click.option(
     "--against",
-    metavar="ARTIFACT",
-    help="Reference: an artifact of the same model that is not quantised. Without it, logits are compared only of "
-    "quantised ONNX graphs.",
+    metavar="MODEL",
+    help="Reference that is not quantised: an artifact of the same model, or a plain model. Without it, logits are "
+    "compared only of quantised ONNX graphs.",
 )
 @click.option(
     "--rtol",
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @flags_of(ThreadOptions, "Options")
 @json_flag
 def verify(as_json: bool, **flags: Any) -> None:
-    """Check that an ARTIFACT has the files that were written, and computes the logits that it should.
+    """Check that a MODEL has the files that were written, and computes the logits that it should.
 
     Every file is compared with the hash in the manifest. Logits are compared on one branch and on several, on the CPU:
     with those of --against, or, of a quantised ONNX graph, with the same weights in float activations, and with the
@@ -48,7 +48,8 @@ def verify(as_json: bool, **flags: Any) -> None:
 
 
 def _lines(report: "ParityReport") -> Iterator[str]:
-    yield f"{report.files} files are as they were written"
+    if report.files:  # a plain model has no hashes
+        yield f"{report.files} files are as they were written"
     for case in report.cases:
         yield (
             f"{case.name}: largest difference of a logit {case.max_abs_diff:.2e}, same top token "

@@ -9,10 +9,8 @@
 merge is repeated in every process; ``pos2d merge`` once and then :func:`pos2d.load` is faster.
 """
 
-import shutil
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -21,21 +19,17 @@ from pos2d.errors import InputError, UsageError
 from pos2d.families import MODEL_TYPE_PREFIX, Dimensions
 from pos2d.hf.tokenizer import VOCABULARIES, load_tokenizer
 from pos2d.layout import build_layout
-from pos2d.memory_costs import least_memory
-from pos2d.runtime.backends.memory import check_least
 from pos2d.runtime.backends.options import LoadDtype, LoadOptions
-from pos2d.runtime.backends.torch.attention import NAME as COLUMNS
 from pos2d.runtime.backends.torch.backend import TorchBackend
-from pos2d.runtime.backends.torch.devices import one_device
-from pos2d.runtime.backends.torch.loading import empty_decoder, fill_decoder
+from pos2d.runtime.backends.torch.decoder import load_decoder
 from pos2d.runtime.engine.decode import decode
 from pos2d.runtime.engine.sampling import GENERATION_CONFIG, Sampling
+from pos2d.runtime.opening.opened_model import OpenedModel, open_model
 from pos2d.runtime.text.text_decode import TextSampler
 from pos2d.runtime.text.tokenization import encode_prompts
+from pos2d.sources.base_options import BaseOptions
+from pos2d.sources.positions import TrainedPositions
 from pos2d.spec import Align, Rope2DSpec
-
-if TYPE_CHECKING:
-    from pos2d.sources.source import Source
 
 
 def load_model_with_lora(
@@ -70,34 +64,13 @@ def load_model_with_lora(
         InputError, UnsafeInputError: as :func:`pos2d.merge`; no tokenizer.
         StorageError: the memory cannot hold the weights.
     """
-    # Imported here, so that pos2d.compat alone does not need the exporter.
-    from pos2d.sources.hf_config import baked_config
-    from pos2d.sources.positions import TrainedPositions
-    from pos2d.sources.source import from_adapters
-    from pos2d.sources.tensors.in_memory import merged_tensors
-    from pos2d.sources.tensors.tensor_plan import plan_tensors
-
-    options = LoadOptions(device=device, dtype=dtype)
-    chosen_device = one_device(options.device)
     positions = TrainedPositions(rope_2d_ratio if patch_rope else None, None, not patch_rope, branch_stride, align_to)
-    source = from_adapters(base_model, lora_path, positions, lora_rank=lora_rank)
-    base, plan = source.base, plan_tensors(source.base, source.adapters, options.dtype)
-    tokenizer = _tokenizer_of(source)
-    if chosen_device.type == "cpu":
-        check_least(str(base_model), least_memory("merged", plan.nbytes, plan.dtype, plan.dtype))
-    config = baked_config(base, source.spec, plan.dtype, plan.tied)
-    model = empty_decoder(config, base.sizes.family, COLUMNS, base.directory / "config.json")
-    with merged_tensors(base, plan) as tensors:
-        fill_decoder(
-            model,
-            tensors,
-            None,
-            stored=False,
-            kernel=options.int8_kernel,
-            dtype=getattr(torch, plan.dtype),
-            device_of=lambda _: chosen_device,
-        )
-    _set_generation(model, base.directory, source.eos_token_ids, tokenizer.pad_token_id)
+    options = LoadOptions(device=device, dtype=dtype)
+    base = BaseOptions(base_model=str(base_model), lora=(str(lora_path),), lora_rank=lora_rank)
+    opened = open_model(None, base, positions)
+    tokenizer = _tokenizer(opened.directory)
+    model, _ = load_decoder(opened, options)
+    _set_generation(model, opened, tokenizer.pad_token_id)
     return model, tokenizer, patch_rope
 
 
@@ -145,23 +118,11 @@ def generate_text(
     return sampler.take_text(last=True).strip()
 
 
-def _tokenizer_of(source: "Source") -> Any:
-    """The tokenizer that a written merge would have: that of the adapter, or of the base if the adapter has none."""
-    from pos2d.sources.sidecars.sidecars import write_sidecars
-
-    if source.sidecars.tokenizer_of == "base":
-        return _tokenizer(source.base.directory)
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copyfile(source.base.directory / "config.json", Path(folder) / "config.json")
-        write_sidecars(source.sidecars, Path(folder), source.base.sizes.family)
-        return _tokenizer(Path(folder))
-
-
 def _tokenizer(directory: Path) -> Any:
-    """The tokenizer of the base; without a padding token it pads with its end token.
+    """The tokenizer of a model; without a padding token it pads with its end token.
 
     Raises:
-        InputError: the base has no tokenizer, or none that transformers can read.
+        InputError: the model has no tokenizer, or none that transformers can read.
     """
     if not any((directory / name).is_file() for name in VOCABULARIES):
         raise InputError(f"{directory} has none of {', '.join(VOCABULARIES)}; copy the model again")
@@ -171,12 +132,12 @@ def _tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def _set_generation(model: PreTrainedModel, base: Path, end_tokens: tuple[int, ...], pad_token: int | None) -> None:
-    """Set the defaults of ``model.generate``: the base's generation settings, its end tokens and a padding token."""
-    if (base / GENERATION_CONFIG).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(base)
-    if end_tokens:
-        model.generation_config.eos_token_id = list(end_tokens)
+def _set_generation(model: PreTrainedModel, opened: OpenedModel, pad_token: int | None) -> None:
+    """Set the defaults of ``model.generate``: the model's generation settings, its end tokens and a padding token."""
+    if (opened.directory / GENERATION_CONFIG).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(opened.directory)
+    if opened.manifest.eos_token_ids:
+        model.generation_config.eos_token_id = list(opened.manifest.eos_token_ids)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = pad_token
 

@@ -27,7 +27,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "planning",
         VERBS,
     ),
-    "runtime": ("engine", "text", "backends", "model", "batching", "evaluation", "layout_view", VERBS),
+    "runtime": ("opening", "engine", "text", "backends", "model", "batching", "evaluation", "layout_view", VERBS),
     "commands": ("shared", "terminal", VERBS),
     "compat": (VERBS,),
 }

@@ -1,7 +1,7 @@
-"""Turn a merged directory, or a base and its adapters, into an artifact of another format."""
+"""Turn a merge, a plain model, or a base and its adapters, into an artifact of another format."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from pos2d.manifest import Manifest
 from pos2d.options import split_options, takes_options
 from pos2d.recipes import ALL_BITS
 from pos2d.reference import COLUMNS, ONE_BRANCH
+from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.files.parallel import limited_threads
 from pos2d.sources.positions import TrainedPositions
 from pos2d.sources.sidecars.sidecars import write_sidecars
-from pos2d.sources.source import Source, from_adapters, from_merged
+from pos2d.sources.source import Source, read_source
 from pos2d.threads import ThreadOptions
 from pos2d.units import size_text
 
@@ -84,84 +85,51 @@ def _distance(exact: Mapping[str, Any]) -> str:
     return f"on {tokens}, the exact model's top token on {top1:.1%}, mean KL {kl:.1e}"
 
 
-@takes_options(ExportOptions, TrainedPositions, ThreadOptions)
+@takes_options(ExportOptions, BaseOptions, TrainedPositions, ThreadOptions)
 def export(
-    merged: str | Path | None,
-    output: str | Path,
+    model: str | Path | None = None,
+    output: str | Path | None = None,
     *,
-    base_model: str | Path | None = None,
-    revision: str | None = None,
-    lora: str | Path | Sequence[str | Path] = (),
-    then: str | Path | Sequence[str | Path] = (),
-    tokenizer: str | Path | None = None,
-    lora_rank: int | None = None,
     force: bool = False,
     **options: Any,
 ) -> ExportReport:
-    """Write ``output`` from a merged directory, or from ``base_model`` and ``lora``: then from their exact sum.
+    """Write ``output`` from ``model``, or from ``base_model`` and ``lora``: then from their exact sum.
 
-    :class:`pos2d.exporter.formats.options.ExportOptions` has what is written; the other options are those of
-    :func:`pos2d.merge`. Before the artifact takes its place, its format compares the written files with their source;
-    ``no_verify`` skips that.
+    ``model`` is a directory that :func:`pos2d.merge` wrote, or a plain model: a Hugging Face directory, or the id of
+    one on the Hub as ``ORG/NAME@REVISION``. :class:`pos2d.exporter.formats.options.ExportOptions` has what is written;
+    the other options are those of :func:`pos2d.merge`. Before the artifact takes its place, its format compares the
+    written files with their source; ``no_verify`` skips that.
 
     Raises:
         UsageError: options that contradict each other, or that the format does not have.
-        InputError, UnsafeInputError: not a merged directory, or see :func:`pos2d.merge`.
+        InputError, UnsafeInputError: another kind of artifact, or see :func:`pos2d.merge`.
         ParityError: the written files do not pass their check; they are deleted.
         OutputError, StorageError: see :func:`pos2d.exporter.artifact.staging.staged`.
     """
     started = time.monotonic()
+    if output is None:
+        raise UsageError("`output` is missing; give the directory to write")
     output = Path(output)
-    written, trained, computing = split_options(options, ExportOptions, TrainedPositions, ThreadOptions)
+    written, of_base, trained, computing = split_options(
+        options, ExportOptions, BaseOptions, TrainedPositions, ThreadOptions
+    )
     positions, chosen = TrainedPositions(**trained), ExportOptions(**written)
     threads = ThreadOptions(**computing).threads
     form = format_of(chosen)
-    if (merged is None) == (base_model is None):
-        raise UsageError("give either a directory that merge wrote, or `base_model` with `lora`")
     check_output(output, force=force)
-    inputs = {"lora": lora, "then": then, "tokenizer": tokenizer, "revision": revision, "lora_rank": lora_rank}
-    source = _source(merged, base_model, positions, inputs)
+    source = read_source(model, BaseOptions(**of_base), positions)
     plan = form.plan(source, chosen)
     check_disk(output, plan.nbytes + SIDECAR_BYTES, disk_free(output))
     with staged(output, force=force) as staging, limited_threads(threads):
         write_sidecars(source.sidecars, staging, source.base.sizes.family)
-        manifest = _manifest(source, staging, kind=chosen.format, **form.write(source, plan, staging))
+        facts = form.write(source, plan, staging)
+        manifest = source.manifest(kind=chosen.format, files=file_facts(staging), **facts)
         manifest.write(staging)
         parity = None if chosen.no_verify else form.check(staging, source, plan)
         if parity is not None:
             manifest = replace(manifest, parity=parity)
             manifest.write(staging)
     return _report(output, chosen.format, manifest, source, time.monotonic() - started)
-
-
-def _source(
-    merged: str | Path | None,
-    base_model: str | Path | None,
-    positions: TrainedPositions,
-    inputs: Mapping[str, Any],
-) -> Source:
-    if merged is None:
-        return from_adapters(str(base_model), positions=positions, **inputs)
-    if any(value not in (None, (), []) for value in inputs.values()) or positions != TrainedPositions():
-        raise UsageError(
-            "`lora`, `then`, `tokenizer`, `lora_rank`, `revision` and positions belong to `base_model`; a merged "
-            "directory stores them"
-        )
-    return from_merged(Path(merged))
-
-
-def _manifest(source: Source, staging: Path, **facts: Any) -> Manifest:
-    sizes = source.base.sizes
-    return Manifest(
-        family=sizes.family,
-        vocab_size=sizes.vocab,
-        context_length=sizes.context_length,
-        eos_token_ids=source.eos_token_ids,
-        options=source.options,
-        one_branch_of=source.one_branch_of,
-        files=file_facts(staging),
-        **{**source.origin, "rope_2d": source.spec, **facts},
-    )
 
 
 def _report(output: Path, format: FormatName, manifest: Manifest, source: Source, seconds: float) -> ExportReport:

@@ -18,6 +18,9 @@ from pos2d.sources.adapters.location import is_hub_id, locate
 from pos2d.sources.adapters.peft_files import ADAPTER_CONFIG
 from pos2d.sources.checkpoints.base import read_base
 from pos2d.sources.checkpoints.checkpoint import Checkpoint
+from pos2d.sources.checkpoints.location import split_revision
+from pos2d.sources.checkpoints.weight_files import CONFIG
+from pos2d.sources.files.hub import hub_errors
 from pos2d.sources.files.parallel import limited_threads
 from pos2d.threads import ThreadOptions
 
@@ -101,7 +104,7 @@ def inspect(
     if kind == "artifact":
         return InspectReport(str(path), DESCRIPTIONS[kind], artifact=artifact_facts(path))
     if kind == "base":
-        return InspectReport(str(path), DESCRIPTIONS[kind], base=base_facts(read_base(str(path))))
+        return InspectReport(str(path), DESCRIPTIONS[kind], base=base_facts(_read_model(str(path))))
     location = locate(given)
     facts = FACTS[location.form](location.path)
     report = InspectReport(str(path), DESCRIPTIONS[facts.form], adapter=facts)
@@ -136,10 +139,10 @@ def _kind(path: Path) -> str:
             raise InputError(f"{path} is one file of a model or adapter; give its directory")
         return "adapter"
     if not path.is_dir() and is_hub_id(str(path).partition("@")[0]):
-        return "adapter"
+        return _kind_on_hub(str(path))
     if not path.is_dir():
         raise InputError(f"{path} does not exist; give an adapter, a base model's directory or an artifact")
-    for name, kind in ((FILE_NAME, "artifact"), (ADAPTER_CONFIG, "adapter"), ("config.json", "base")):
+    for name, kind in ((FILE_NAME, "artifact"), (ADAPTER_CONFIG, "adapter"), (CONFIG, "base")):
         if (path / name).is_file():
             return kind
     if any(path.iterdir()):
@@ -148,6 +151,25 @@ def _kind(path: Path) -> str:
         f"{path} is nothing that this tool knows: it has no {FILE_NAME} (an artifact), no {ADAPTER_CONFIG} (PEFT), no "
         "config.json (a base model) and no .pth file (the trainer's LoRA)"
     )
+
+
+def _read_model(model: str) -> Checkpoint:
+    name, revision = split_revision(model)
+    return read_base(name, revision=revision)
+
+
+def _kind_on_hub(name: str) -> str:
+    """Whether a repository of the Hub has a model or an adapter, by the names of its configurations.
+
+    Raises:
+        InputError: it cannot be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+
+    hub_id, revision = split_revision(name)
+    with hub_errors(hub_id, revision, "a path here nor a model or adapter"):
+        found = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[ADAPTER_CONFIG, CONFIG]))
+    return "base" if (found / CONFIG).is_file() and not (found / ADAPTER_CONFIG).is_file() else "adapter"
 
 
 def _read_both(path: Path, base_model: str | Path, revision: str | None) -> tuple[Checkpoint, list[Adapter]]:

@@ -18,14 +18,14 @@ from pos2d.exporter.merging.shard_writer import write_weights
 from pos2d.exporter.merging.shards import ShardLayout, lay_out_shards
 from pos2d.manifest import Manifest
 from pos2d.options import check_options, option, split_options, takes_options
-from pos2d.sources.checkpoints.checkpoint import Checkpoint
+from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.checkpoints.weight_files import CONFIG, INDEX
 from pos2d.sources.files.json_object import write_json
 from pos2d.sources.files.parallel import limited_threads
 from pos2d.sources.hf_config import artifact_config
 from pos2d.sources.positions import TrainedPositions
 from pos2d.sources.sidecars.sidecars import copy_code, write_sidecars
-from pos2d.sources.source import Source, from_adapters
+from pos2d.sources.source import Source, read_source
 from pos2d.sources.tensors.rounding import Rounding, RoundingMode
 from pos2d.sources.tensors.tensor_plan import TensorPlan, plan_tensors
 from pos2d.threads import ThreadOptions
@@ -97,16 +97,12 @@ class CheckedMerge:
     recipe: dict[str, Any]
 
 
-@takes_options(TrainedPositions, MergeOptions, ThreadOptions)
+@takes_options(BaseOptions, TrainedPositions, MergeOptions, ThreadOptions)
 def merge(
     base_model: str | Path,
     lora: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
-    then: str | Path | Sequence[str | Path] = (),
-    tokenizer: str | Path | None = None,
-    revision: str | None = None,
-    lora_rank: int | None = None,
     dry_run: bool = False,
     resume: bool = False,
     force: bool = False,
@@ -122,14 +118,10 @@ def merge(
         lora: one adapter or several, each a path or ``PATH=WEIGHT``, or an id on the Hub as ``ORG/NAME@REVISION``.
             Several are summed, each as trained on the base.
         output: the directory to write.
-        then: adapters that were trained on the result of all before them, in their order.
-        tokenizer: the directory whose tokenizer travels, in place of that of the last adapter that has one.
-        revision: commit, tag or branch of a Hub id.
-        lora_rank: the rank that the adapters must have.
         dry_run: check everything and write nothing.
         resume: continue an interrupted merge of the same inputs, to the same bytes.
         force: replace an artifact at ``output``.
-        options: fields of the groups ``TrainedPositions``, :class:`MergeOptions` and ``ThreadOptions``.
+        options: fields of the groups ``BaseOptions``, ``TrainedPositions``, :class:`MergeOptions`, ``ThreadOptions``.
 
     Raises:
         UsageError: options out of range, or that contradict each other.
@@ -140,15 +132,17 @@ def merge(
     """
     started = time.monotonic()
     output = Path(output)
-    trained, storage, computing = split_options(options, TrainedPositions, MergeOptions, ThreadOptions)
+    of_base, trained, storage, computing = split_options(
+        options | {"base_model": base_model, "lora": lora},
+        *(BaseOptions, TrainedPositions, MergeOptions, ThreadOptions),
+    )
+    base = BaseOptions(**of_base)
     settings, positions = MergeOptions(**storage), TrainedPositions(**trained)
-    if isinstance(lora, Sequence) and not lora:
+    if not base.lora:
         raise UsageError("give at least one `lora`; a model without an adapter needs no merge, and export takes it")
     threads = ThreadOptions(**computing).threads
     check_output(output, force=force or resume)
-    source = from_adapters(
-        base_model, lora, positions, then=then, tokenizer=tokenizer, revision=revision, lora_rank=lora_rank
-    )
+    source = read_source(None, base, positions)
     job = _checked(source, settings)
     needs = needs_of(job.layout, source.adapters, output)
 
@@ -184,28 +178,23 @@ def _finished(merge: CheckedMerge, output: Path) -> Manifest | None:
 
 def _write(merge: CheckedMerge, output: Path, force: bool, resume: bool) -> Manifest:
     with staged(output, force=force, resume=resume) as staging:
-        journal = Journal(staging.parent / JOURNAL, merge.recipe | {"base_files": _stamps(merge.source.base)})
+        journal = Journal(staging.parent / JOURNAL, merge.recipe | {"base_files": merge.source.base.stamps()})
         ledger = write_weights(merge.layout, merge.source.base.directory, merge.rounding, journal, staging)
         return _write_settings(merge, ledger, staging)
 
 
 def _write_settings(merge: CheckedMerge, ledger: Ledger, staging: Path) -> Manifest:
     """Write everything but the weights, the manifest last."""
-    base, plan = merge.source.base, merge.plan
     _write_small_files(merge, staging)
-    manifest = Manifest(
-        kind="merged" if merge.source.spec.is_2d else "stock",
-        family=base.sizes.family,
-        dtype=plan.dtype,
-        vocab_size=base.sizes.vocab,
-        context_length=base.sizes.context_length,
-        eos_token_ids=merge.source.eos_token_ids,
+    manifest = merge.source.manifest(
+        kind=merge.source.kind,
+        dtype=merge.plan.dtype,
+        options=merge.recipe["options"],
         files=file_facts(staging, without={shard.file for shard in merge.layout.shards}),
         ledger={
             "totals": asdict(total(ledger.values())),
             "tensors": {name: entry.to_dict() for name, entry in ledger.items()},
         },
-        **{**merge.recipe, "rope_2d": merge.source.spec},
     )
     manifest.write(staging)
     return manifest
@@ -246,9 +235,3 @@ def _report(
         totals=total(ledger.values()) if ledger is not None else None,
         ledger=ledger,
     )
-
-
-def _stamps(base: Checkpoint) -> dict[str, list[int]]:
-    """Size and modification time of the base's files, by which a resumed merge checks that they are unchanged."""
-    stats = {file: (base.directory / file).stat() for file in base.files}
-    return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}

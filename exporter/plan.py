@@ -9,23 +9,29 @@ from pos2d.exporter.planning.candidates import (
     PlannedRun,
     artifact_sizes,
     candidates_of_artifact,
-    candidates_of_base,
+    candidates_of_model,
     linear_dtype,
 )
 from pos2d.exporter.planning.footprint import Workload
 from pos2d.exporter.planning.recommendation import recommend
-from pos2d.manifest import FILE_NAME
+from pos2d.manifest import is_artifact
 from pos2d.options import takes_options
 from pos2d.sources.checkpoints.base import read_base
+from pos2d.sources.checkpoints.location import split_revision
 from pos2d.units import parse_size
+
+ADAPTER_HINT = (
+    "with an adapter: the needs are the same; give `base_model` {model} and `lora` in place of the model, and "
+    "`rope_2d_ratio` if the training used 2D RoPE"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
     """The ``candidates`` for running ``model``, the names of the ``fitting`` ones, and the ``recommended`` one.
 
-    ``what`` describes the model. ``context``: positions of all branches together, at most those of the model.
-    ``memory_available`` and ``gpu_memory`` are in bytes.
+    ``what`` describes the model; ``hint`` says how the commands change with an adapter. ``context``: positions of all
+    branches together, at most those of the model. ``memory_available`` and ``gpu_memory`` are in bytes.
     """
 
     model: str
@@ -38,6 +44,7 @@ class PlanReport:
     fitting: tuple[str, ...]
     recommended: str | None
     reason: str
+    hint: str
 
 
 @takes_options()
@@ -47,7 +54,7 @@ def plan(
     """Compute what each format of ``model`` needs, from its configuration, headers and manifest alone.
 
     Args:
-        model: a base as ``merge`` takes it, or an artifact's directory.
+        model: an artifact's directory, or a plain model: a directory or a Hub id.
         gpu_memory: memory of the GPU to run on, such as ``8GB``; without it, formats must fit in the memory that this
             machine has available.
         branches: prompts that are answered at the same time.
@@ -64,11 +71,19 @@ def plan(
     for name, number in (("branches", branches), ("context", context)):
         if number < 1:
             raise UsageError(f"`{name}` {number} must be at least 1")
-    base = None if (Path(model) / FILE_NAME).is_file() else read_base(model)
-    sizes, what = artifact_sizes(Path(model)) if base is None else (base.sizes, f"base model, {linear_dtype(base)}")
+    base = None
+    if is_artifact(model):
+        sizes, what = artifact_sizes(Path(model))
+    else:
+        name, revision = split_revision(str(model))
+        base = read_base(name, revision=revision)
+        sizes, what = base.sizes, f"plain model, {linear_dtype(base)}"
     positions = min(context, sizes.context_length)
     run = PlannedRun(sizes, Workload.of(branches, positions), on_gpu=gpu_bytes is not None)
-    candidates = candidates_of_artifact(Path(model), run) if base is None else candidates_of_base(base, str(model), run)
+    if base is None:
+        candidates = candidates_of_artifact(Path(model), run)
+    else:
+        candidates = candidates_of_model(base, str(model), run)
     available = psutil.virtual_memory().available
     fitting = [candidate for candidate in candidates if candidate.fits(available, gpu_bytes)]
     recommended, reason = recommend(candidates, fitting, on_gpu=gpu_bytes is not None)
@@ -83,4 +98,5 @@ def plan(
         fitting=tuple(candidate.name for candidate in fitting),
         recommended=None if recommended is None else recommended.name,
         reason=reason,
+        hint="" if base is None else ADAPTER_HINT.format(model=model),
     )

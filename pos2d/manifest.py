@@ -166,6 +166,11 @@ def _is_file(name: str, facts: object) -> bool:
     return type(facts.get("bytes")) is int and facts["bytes"] >= 0
 
 
+def is_artifact(path: str | Path) -> bool:
+    """Whether a manifest is at ``path``."""
+    return (Path(path) / FILE_NAME).is_file()
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read the manifest of an artifact, and check that all files exist with the sizes that it states.
 
@@ -203,6 +208,4 @@ def _cure(path: Path) -> str:
         return "it is an adapter: merge it with its base, and give the output"
     if path.is_file():
         return "it is a file: give the directory of an artifact"
-    if (path / "config.json").is_file():
-        return "it is a model: merge an adapter into it with `pos2d merge --base-model`, and give the output"
     return "make one with `pos2d merge` or `pos2d export`"

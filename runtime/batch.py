@@ -20,8 +20,9 @@ from pos2d.runtime.batching.input_file import JSON_SUFFIXES, STANDARD_INPUT, cou
 from pos2d.runtime.batching.lines import parse_line
 from pos2d.runtime.batching.output import BatchOutput, write_records
 from pos2d.runtime.engine.sampling import SamplingOptions
-from pos2d.runtime.load import load
+from pos2d.runtime.load import load_opened
 from pos2d.runtime.model.model import Model
+from pos2d.runtime.opening.opened_model import OpenedModel, open_model
 from pos2d.runtime.text.options import LayoutOptions, PromptOptions, RequestOptions, request_options
 
 # Files of an artifact, besides its manifest, that determine how a prompt is encoded.
@@ -77,7 +78,7 @@ class BatchReport:
 
 @takes_options(SamplingOptions, LayoutOptions, PromptOptions, LoadOptions)
 def batch(
-    artifact: str | Path,
+    model: str | Path,
     input: str | Path,
     output: str | Path,
     *,
@@ -96,26 +97,28 @@ def batch(
     :meth:`pos2d.runtime.Model.stream` and of :func:`pos2d.load`; options in a line override them.
 
     Raises:
-        InputError: not an artifact, an input that cannot be read, an artifact without a tokenizer.
+        InputError: no model, an input that cannot be read, a model without a tokenizer.
         UsageError: a value that cannot be used.
         OutputError: the output of another run, or one that another process writes.
     """
-    answering = request_options(Path(artifact), options)
-    warnings = tuple(answering.sampling.warnings(Path(artifact)))
-    (loading,) = split_options(options, LoadOptions)
+    (given,) = split_options(options, LoadOptions)
+    loading = LoadOptions(**given)
+    opened = open_model(model)
+    answering = request_options(opened.directory, options)
+    warnings = tuple(answering.sampling.warnings(opened.directory))
     with input_file(input) as source:
         lines = count_lines(source, "standard input" if str(input) == STANDARD_INPUT else str(input))
-        recipe = _recipe(Path(artifact), source, answering, LoadOptions(**loading), context)
+        recipe = _recipe(opened, source, answering, loading, context)
         result = BatchOutput(Path(output), recipe)
         if any(path.exists() and path.samefile(source) for path in result.files):
             raise UsageError(f"{output} would be written over {input}; name another output")
         if result.is_finished(force):
             return _report(result.path, lines, lines, 0, 0.0, warnings)
-        model = load(artifact, **loading)
-        answering.layout.check_effect(model.manifest.rope_2d)
-        _ = model.tokenizer  # an artifact without one is refused before the output is opened
+        answering.layout.check_effect(opened.manifest.rope_2d)
+        loaded = load_opened(opened, loading)
+        _ = loaded.tokenizer  # a model without one is refused before the output is opened
         started = time.monotonic()
-        resumed, new_tokens = _answer_lines(model, source, lines, result, answering, context, force)
+        resumed, new_tokens = _answer_lines(loaded, source, lines, result, answering, context, force)
         return _report(result.path, lines, resumed, new_tokens, time.monotonic() - started, warnings)
 
 
@@ -147,7 +150,7 @@ def _token_count(record: Mapping[str, Any]) -> int:
 
 
 def _recipe(
-    artifact: Path, source: Path, options: RequestOptions, loading: LoadOptions, context: str | None
+    opened: OpenedModel, source: Path, options: RequestOptions, loading: LoadOptions, context: str | None
 ) -> dict[str, Any]:
     """Everything that the output depends on; equal recipes give equal bytes on the same machine."""
     layout = {name: value for name, value in asdict(options.layout).items() if value is not None}
@@ -157,10 +160,16 @@ def _recipe(
     if options.chat_template_kwargs:
         prompts["chat_template_kwargs"] = dict(options.chat_template_kwargs)
     patterns = (FILE_NAME, *ENCODING_FILES, TEMPLATE_FILES)
-    hashed = sorted(path for pattern in patterns for path in artifact.glob(pattern))
+    hashed = sorted(path for pattern in patterns for path in opened.directory.glob(pattern))
+    # A plain model has no manifest, which has the hashes of all weights.
+    weights = {} if opened.source is None else {"weights": opened.source.base.stamps()}
     recipe = {
         "input": {"name": source.name, "sha256": sha256(source)},
-        "artifact": {"name": artifact.name, "sha256": {path.name: sha256(path) for path in hashed}},
+        "artifact": {
+            "name": opened.directory.name,
+            "sha256": {path.name: sha256(path) for path in hashed},
+            **weights,
+        },
         "sampling": asdict(options.sampling),
         "options": {**asdict(loading), **layout, **prompts},
         "tool_version": __version__,

@@ -16,15 +16,16 @@ import numpy as np
 from pos2d.errors import UsageError
 from pos2d.families import Dimensions
 from pos2d.layout import build_layout
-from pos2d.manifest import Manifest, read_manifest
+from pos2d.manifest import Manifest
 from pos2d.memory_costs import kv_cache_bytes
-from pos2d.options import takes_options
+from pos2d.options import split_options, takes_options
 from pos2d.progress import Progress
 from pos2d.runtime.backends.memory import WEIGHT_ENDINGS
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.decode import prefill
-from pos2d.runtime.load import load
+from pos2d.runtime.load import load_opened
 from pos2d.runtime.model.model import Model
+from pos2d.runtime.opening.opened_model import open_model
 from pos2d.threads import usable_cores
 
 # Tokens of the prompt whose first token ends the load time.
@@ -62,7 +63,7 @@ class BenchReport:
     process.
     """
 
-    artifact: str
+    model: str
     format: str
     prompt_tokens: int
     new_tokens: int
@@ -75,7 +76,7 @@ class BenchReport:
 
 @takes_options(LoadOptions)
 def bench(
-    artifact: str | Path,
+    model: str | Path,
     *,
     prompt_tokens: int = 512,
     new_tokens: int = 64,
@@ -89,14 +90,17 @@ def bench(
 
     Raises:
         UsageError: a number below 1 (2 for tokens), or more positions than the model has.
-        InputError: not an artifact.
+        InputError: no model.
     """
     started = time.perf_counter()
-    manifest = read_manifest(Path(artifact))
+    (given,) = split_options(loading, LoadOptions)
+    options = LoadOptions(**given)
+    opened = open_model(model)
+    manifest = opened.manifest
     _check(manifest, prompt_tokens, new_tokens, branches, rounds)
-    model = load(artifact, **loading)
+    loaded = load_opened(opened, options)
     prompt: list[int] = np.random.default_rng(SEED).integers(0, manifest.vocab_size, prompt_tokens).tolist()
-    next(model.stream_ids([prompt[:FIRST_PROMPT_TOKENS]], max_new_tokens=1, ignore_eos=True))
+    next(loaded.stream_ids([prompt[:FIRST_PROMPT_TOKENS]], max_new_tokens=1, ignore_eos=True))
     load_seconds = time.perf_counter() - started
     times: dict[int, list[list[float]]] = {}
     prefills: dict[int, list[float]] = {}
@@ -104,19 +108,19 @@ def bench(
         for count in sorted(branches):
             times[count], prefills[count] = [], []
             for _ in range(rounds + 1):
-                prefills[count].append(_prefill_time(model, prompt, count))
-                times[count].append(_column_times(model, prompt, count, new_tokens))
+                prefills[count].append(_prefill_time(loaded, prompt, count))
+                times[count].append(_column_times(loaded, prompt, count, new_tokens))
                 progress.advance()
     peak = peak_memory()
     bandwidth = memory_bandwidth()
     # If weights are converted while they are loaded, the sizes of the files are not what a step reads.
-    known = model.backend.device == "cpu" and not loading.get("quant") and loading.get("dtype") in (None, "auto")
+    known = loaded.backend.device == "cpu" and not loading.get("quant") and loading.get("dtype") in (None, "auto")
     rows = (
-        _row(model, count, prompt_tokens, prefills[count][1:], rounds_of_count[1:], bandwidth if known else None)
+        _row(loaded, count, prompt_tokens, prefills[count][1:], rounds_of_count[1:], bandwidth if known else None)
         for count, rounds_of_count in times.items()
     )
     return BenchReport(
-        artifact=str(artifact),
+        model=str(model),
         format=f"{manifest.kind} {_precision(manifest)}",
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,

@@ -9,16 +9,16 @@ import numpy as np
 
 from pos2d.errors import InputError
 from pos2d.layout import Ints
-from pos2d.manifest import read_manifest
-from pos2d.options import takes_options
+from pos2d.options import split_options, takes_options
 from pos2d.progress import Progress
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.backend import Floats
 from pos2d.runtime.engine.decode import forward_slots
 from pos2d.runtime.evaluation.parity import Doubles, check_same_model, kl_divergence, log_softmax
 from pos2d.runtime.evaluation.sequences import EvalSequence, read_sequences
-from pos2d.runtime.load import load
+from pos2d.runtime.load import load_opened
 from pos2d.runtime.model.model import Model
+from pos2d.runtime.opening.opened_model import open_model
 from pos2d.runtime.text.tokenization import load_tokenizer
 from pos2d.spec import Visibility
 
@@ -69,14 +69,14 @@ class EvalReport:
 
 @takes_options(LoadOptions)
 def evaluate(
-    artifact: str | Path,
+    model: str | Path,
     text: str | Path,
     *,
     against: str | Path | None = None,
     branches: int = 4,
     **loading: Any,
 ) -> EvalReport:
-    """Measure the perplexity of ``artifact`` on the samples of a file, and its distance from ``against``.
+    """Measure the perplexity of ``model`` on the samples of a file, and its distance from ``against``.
 
     Samples are evaluated as one sequence each, and then ``branches`` side by side with the artifact's visibility; 1
     leaves the latter out. :func:`pos2d.runtime.evaluation.sequences.read_sequences` says what is cut and left out.
@@ -85,26 +85,29 @@ def evaluate(
     is predicted, formatted with the chat template; in other texts all tokens but the first are. At most 10,000 tokens
     of the file and 512 of a sample are read.
 
-    ``loading`` are the options of :func:`pos2d.load` for ``artifact``; ``against`` runs on the CPU in float32.
+    ``loading`` are the options of :func:`pos2d.load` for ``model``; ``against`` runs on the CPU in float32.
 
     Raises:
         UsageError: ``branches`` is out of range, or the artifact cannot use an option.
         InputError: an artifact or a text that cannot be read, artifacts that are not the same model, a text with no
             token to predict or with one outside the vocabulary, logits that are not finite.
     """
-    directory, path = Path(artifact), Path(text)
-    if against is not None:
-        check_same_model(directory, Path(against))
-    manifest = read_manifest(directory)
-    single, grouped = read_sequences(path, load_tokenizer(directory), manifest, branches)
+    (given,) = split_options(loading, LoadOptions)
+    options, path = LoadOptions(**given), Path(text)
+    opened = open_model(model)
+    reference = None if against is None else open_model(against)
+    if reference is not None:
+        check_same_model(opened, reference)
+    manifest = opened.manifest
+    single, grouped = read_sequences(path, load_tokenizer(opened.directory), manifest, branches)
     cases, skipped = {"one branch": single}, None
     if grouped and branches > 1:
         cases[f"{branches} columns"] = grouped
     elif branches > 1:
         skipped = f"{path} has fewer than {branches} neighbouring samples with the same context"
-    models = [load(artifact, **loading)]
-    if against is not None:
-        models.append(load(against, device="cpu", dtype="float32"))
+    models = [load_opened(opened, options)]
+    if reference is not None:
+        models.append(load_opened(reference, LoadOptions(device="cpu", dtype="float32")))
     with Progress("evaluating", sum(map(len, cases.values()))) as progress:
         figures = tuple(_figures(name, sequences, models, progress) for name, sequences in cases.items())
     return EvalReport(str(path), manifest.rope_2d.visibility, figures, skipped)

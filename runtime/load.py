@@ -1,35 +1,44 @@
-"""Load an artifact of any kind; its manifest says which kind it is."""
+"""Load a model: an artifact of any kind, whose manifest says which kind it is, or a model that was never merged."""
 
 from pathlib import Path
 from typing import Any
 
-from pos2d.manifest import read_manifest
 from pos2d.options import split_options, takes_options
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.backend import Backend
 from pos2d.runtime.model.model import Model
+from pos2d.runtime.opening.opened_model import OpenedModel, open_model
+from pos2d.sources.base_options import BaseOptions
+from pos2d.sources.positions import TrainedPositions
 
 
-@takes_options(LoadOptions)
-def load(path: str | Path, **options: Any) -> Model:
-    """Load a merged or bitsandbytes artifact with torch, or an ONNX one with ONNX Runtime.
+@takes_options(BaseOptions, TrainedPositions, LoadOptions)
+def load(path: str | Path | None = None, **options: Any) -> Model:
+    """Load an artifact, a plain model, or ``base_model`` with the adapters of ``lora``, which are added in memory.
+
+    ONNX artifacts run on ONNX Runtime, and everything else on torch. A plain model is a Hugging Face directory, or the
+    id of one on the Hub as ``ORG/NAME@REVISION``.
 
     Raises:
-        InputError: not an artifact, or one whose files are missing or truncated.
-        UsageError: a device, type or kernel that this artifact cannot use, or options that contradict each other.
+        InputError: neither an artifact nor a model, files that are missing or truncated, or see :func:`pos2d.merge`.
+        UsageError: a device, type or kernel that this model cannot use, or options that contradict each other.
+        UnsafeInputError: weights that would run code.
         StorageError: the memory, or the devices together, cannot hold the weights.
     """
-    (given,) = split_options(options, LoadOptions)
-    load_options = LoadOptions(**given)
-    directory = Path(path)
-    manifest = read_manifest(directory)
+    base, trained, loading = split_options(options, BaseOptions, TrainedPositions, LoadOptions)
+    given = LoadOptions(**loading)
+    return load_opened(open_model(path, BaseOptions(**base), TrainedPositions(**trained)), given)
+
+
+def load_opened(opened: OpenedModel, options: LoadOptions) -> Model:
+    """Load a model that is opened; see :func:`load`."""
     backend: Backend
-    if manifest.kind == "onnx":
+    if opened.manifest.kind == "onnx":
         from pos2d.runtime.backends.onnx.backend import OnnxBackend
 
-        backend = OnnxBackend(directory, manifest, load_options)
+        backend = OnnxBackend(opened.directory, opened.manifest, options)
     else:
         from pos2d.runtime.backends.torch.backend import TorchBackend
 
-        backend = TorchBackend.load(directory, manifest, load_options)
-    return Model(directory, manifest, backend)
+        backend = TorchBackend.load(opened, options)
+    return Model(opened.directory, opened.manifest, backend, opened.temporary)

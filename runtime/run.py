@@ -1,4 +1,4 @@
-"""Answer prompts with an artifact: one as a single sequence, several as branches of one sequence."""
+"""Answer prompts with a model: one as a single sequence, several as branches of one sequence."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,10 +9,13 @@ from typing import Any
 from pos2d.options import split_options, takes_options
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.sampling import SamplingOptions
-from pos2d.runtime.load import load
+from pos2d.runtime.load import load_opened
+from pos2d.runtime.opening.opened_model import open_model
 from pos2d.runtime.text.completions import Completion, Event, collect
 from pos2d.runtime.text.options import LayoutOptions, PromptOptions, request_options
 from pos2d.runtime.text.requests import prepare_request, stream_columns
+from pos2d.sources.base_options import BaseOptions
+from pos2d.sources.positions import TrainedFrequencies, TrainedPositions
 from pos2d.spec import Visibility
 
 Listener = Callable[[Event], None]
@@ -24,7 +27,8 @@ class RunReport:
 
     ``first_seconds`` covers prefill and the first column, ``decode_seconds`` all later columns. ``tokens_per_second``
     is the rate of the later columns over all branches, 0 if there were none. ``sampling`` has the sampling options in
-    force; ``settings`` says them in words. ``warnings`` name generation settings of the artifact that are not used.
+    force; ``settings`` says them in words. ``warnings`` name generation settings of the model that are not used, and
+    positions that may be wrong; ``notes`` say what was decided by default.
     """
 
     visibility: Visibility
@@ -38,12 +42,13 @@ class RunReport:
     decode_seconds: float
     tokens_per_second: float
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-@takes_options(SamplingOptions, LayoutOptions, PromptOptions, LoadOptions)
+@takes_options(SamplingOptions, LayoutOptions, PromptOptions, LoadOptions, BaseOptions, TrainedFrequencies)
 def run(
-    artifact: str | Path,
-    prompt: str | Sequence[str],
+    model: str | Path | None = None,
+    prompt: str | Sequence[str] = (),
     *,
     context: str | None = None,
     on_event: Listener | None = None,
@@ -51,23 +56,27 @@ def run(
 ) -> RunReport:
     """Answer every prompt; ``on_event`` is called with every token as soon as it is generated.
 
+    ``model`` is an artifact or a plain model, as :func:`pos2d.load` takes it; ``base_model`` and ``lora`` in its place
+    are added in memory, and nothing is written.
     ``context`` is prefilled once and seen by all prompts. Texts are rendered with the chat template if the artifact
     has one. The options are those of :meth:`pos2d.runtime.Model.stream` and of :func:`pos2d.load`.
 
     Raises:
-        InputError: not an artifact, no tokenizer, an empty prompt, prompts longer than the model.
+        InputError: no model, no tokenizer, an empty prompt, prompts longer than the model.
         UsageError: a value, device or type that cannot be used.
     """
     started = time.monotonic()
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    answering = request_options(Path(artifact), options)  # before loading, which takes longer
-    (loading,) = split_options(options, LoadOptions)
-    model = load(artifact, **loading)
-    request = prepare_request(model, prompts, context, answering)
+    base, trained, loading = split_options(options, BaseOptions, TrainedFrequencies, LoadOptions)
+    given = LoadOptions(**loading)
+    opened = open_model(model, BaseOptions(**base), TrainedPositions(**trained))
+    answering = request_options(opened.directory, options)  # before loading, which takes longer
+    loaded_model = load_opened(opened, given)
+    request = prepare_request(loaded_model, prompts, context, answering)
     loaded = time.monotonic()
     columns: list[list[Event]] = []
     first: float | None = None
-    for events in stream_columns(model, request):
+    for events in stream_columns(loaded_model, request):
         first = first or time.monotonic()
         columns.append(events)
         if on_event is not None:
@@ -88,7 +97,8 @@ def run(
         first_seconds=first - loaded,
         decode_seconds=ended - first,
         tokens_per_second=later_tokens / (ended - first) if later_tokens else 0.0,
-        warnings=tuple(request.sampling.warnings(model.path)),
+        warnings=(*opened.warnings, *request.sampling.warnings(opened.directory)),
+        notes=opened.notes,
     )
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from pos2d.errors import OutputError, UsageError
 from pos2d.layout import Layout, build_layout
-from pos2d.manifest import read_manifest
 from pos2d.options import takes_options
 from pos2d.runtime.layout_view.picture import Picture, clipped, placed_tokens, printable
+from pos2d.runtime.opening.opened_model import open_model
 from pos2d.runtime.text.options import MAX_BRANCHES, LayoutOptions, PromptOptions
 from pos2d.runtime.text.requests import encode_for
 from pos2d.runtime.text.tokenization import EncodedPrompts, load_tokenizer
@@ -32,7 +32,7 @@ class LayoutReport(Picture):
 
 @takes_options()
 def show_layout(
-    artifact: str | Path | None = None,
+    model: str | Path | None = None,
     *,
     prompt: str | Sequence[str],
     context: str | None = None,
@@ -45,13 +45,13 @@ def show_layout(
     output: str | Path | None = None,
     force: bool = False,
 ) -> LayoutReport:
-    """Lay out prompts as ``run`` would, without reading weights. Without an artifact, words take the place of tokens.
+    """Lay out prompts as ``run`` would, without reading weights. Without a model, words take the place of tokens.
 
     ``token`` is a slot or the text of a token; by default it is the last token of the last prompt. Visibility,
-    alignment and stride default to the artifact's, or to columnar, left and 128. ``output`` is an SVG file.
+    alignment and stride default to the model's, or to columnar, left and 128. ``output`` is an SVG file.
 
     Raises:
-        InputError: not an artifact, no tokenizer, an empty prompt.
+        InputError: no model, no tokenizer, an empty prompt.
         UsageError: a value out of range, a token that does not exist, or an option without effect here.
         OutputError: the output exists, or does not end in .svg.
     """
@@ -60,17 +60,18 @@ def show_layout(
     if len(prompt) > MAX_BRANCHES:
         raise UsageError(f"{len(prompt)} prompts do not fit in one sequence; give at most {MAX_BRANCHES}")
     encoding = PromptOptions(ignore_chat_template=ignore_chat_template, chat_template_kwargs=chat_template_kwargs)
-    if encoding != PromptOptions() and artifact is None:
+    if encoding != PromptOptions() and model is None:
         name = "ignore_chat_template" if ignore_chat_template else "chat_template_kwargs"
-        raise UsageError(f"`{name}` concerns an artifact's template; give an artifact, or leave it out")
-    spec = PLAIN_SPEC if artifact is None else read_manifest(Path(artifact)).rope_2d
+        raise UsageError(f"`{name}` concerns a model's template; give a model, or leave it out")
+    opened = None if model is None else open_model(model)
+    spec = PLAIN_SPEC if opened is None else opened.manifest.rope_2d
     options = LayoutOptions(visibility=visibility, align_to=align_to, branch_stride=branch_stride)
     options.check_effect(spec)
     spec = options.apply_to(spec)
-    if artifact is None:
+    if opened is None:
         encoded, text_of = _words(prompt, context)
     else:
-        encoded, text_of = _tokens(Path(artifact), prompt, context, spec, encoding)
+        encoded, text_of = _tokens(opened.directory, prompt, context, spec, encoding)
     layout = build_layout(encoded.branches, spec, encoded.context)
     texts = [text_of(int(number)) for number in layout.ids]
     chosen = _chosen(token, texts, layout)
@@ -78,7 +79,7 @@ def show_layout(
         visibility=spec.visibility,
         align_to=spec.align_to,
         branch_stride=spec.branch_stride if spec.is_2d else None,
-        words=artifact is None,
+        words=model is None,
         chosen=chosen,
         tokens=placed_tokens(layout, texts, chosen),
         output=str(output) if file else None,

@@ -9,18 +9,19 @@ import numpy as np
 
 from pos2d.errors import ParityError, UsageError
 from pos2d.layout import Layout, build_layout
-from pos2d.manifest import read_manifest
 from pos2d.options import takes_options
 from pos2d.progress import Progress
 from pos2d.reference import Reference, read_reference
+from pos2d.runtime.backends.options import LoadDtype, LoadOptions
 from pos2d.runtime.engine.backend import BatchBackend, Floats
 from pos2d.runtime.engine.batch_decode import forward_spans
 from pos2d.runtime.engine.decode import forward
 from pos2d.runtime.evaluation.exact_probe import ExactDistance, distance_in_batch, distance_in_sequence, judged
 from pos2d.runtime.evaluation.integrity import check_files, check_settings
 from pos2d.runtime.evaluation.parity import CaseParity, check_same_model, compare
-from pos2d.runtime.load import load
+from pos2d.runtime.load import load_opened
 from pos2d.runtime.model.model import Model
+from pos2d.runtime.opening.opened_model import OpenedModel, open_model
 from pos2d.threads import ThreadOptions
 
 DEFAULT_RTOL = 1e-3
@@ -89,9 +90,9 @@ def _figures(report: "ParityReport | ExactDistance") -> str:
 
 @takes_options(ThreadOptions)
 def verify(
-    artifact: str | Path, against: str | Path | None = None, *, rtol: float = DEFAULT_RTOL, **options: Any
+    model: str | Path, against: str | Path | None = None, *, rtol: float = DEFAULT_RTOL, **options: Any
 ) -> ParityReport:
-    """Check the files of ``artifact``, and its logits: against those of ``against``, both computed in float32.
+    """Check the files of ``model``, and its logits: against those of ``against``, both computed in float32.
 
     Every file is compared with the SHA-256 in the manifest, and what the manifest says of positions, sizes and end
     tokens with graphs and ``config.json``. Without ``against`` that is all that is checked of an artifact that is not a
@@ -110,31 +111,43 @@ def verify(
     positions.)
 
     Raises:
-        InputError: either is not an artifact, a file changed, or they are not the same model.
+        InputError: either is no model, a file changed, or they are not the same model.
         UsageError: a tolerance that is not positive, a quantised reference, or a reference for a quantised artifact.
     """
     if not rtol > 0:
         raise UsageError(f"`rtol` {rtol} must be above 0")
     if against is None and rtol != DEFAULT_RTOL:
         raise UsageError("`rtol` belongs to `against`; rounded activations are judged by KL and top token")
-    directory, threads = Path(artifact), ThreadOptions(**options).threads
-    manifest = read_manifest(directory)
-    if against is not None:
-        for path, its in ((directory, manifest), (against, read_manifest(Path(against)))):
-            if its.quant is not None or its.graph_quant is not None:
-                raise UsageError(
-                    f"{path} is quantised, so its logits differ; `pos2d eval` measures how much that matters"
-                )
-        check_same_model(directory, Path(against))
-    files = check_files(directory, manifest)
-    check_settings(directory, manifest)
-    if against is not None:
-        report = _verify_against(_load(directory, threads), _load(Path(against), threads), rtol)
+    threads = ThreadOptions(**options).threads
+    opened = open_model(model)
+    reference = None if against is None else open_model(against)
+    directory, manifest = opened.directory, opened.manifest
+    if reference is not None:
+        _refuse_quantised(opened, reference)
+        check_same_model(opened, reference)
+    elif opened.source is not None:
+        raise UsageError(
+            f"{model} is a plain model, and nothing says what it should compute; give `against` to compare it"
+        )
+    files = 0
+    if opened.source is None:
+        files = check_files(directory, manifest)
+        check_settings(directory, manifest)
+    if reference is not None:
+        report = _verify_against(_load(opened, threads), _load(reference, threads), rtol)
     elif manifest.graph_quant is not None:
-        report = _verify_quantised(load(directory, threads=threads), read_reference(directory))
+        report = _verify_quantised(load_opened(opened, LoadOptions(threads=threads)), read_reference(directory))
     else:
         report = _report((), None)
     return replace(report, files=files)
+
+
+def _refuse_quantised(*compared: OpenedModel) -> None:
+    for opened in compared:
+        if opened.manifest.quant is not None or opened.manifest.graph_quant is not None:
+            raise UsageError(
+                f"{opened.directory} is quantised, so its logits differ; `pos2d eval` measures how much that matters"
+            )
 
 
 def _verify_against(candidate: Model, reference: Model, rtol: float) -> ParityReport:
@@ -144,10 +157,10 @@ def _verify_against(candidate: Model, reference: Model, rtol: float) -> ParityRe
     return _report(cases, rtol)
 
 
-def _load(path: Path, threads: int | None) -> Model:
-    """Load an artifact in float32 on the CPU; a graph has only one type."""
-    dtype = "auto" if read_manifest(path).kind == "onnx" else "float32"
-    return load(path, device="cpu", dtype=dtype, threads=threads)
+def _load(opened: OpenedModel, threads: int | None) -> Model:
+    """Load a model in float32 on the CPU; a graph has only one type."""
+    dtype: LoadDtype = "auto" if opened.manifest.kind == "onnx" else "float32"
+    return load_opened(opened, LoadOptions(device="cpu", dtype=dtype, threads=threads))
 
 
 def _verify_quantised(model: Model, reference: Reference | None) -> ParityReport:

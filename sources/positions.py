@@ -13,13 +13,13 @@ TRAINER_FORMS = ("trainer", "state dict")
 
 
 @dataclass(frozen=True, slots=True)
-class TrainedPositions:
-    """How the training placed tokens. The trainer does not save these settings; the first three exclude one another.
+class TrainedFrequencies:
+    """Which rotary frequencies the training gave to branch and time; the options exclude one another.
 
     ``pair_indices`` may also be given as a sequence of numbers.
 
     Raises:
-        UsageError: more than one of the three, or a value out of range.
+        UsageError: more than one of them, or a value out of range.
     """
 
     rope_2d_ratio: float | None = option(
@@ -39,17 +39,6 @@ class TrainedPositions:
         False,
         "The training used no 2D RoPE: tokens only have a position. This is the default for adapters of PEFT and MLX.",
     )
-    branch_stride: int = option(
-        128,
-        "Step between the branch positions of neighbouring branches, as in the training.",
-        minimum=1,
-        maximum=MAX_STRIDE,
-    )
-    align_to: Align = option(
-        "left",
-        "Prompts of different length start in the same column (left) or end in the same column (right), as in the "
-        "training.",
-    )
 
     def __post_init__(self) -> None:
         if isinstance(self.pair_indices, Sequence) and not isinstance(self.pair_indices, str):
@@ -64,6 +53,27 @@ class TrainedPositions:
     def is_given(self) -> bool:
         """Whether the call says which positions the training had."""
         return (self.rope_2d_ratio, self.pair_indices, self.no_patch_rope) != (None, None, False)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedPositions(TrainedFrequencies):
+    """How the training placed tokens, which the trainer does not save.
+
+    Raises:
+        UsageError: as :class:`TrainedFrequencies`.
+    """
+
+    branch_stride: int = option(
+        128,
+        "Step between the branch positions of neighbouring branches, as in the training.",
+        minimum=1,
+        maximum=MAX_STRIDE,
+    )
+    align_to: Align = option(
+        "left",
+        "Prompts of different length start in the same column (left) or end in the same column (right), as in the "
+        "training.",
+    )
 
     def resolve(self, frequencies: int) -> Rope2DSpec:
         """The positional contract for a base with this many rotary ``frequencies``, once the positions are given."""

@@ -1,18 +1,20 @@
-"""The weights that an artifact is made from: a base with its adapters, or a merged directory."""
+"""The weights that an artifact is made from: a base with its adapters, a plain model, or what merge wrote."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pos2d import __version__
 from pos2d.errors import InputError, UsageError
 from pos2d.hashing import sha256
-from pos2d.manifest import MERGES, read_manifest
+from pos2d.manifest import MERGES, Kind, Manifest, is_artifact, read_manifest
 from pos2d.sources.adapters import Adapter, read_adapters
 from pos2d.sources.adapters.vocabulary import resized
+from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.checkpoints.base import read_base
 from pos2d.sources.checkpoints.checkpoint import Checkpoint, read_checkpoint, read_config
+from pos2d.sources.checkpoints.location import split_revision
 from pos2d.sources.hf_config import end_tokens
 from pos2d.sources.positions import TrainedPositions, choose_positions
 from pos2d.sources.sidecars.sidecars import Sidecars
@@ -42,6 +44,47 @@ class Source:
     retention: float | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of its merge: a stock checkpoint if it has no 2D RoPE."""
+        return "merged" if self.spec.is_2d else "stock"
+
+    def manifest(self, **facts: Any) -> Manifest:
+        """The manifest of an artifact of this source; ``facts`` are the fields that the source does not decide."""
+        sizes = self.base.sizes
+        decided = {
+            "family": sizes.family,
+            "vocab_size": sizes.vocab,
+            "context_length": sizes.context_length,
+            "eos_token_ids": self.eos_token_ids,
+            "options": self.options,
+            "one_branch_of": self.one_branch_of,
+        }
+        return Manifest(**{**decided, **self.origin, "rope_2d": self.spec, **facts})
+
+
+def read_source(model: str | Path | None, base: BaseOptions, positions: TrainedPositions) -> Source:
+    """Read ``model``, a directory that merge wrote or a plain model, or what ``base`` names.
+
+    A plain model is a Hugging Face directory, or the id of one on the Hub as ``ORG/NAME@REVISION``.
+
+    Raises:
+        UsageError: both or neither are given, or options that do not apply to ``model``.
+        InputError, UnsafeInputError: see :func:`from_merged` and :func:`from_adapters`.
+    """
+    if (model is None) == (base.base_model is None):
+        raise UsageError("give either a model, or `base_model` and usually `lora`")
+    if model is None:
+        return from_adapters(**asdict(base), positions=positions)
+    if base != BaseOptions():
+        raise UsageError("`lora`, `then`, `tokenizer`, `lora_rank` and `revision` belong to `base_model`; give that")
+    if is_artifact(model):
+        if positions != TrainedPositions():
+            raise UsageError(f"{model} stores its positions; leave out those of the training")
+        return from_merged(Path(model))
+    name, revision = split_revision(str(model))
+    return from_adapters(name, (), positions, revision=revision)
 
 
 def from_adapters(

@@ -15,6 +15,8 @@ from pos2d.errors import InputError, UsageError
 from pos2d.options import Option, options_of
 from pos2d.text_files import read_text
 
+# The heading of flags that name a base and its adapters, in place of a model.
+FROM_BASE = "From a base model and adapters, without MODEL"
 QUOTES = "'\""
 # Escapes that the command line reads in options which say so.
 ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
@@ -35,13 +37,15 @@ def with_flags(*decorators: Decorator) -> Decorator:
     return decorate
 
 
-def flags_of(group: type[Any], section: str, *, without: Collection[str] = ()) -> Decorator:
+def flags_of(
+    group: type[Any], section: str, *, without: Collection[str] = (), required: Collection[str] = ()
+) -> Decorator:
     """A flag for every option of a group but those in ``without``, in a section of the help page."""
     declared = (option for name, option in options_of(group).items() if name not in without)
-    return with_flags(*(flag_of(option, section) for option in declared))
+    return with_flags(*(flag_of(option, section, required=option.name in required) for option in declared))
 
 
-def flag_of(option: Option, section: str) -> Decorator:
+def flag_of(option: Option, section: str, *, required: bool = False) -> Decorator:
     """One flag. click checks choices and the kind of value; the library checks ranges and what belongs together."""
     names = [flag_name(option.name), *option.flags, option.name]
     text = in_terms_of_flags(option.help) + (ESCAPES_HELP if option.escapes else "")
@@ -56,6 +60,7 @@ def flag_of(option: Option, section: str) -> Decorator:
         type=_type_of(option),
         multiple=option.kind is tuple,
         default=None,
+        required=required,
         metavar=option.metavar,
         callback=unescaped if option.escapes else None,
         help=text if default is None else f"{text}  [default: {default}]",
@@ -166,64 +171,3 @@ def prompt_flag(**settings: Any) -> Decorator:
     text = "Prompt. Repeat the flag for several prompts, which are the branches of one sequence."
     reads = " The prompt - is read from standard input." if "callback" in settings else ""
     return click.option("-p", "--prompt", multiple=True, metavar="TEXT", help=text + reads, **settings)
-
-
-def revision_flag(section: str = "Options") -> Decorator:
-    """The revision of a base model from the Hub."""
-    return click.option(
-        "--revision",
-        metavar="COMMIT",
-        help="Git commit, tag or branch of a base model on the Hub.  [default: the newest]",
-        cls=SectionedOption,
-        section=section,
-    )
-
-
-def base_flags(section: str, *, required: bool) -> Decorator:
-    """The flags that name a base model and its adapters."""
-    return with_flags(
-        click.option(
-            "--base-model",
-            required=required,
-            metavar="DIR_OR_HUB_ID",
-            help="Base model that the adapter was trained on: a directory, or a name on the Hugging Face Hub.",
-            cls=SectionedOption,
-            section=section,
-        ),
-        revision_flag(section),
-        click.option(
-            "--lora",
-            "--lora-path",
-            "lora",
-            required=required,
-            multiple=True,
-            metavar="PATH[=WEIGHT]",
-            help="Adapter: the trainer's .pth file, a PEFT or MLX directory, or NAME@REVISION on the Hugging Face Hub. "
-            "Repeat the flag to merge the sum of several; WEIGHT scales what an adapter adds.  [default weight: 1]",
-            cls=SectionedOption,
-            section=section,
-        ),
-        click.option(
-            "--then",
-            multiple=True,
-            metavar="PATH[=WEIGHT]",
-            help="Adapter that was trained on the result of all before it. Repeat the flag for a longer chain.",
-            cls=SectionedOption,
-            section=section,
-        ),
-        click.option(
-            "--tokenizer",
-            metavar="DIR",
-            help="Directory whose tokenizer and chat template the output gets.  [default: the last adapter that has "
-            "its own, or else the base model]",
-            cls=SectionedOption,
-            section=section,
-        ),
-        click.option(
-            "--lora-rank",
-            type=int,
-            help="Refuse adapters of another rank than this.  [default: any rank]",
-            cls=SectionedOption,
-            section=section,
-        ),
-    )

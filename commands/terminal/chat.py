@@ -16,10 +16,13 @@ from pos2d.errors import InputError, Pos2DError
 from pos2d.options import split_options, takes_options
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.sampling import SamplingOptions
-from pos2d.runtime.load import load
+from pos2d.runtime.load import load_opened
+from pos2d.runtime.opening.opened_model import open_model
 from pos2d.runtime.text.completions import Event, completion
 from pos2d.runtime.text.conversation import Conversation, Message
 from pos2d.runtime.text.options import LayoutOptions, PromptOptions, request_options
+from pos2d.sources.base_options import BaseOptions
+from pos2d.sources.positions import TrainedFrequencies, TrainedPositions
 
 LEAVE = ("quit", "exit")
 HELP = """\
@@ -31,24 +34,26 @@ HELP = """\
 quit, exit, Ctrl-D                  leave; Ctrl-C stops an answer"""
 
 
-@takes_options(SamplingOptions, LayoutOptions, PromptOptions, LoadOptions)
-def chat(artifact: str | Path, *, context: str | None = None, **options: Any) -> None:
-    """Hold a conversation with an artifact on standard input and output; ``context`` is the system message.
+@takes_options(SamplingOptions, LayoutOptions, PromptOptions, LoadOptions, BaseOptions, TrainedFrequencies)
+def chat(model: str | Path | None = None, *, context: str | None = None, **options: Any) -> None:
+    """Hold a conversation with a model on standard input and output; ``context`` is the system message.
 
     The other keywords are those of :meth:`pos2d.runtime.Model.conversation` and of :func:`pos2d.load`.
 
     Raises:
-        InputError: not an artifact, or no chat template.
+        InputError: no model, or no chat template.
         UsageError: a value that cannot be used.
     """
-    answering = request_options(Path(artifact), options)
-    (loading,) = split_options(options, LoadOptions)
-    model = load(artifact, **loading)
-    warn(answering.sampling.warnings(model.path))
+    base, trained, loading = split_options(options, BaseOptions, TrainedFrequencies, LoadOptions)
+    given = LoadOptions(**loading)
+    opened = open_model(model, BaseOptions(**base), TrainedPositions(**trained))
+    answering = request_options(opened.directory, options)
+    loaded = load_opened(opened, given)
+    warn([*opened.warnings, *answering.sampling.warnings(opened.directory)], opened.notes)
     system: list[Message] = [{"role": "system", "content": context}] if context is not None else []
-    session = Session(Conversation(model, system, answering), system)
+    session = Session(Conversation(loaded, system, answering), system)
     if is_interactive():
-        _print_note(f"{artifact} ({answering.sampling.summary()}); /help shows the commands")
+        _print_note(f"{model or base['base_model']} ({answering.sampling.summary()}); /help shows the commands")
     with line_editing():
         while session.turn():
             pass

@@ -1,4 +1,4 @@
-"""Every format that a base or an artifact can be run in, with its footprint and the commands that make it."""
+"""Every format that a plain model or an artifact can be run in, with its footprint and the commands that make it."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ MERGE_DTYPES = ("float32", "bfloat16", "float16")
 GRAPH_FORMATS = tuple(Format("onnx", "float32", quant) for quant in (None, *BITS))
 CONFIG = "config.json"
 # What the user fills in.
-ADAPTER, RATIO, PROMPT = "YOUR_ADAPTER", "YOUR_RATIO", "YOUR_PROMPT"
+PROMPT = "YOUR_PROMPT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,48 +82,39 @@ class PlannedRun:
         )
 
 
-def candidates_of_base(base: Checkpoint, model: str, run: PlannedRun) -> list[Candidate]:
-    """Merges in every dtype, the base's included, then all exports."""
-    base_dtype = linear_dtype(base)
+def candidates_of_model(base: Checkpoint, model: str, run: PlannedRun) -> list[Candidate]:
+    """A plain model as it is, in the other dtypes, and in every other format; ``model`` names it in commands."""
+    stored_dtype = linear_dtype(base)
     sidecar_bytes = sum(path.stat().st_size for path in files_in(base.directory).values())
-    settings_bytes = _settings_bytes((base.directory / CONFIG).stat().st_size)
-    base_bytes = sum(place.nbytes + HEADER_ENTRY_BYTES for place in base.tensors.values())
-    # No file says which positions an adapter was trained with, and any others give a broken model, so the user must.
-    inputs = ["--base-model", model, "--lora", ADAPTER, "--rope-2d-ratio", RATIO]
-    merge = ["pos2d", "merge", *inputs]
-    merges = []
-    for dtype in sorted({base_dtype, *MERGE_DTYPES}, key=lambda dtype: _dtype_rank(dtype, base_dtype)):
-        form = Format("merged", dtype)
-        if dtype == base_dtype:
-            merges.append(
-                run.candidate(
-                    form, base_bytes + sidecar_bytes + settings_bytes, [*merge, "-o", "merged"], "the base's dtype"
-                )
-            )
+    config_bytes = (base.directory / CONFIG).stat().st_size
+    weight_bytes = sum(place.nbytes + HEADER_ENTRY_BYTES for place in base.tensors.values())
+    stock = []
+    for dtype in sorted({stored_dtype, *MERGE_DTYPES}, key=lambda dtype: _dtype_rank(dtype, stored_dtype)):
+        form = Format("stock", dtype)
+        if dtype == stored_dtype:
+            disk = weight_bytes + sidecar_bytes + config_bytes
+            stock.append(run.candidate(form, disk, _run_command(model, run), "this model"))
         else:
-            command = [*merge, "--dtype", dtype, "-o", "merged"]
-            disk = disk_bytes(base.sizes, form) + sidecar_bytes + settings_bytes
-            merges.append(run.candidate(form, disk, command))
-    return [*merges, *_exports(inputs, base_dtype, sidecar_bytes, settings_bytes, run)]
+            command = ["pos2d", "export", model, *_export_flags(form), "-o", f"stock-{dtype}"]
+            stock.append(run.candidate(form, disk_bytes(base.sizes, form) + sidecar_bytes + config_bytes, command))
+    return [*stock, *_exports([model], stored_dtype, sidecar_bytes, config_bytes, run)]
 
 
 def candidates_of_artifact(directory: Path, run: PlannedRun) -> list[Candidate]:
-    """The artifact itself, in every dtype that it can compute in; if it is a merged one, also all exports."""
+    """The artifact itself, in every dtype that it can compute in; if it is a merge, also all exports."""
     manifest = read_manifest(directory)
-    command = ["pos2d", "run", str(directory), "--prompt", PROMPT]
     if manifest.kind == "onnx":
-        return [_existing_graph(manifest, command, run)]
-    command += ["--device", "cuda" if run.on_gpu else "cpu"]
+        return [_existing_graph(manifest, ["pos2d", "run", str(directory), "--prompt", PROMPT], run)]
+    command = _run_command(str(directory), run)
     if manifest.quant is not None:
         # On the CPU, 8-bit layers are computed in bfloat16, whatever the other weights are stored in.
         dtype = "bfloat16" if manifest.quant.name == "8bit" and not run.on_gpu else manifest.dtype
-        return [
-            run.candidate(Format("bnb", dtype, manifest.quant.name), manifest.total_bytes, command, "this artifact")
-        ]
-    as_stored = run.candidate(Format("merged", manifest.dtype), manifest.total_bytes, command, "this artifact")
+        form = Format(manifest.kind, dtype, manifest.quant.name)
+        return [run.candidate(form, manifest.total_bytes, command, "this artifact")]
+    as_stored = run.candidate(Format(manifest.kind, manifest.dtype), manifest.total_bytes, command, "this artifact")
     converted = [
         run.candidate(
-            Format("merged", dtype),
+            Format(manifest.kind, dtype),
             manifest.total_bytes,
             [*command, "--dtype", dtype],
             f"this artifact, computed in {dtype}",
@@ -133,8 +124,13 @@ def candidates_of_artifact(directory: Path, run: PlannedRun) -> list[Candidate]:
     ]
     sidecars = files_in(directory)
     sidecar_bytes = sum(facts["bytes"] for name, facts in manifest.files.items() if name in sidecars)
-    settings_bytes = _settings_bytes(manifest.files[CONFIG]["bytes"])
+    settings_bytes = manifest.files[CONFIG]["bytes"] + (_code_bytes() if manifest.rope_2d.is_2d else 0)
     return [as_stored, *converted, *_exports([str(directory)], manifest.dtype, sidecar_bytes, settings_bytes, run)]
+
+
+def _run_command(model: str, run: PlannedRun) -> list[str]:
+    """The command that runs a model on torch."""
+    return ["pos2d", "run", model, "--prompt", PROMPT, "--device", "cuda" if run.on_gpu else "cpu"]
 
 
 def artifact_sizes(directory: Path) -> tuple[Dimensions, str]:
@@ -176,9 +172,9 @@ def _exports(
         yield run.candidate(form, disk, command)
 
 
-def _settings_bytes(config_bytes: int) -> int:
-    """Bytes of the configuration of a torch artifact, made from one of ``config_bytes``, and of its code."""
-    return config_bytes + sum((Path(hf.__file__).parent / name).stat().st_size for name in CODE)
+def _code_bytes() -> int:
+    """Bytes of the code in a torch artifact with 2D RoPE."""
+    return sum((Path(hf.__file__).parent / name).stat().st_size for name in CODE)
 
 
 def _existing_graph(manifest: Manifest, command: Sequence[str], run: PlannedRun) -> Candidate:
@@ -195,6 +191,8 @@ def _export_flags(form: Format) -> list[str]:
     quant = [] if form.quant is None else ["--quant", form.quant]
     if form.kind == "onnx":
         return quant
+    if form.kind == "stock":
+        return ["--format", form.kind, *quant, "--dtype", form.dtype]
     return ["--format", form.kind, *quant]
 
 

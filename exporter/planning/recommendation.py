@@ -37,6 +37,8 @@ def recommend(
     for ranked, reason in (ON_GPU if on_gpu else ON_CPU).items():
         for candidate in fitting:
             form = candidate.form
-            if (form.kind, form.quant) == ranked and (form.kind != "merged" or form.item_bytes == 2):
+            # A stock checkpoint runs as a merge does, and one that is quantised as one of bitsandbytes.
+            kind = form.kind if form.kind != "stock" else "merged" if form.quant is None else "bnb"
+            if (kind, form.quant) == ranked and (kind != "merged" or form.item_bytes == 2):
                 return candidate, reason
     return None, NOTHING_FITS

@@ -6,7 +6,7 @@ from pos2d.bnb_format import BnbQuant
 from pos2d.manifest import Manifest
 from pos2d.memory_costs import check_memory_fits, least_memory
 
-WEIGHT_ENDINGS = (".safetensors", ".onnx.data")
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".onnx.data")
 
 
 def check_memory(directory: Path, manifest: Manifest, dtype: str, quant: BnbQuant | None = None) -> None:

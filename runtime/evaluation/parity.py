@@ -7,30 +7,39 @@ import numpy as np
 import numpy.typing as npt
 
 from pos2d.errors import InputError
-from pos2d.manifest import read_manifest
+from pos2d.hashing import sha256
 from pos2d.runtime.engine.backend import Floats
+from pos2d.runtime.opening.opened_model import OpenedModel
 
 # The files that hold a tokenizer itself, without its settings.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+# Fields of manifests: those of every model, and those that only artifacts record.
+ALWAYS_SAME = ("family", "vocab_size", "context_length", "rope_2d")
+RECORDED = ("eos_token_ids", "adapters", "base")
 
 Doubles = npt.NDArray[np.float64]
 
 
-def check_same_model(artifact: Path, reference: Path) -> None:
-    """Check from their manifests that two artifacts have the same base, adapters, positions, end tokens and tokenizer.
+def check_same_model(model: OpenedModel, reference: OpenedModel) -> None:
+    """Check that two artifacts have the same base, adapters, positions, end tokens and tokenizer.
+
+    A plain model does not say where its weights come from, so only its shape, positions and tokenizer are compared.
 
     Raises:
-        InputError: one of them is not an artifact, or they are not the same model.
+        InputError: they are not the same model.
     """
-    manifests = [read_manifest(path) for path in (artifact, reference)]
-    fields = ("family", "vocab_size", "context_length", "eos_token_ids", "rope_2d", "adapters", "base")
-    differing = [name for name in fields if getattr(manifests[0], name) != getattr(manifests[1], name)]
-    digests = [{name: manifest.files.get(name, {}).get("sha256") for name in TOKENIZERS} for manifest in manifests]
-    differing += [name for name in TOKENIZERS if digests[0][name] != digests[1][name]]
+    fields = ALWAYS_SAME if model.source or reference.source else (*ALWAYS_SAME, *RECORDED)
+    differing = [name for name in fields if getattr(model.manifest, name) != getattr(reference.manifest, name)]
+    digests = [_tokenizer_digests(opened.directory) for opened in (model, reference)]
+    differing += [name for name in sorted(set(digests[0]) & set(digests[1])) if digests[0][name] != digests[1][name]]
     if differing:
         raise InputError(
-            f"{artifact} and {reference} are not the same model: {', '.join(differing)} differ in their manifests"
+            f"{model.directory} and {reference.directory} are not the same model: {', '.join(differing)} differ"
         )
+
+
+def _tokenizer_digests(directory: Path) -> dict[str, str]:
+    return {name: sha256(directory / name) for name in TOKENIZERS if (directory / name).is_file()}
 
 
 def log_softmax(logits: Floats) -> Doubles:

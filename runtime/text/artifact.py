@@ -1,4 +1,4 @@
-"""A loaded artifact, as everything that works with texts takes it."""
+"""A loaded model, as everything that works with texts takes it."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,15 +10,20 @@ from pos2d.hf.tokenizer import load_tokenizer
 from pos2d.layout import Ints
 from pos2d.manifest import Manifest
 from pos2d.runtime.engine.backend import Backend
+from pos2d.runtime.opening.opened_model import TemporaryFolder
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedArtifact:
-    """The directory of an artifact, its manifest, its decoder and its tokenizer."""
+    """The directory with a model's small files, its manifest, its decoder and its tokenizer.
+
+    ``temporary``: the directory, if it is to be removed with the model.
+    """
 
     path: Path
     manifest: Manifest = field(repr=False)
     backend: Backend = field(repr=False)
+    temporary: TemporaryFolder | None = field(default=None, repr=False)
 
     @cached_property
     def tokenizer(self) -> Any:

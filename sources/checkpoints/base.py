@@ -7,6 +7,7 @@ from typing import Any
 from pos2d.config_values import shown
 from pos2d.errors import InputError
 from pos2d.families import CLASS_NAMES, MODEL_TYPE_PREFIX
+from pos2d.manifest import FILE_NAME, is_artifact
 from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint, read_checkpoint, read_config
 from pos2d.sources.checkpoints.location import locate
 from pos2d.sources.checkpoints.other_keys import other_keys
@@ -36,6 +37,8 @@ def read_base(base_model: str | Path, *, revision: str | None = None, bake_rope:
     name = shown(model_type).strip("'")
     source = str(directory / CONFIG)
     if model_type.startswith(MODEL_TYPE_PREFIX):
+        if not is_artifact(directory):
+            raise InputError(f"{directory} was made by this tool but has no {FILE_NAME}; copy the artifact again")
         raise InputError(f"{source}: this base is merged already ({name}); merge into the original base instead")
     if model_type not in CLASS_NAMES:
         text_config = config.get("text_config")

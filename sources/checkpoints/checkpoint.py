@@ -44,6 +44,11 @@ class Checkpoint:
     def files(self) -> list[str]:
         return sorted({place.file for place in self.tensors.values()})
 
+    def stamps(self) -> dict[str, list[int]]:
+        """Size and modification time of the files, by which it is recognised whether they are unchanged."""
+        stats = {file: (self.directory / file).stat() for file in self.files}
+        return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+
     def linear_shapes(self) -> dict[str, tuple[int, ...]]:
         """Module name to ``(out, in)`` of every linear layer, including a tied head."""
         shapes = {

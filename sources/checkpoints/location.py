@@ -23,6 +23,14 @@ TEMPLATES = "additional_chat_templates/*.jinja"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".json")
 
 
+def split_revision(model: str) -> tuple[str, str | None]:
+    """Split ``ORG/NAME@REVISION`` into an id of the Hub and its revision; a path that exists is taken literally."""
+    if Path(model).exists():
+        return model, None
+    name, _, revision = model.partition("@")
+    return name, revision or None
+
+
 def locate(base_model: str, revision: str | None) -> tuple[Path, str | None]:
     """The local directory of a base, and its commit if it came from the Hub at ``revision``.
 
@@ -40,13 +48,18 @@ def locate(base_model: str, revision: str | None) -> tuple[Path, str | None]:
             raise InputError(f"{path / CONFIG} does not exist; {_cure(path)}")
         return path, None
     if path.suffix == ".gguf":
-        raise InputError(f"base model {base_model} is a GGUF file; {GGUF_CURE}")
+        raise InputError(f"{base_model} is a GGUF file; {GGUF_CURE}")
     if path.is_file() and path.name.endswith(WEIGHT_ENDINGS):
         cure = f"its directory, {path.parent}" if (path.parent / CONFIG).is_file() else "a Hugging Face model directory"
-        raise InputError(f"base model {base_model} is a file of weights; give {cure}")
-    looks_like_path = base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
+        raise InputError(f"{base_model} is a file of weights; give {cure}")
+    # A name in a directory that exists here is a misspelt path, and no organisation of the Hub.
+    in_directory = path.parent != Path() and path.parent.is_dir()
+    looks_like_path = base_model.startswith((".", "/", "~")) or base_model.count("/") > 1 or in_directory
     if looks_like_path or path.exists():
-        raise InputError(f"base model {base_model} is not a directory; give a Hugging Face model directory or a Hub id")
+        raise InputError(
+            f"{base_model} {'is not a directory' if path.exists() else 'does not exist'}; give a Hugging Face model "
+            "directory or a Hub id"
+        )
     return _download(base_model, revision)
 
 
@@ -75,7 +88,7 @@ def _cure(directory: Path) -> str:
 
 def _download(base_model: str, revision: str | None) -> tuple[Path, str]:
     """The snapshot of a repository on the Hub; all its files are of one commit."""
-    with hub_errors(f"base model {base_model}", revision, "a directory nor a model"):
+    with hub_errors(f"model {base_model}", revision, "a directory here nor a model"):
         path = _fetch(base_model, revision, SMALL_FILES, ignore=["*/*"])
         _fetch(base_model, path.name, [TEMPLATES])
         _fetch_weights(base_model, path)

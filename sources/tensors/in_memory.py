@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pos2d.sources.checkpoints.checkpoint import Checkpoint
 from pos2d.sources.files.parallel import single_threaded_torch
 from pos2d.sources.files.tensor_io import TensorFile, opened
-from pos2d.sources.files.tensor_places import torch_dtype
+from pos2d.sources.files.tensor_places import safetensors_name, torch_dtype
 from pos2d.sources.tensors.rounded_rows import check_copied, rounded_rows
 from pos2d.sources.tensors.rounding import Rounding
 from pos2d.sources.tensors.tensor_plan import PlannedTensor, TensorPlan
@@ -35,7 +35,7 @@ class MergedTensors:
         return {name: tensor.source.file for name, tensor in self.planned.items()}
 
     def read(self, name: str, device: "torch.device", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
-        """Compute one tensor, on ``device`` and in ``dtype`` (the planned one if None).
+        """Compute one tensor, on ``device`` and rounded once to ``dtype`` (the planned one if None).
 
         Raises:
             InputError: values that are not finite, or a base that changed while it was read.
@@ -43,6 +43,8 @@ class MergedTensors:
         import torch
 
         tensor = self.planned[name]
+        if dtype is not None and tensor.deltas:
+            tensor = replace(tensor, dtype=safetensors_name(str(dtype)))
         file = self.opened[tensor.source.file]
         result = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
         if tensor.copied:

@@ -1,7 +1,6 @@
 """Merged and bitsandbytes artifacts on torch, with this package's model classes; no code of the artifact is run."""
 
 from contextlib import nullcontext
-from pathlib import Path
 from threading import Lock
 from typing import Self
 
@@ -10,30 +9,17 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from pos2d.errors import UsageError
 from pos2d.layout import Bools, Ints
-from pos2d.manifest import Manifest
 from pos2d.memory_costs import TORCH_PREFILL_CHUNK
-from pos2d.recipes import BnbRecipe
-from pos2d.runtime.backends.memory import check_memory
 from pos2d.runtime.backends.options import LoadOptions
-from pos2d.runtime.backends.torch.attention import NAME as COLUMNS
 from pos2d.runtime.backends.torch.bitsandbytes_library import errors_only
 from pos2d.runtime.backends.torch.cuda_graphs import GraphedCache, Tensors
-from pos2d.runtime.backends.torch.devices import DeviceMap, device_lookup, infer_device_map, one_device
+from pos2d.runtime.backends.torch.decoder import load_decoder
+from pos2d.runtime.backends.torch.devices import DeviceMap, device_lookup
 from pos2d.runtime.backends.torch.kv_cache import FixedCache, GrowingCache
 from pos2d.runtime.backends.torch.linears import bnb_layers
-from pos2d.runtime.backends.torch.loading import (
-    CONFIG,
-    HEAD,
-    config_of_artifact,
-    empty_decoder,
-    fill_decoder,
-    sized_decoder,
-    stored_tensors,
-)
 from pos2d.runtime.engine.backend import Floats
-from pos2d.threads import default_threads
+from pos2d.runtime.opening.opened_model import OpenedModel
 
 
 class TorchBackend:
@@ -55,42 +41,12 @@ class TorchBackend:
         self._uses_cuda_graphs = on_one_gpu and "Linear8bitLt" not in foreign
 
     @classmethod
-    def load(cls, directory: Path, manifest: Manifest, options: LoadOptions) -> Self:
-        """Load an artifact.
+    def load(cls, opened: OpenedModel, options: LoadOptions) -> Self:
+        """Load an artifact, or a model whose weights are added up while they are loaded.
 
         Raises: as :func:`pos2d.load`.
         """
-        recipe = _recipe(directory, manifest, options)
-        if options.int8_kernel != "auto" and (recipe is None or recipe.name != "8bit"):
-            raise UsageError(
-                f"`int8_kernel` is for 8 bits, which {directory} does not have; leave it out, or use `quant='8bit'`"
-            )
-        device = one_device(options.device)
-        torch.set_num_threads(options.threads or min(torch.get_num_threads(), default_threads()))
-        dtype = _compute_dtype(manifest, options, recipe, device)
-        if device.type == "cpu" and options.device_map is None:
-            check_memory(directory, manifest, str(dtype).removeprefix("torch."), options.quant)
-        attention = COLUMNS if options.attn_implementation == "sdpa" else "eager"
-        config = config_of_artifact(directory, manifest)
-        model = empty_decoder(config, manifest.family, attention, directory / CONFIG)
-        device_map: DeviceMap = {"": device}
-        if options.device_map is not None:
-            unfilled = empty_decoder(config, manifest.family, "eager", directory / CONFIG)
-            device_map = infer_device_map(sized_decoder(unfilled, recipe, dtype), options.max_memory)
-        fill_decoder(
-            model,
-            stored_tensors(directory, manifest),
-            recipe,
-            stored=manifest.quant is not None,
-            kernel=options.int8_kernel,
-            dtype=dtype,
-            device_of=device_lookup(device_map),
-        )
-        if len(set(device_map.values())) > 1:
-            from accelerate import dispatch_model
-
-            model = dispatch_model(model, device_map=device_map)
-        return cls(model, device_map)
+        return cls(*load_decoder(opened, options))
 
     def expect_branches(self, count: int) -> None:
         """Do nothing: the model runs any number of branches."""
@@ -144,30 +100,3 @@ class TorchBackend:
             logits = step(tensors)
         cache.length += count
         return logits
-
-
-def _recipe(directory: Path, manifest: Manifest, options: LoadOptions) -> BnbRecipe | None:
-    """How the model is quantised: as the artifact is, or while it is loaded.
-
-    Raises:
-        UsageError: the artifact is quantised in another way.
-    """
-    if manifest.quant is None:
-        return None if options.quant is None else BnbRecipe(options.quant, (HEAD,))
-    if options.quant not in (None, manifest.quant.name):
-        raise UsageError(
-            f"{directory} is quantised to {manifest.quant.name}; `quant='{options.quant}'` needs a merged artifact"
-        )
-    return manifest.quant
-
-
-def _compute_dtype(
-    manifest: Manifest, options: LoadOptions, recipe: BnbRecipe | None, device: torch.device
-) -> torch.dtype:
-    if options.dtype != "auto":
-        chosen: torch.dtype = getattr(torch, options.dtype)
-        return chosen
-    # On CPUs the packed int8 product takes bfloat16 activations.
-    packed = recipe is not None and recipe.name == "8bit" and device.type == "cpu" and options.int8_kernel != "bnb"
-    stored: torch.dtype = getattr(torch, manifest.dtype)
-    return torch.bfloat16 if packed else stored

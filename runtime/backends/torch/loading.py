@@ -1,31 +1,26 @@
 """Load a torch artifact tensor by tensor. Stored quantised weights stay as they are; others can be quantised here."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from pos2d.bnb_format import STORED_PARTS, BnbQuant
 from pos2d.errors import InputError
-from pos2d.families import CLASS_NAMES, MODEL_TYPE_PREFIX
-from pos2d.graph_metadata import differing_keys
+from pos2d.families import CLASS_NAMES
 from pos2d.hf import configuration_pos2d
 from pos2d.hf.empty_model import empty_model
-from pos2d.manifest import FILE_NAME, Manifest
 from pos2d.progress import Progress
 from pos2d.recipes import BnbRecipe
 from pos2d.runtime.backends.options import Int8Kernel
 from pos2d.runtime.backends.torch.devices import DeviceOf
 from pos2d.runtime.backends.torch.linears import quantised_linear, stored_linear
-from pos2d.text_files import read_text
+from pos2d.runtime.backends.torch.weights import TensorSource
 
-CONFIG, HEAD = "config.json", "lm_head"
+HEAD = "lm_head"
 
 
 def empty_decoder(config: Mapping[str, Any], family: str, attention: str, source: Path) -> PreTrainedModel:
@@ -46,25 +41,6 @@ def empty_decoder(config: Mapping[str, Any], family: str, attention: str, source
         reason = " ".join(str(error).split())
         raise InputError(f"{source}: the configuration cannot be used: {reason}") from None
     return model
-
-
-def config_of_artifact(directory: Path, manifest: Manifest) -> dict[str, Any]:
-    """The configuration of our classes for an artifact, whose own is of the base's classes if it has no 2D RoPE.
-
-    Raises:
-        InputError: a file that cannot be read, or other positions than those of the manifest.
-    """
-    path = directory / CONFIG
-    try:
-        config: dict[str, Any] = json.loads(read_text(path))
-        stored = config.get("rope_2d") if config["model_type"] != manifest.family else {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); make the artifact again") from None
-    stated = manifest.rope_2d.to_dict()
-    faults = differing_keys("rope_2d", stated, stored) if stored or manifest.rope_2d.is_2d else []
-    if faults:
-        raise InputError(f"{path} has {faults[0]} as {directory / FILE_NAME} says; make the artifact again")
-    return config | {"model_type": MODEL_TYPE_PREFIX + manifest.family, "rope_2d": stated}
 
 
 def sized_decoder(model: PreTrainedModel, recipe: BnbRecipe | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -89,49 +65,6 @@ def quantised_modules(model: PreTrainedModel, recipe: BnbRecipe | None) -> dict[
     }
     recipe.check({name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
     return layers
-
-
-class TensorSource(Protocol):
-    """Where weights are read from; ``files`` maps the name of a tensor to the file of ``directory`` that has it."""
-
-    @property
-    def directory(self) -> Path: ...
-
-    @property
-    def files(self) -> Mapping[str, str]: ...
-
-    def read(self, name: str, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A copy of a tensor on ``device``, in ``dtype`` or in its stored type."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensors:
-    """The tensors of an artifact's files, each read on demand and not cached."""
-
-    directory: Path
-    files: Mapping[str, str]
-
-    def read(self, name: str, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-        # The file is memory-mapped: pages that were read count as this process's memory until it is closed.
-        with safe_open(self.directory / self.files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor.to(device=device, dtype=dtype, copy=True)
-
-
-def stored_tensors(directory: Path, manifest: Manifest) -> StoredTensors:
-    """List the tensors of an artifact's files.
-
-    Raises:
-        InputError: a file that is not in safetensors format.
-    """
-    files: dict[str, str] = {}
-    for file in (name for name in manifest.files if name.endswith(".safetensors")):
-        try:
-            with safe_open(directory / file, framework="pt") as opened:
-                files |= dict.fromkeys(opened.keys(), file)
-        except SafetensorError as error:
-            raise InputError(f"{directory / file} cannot be read: {error}; make the artifact again") from None
-    return StoredTensors(directory, files)
 
 
 def fill_decoder(

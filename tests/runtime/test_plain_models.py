@@ -1,0 +1,191 @@
+"""Models that were never merged: plain ones, and a base with adapters that are added while it is loaded."""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from transformers import AutoModelForCausalLM
+
+from pos2d import exporter, runtime
+from pos2d.errors import InputError, OutputError, UsageError
+from pos2d.manifest import read_manifest
+from tests.bases import CONFIGS, linear_modules, random_adapter, weights, write_adapter, write_base, write_tokenizer
+
+PROMPTS = ["one question", "and another", "x"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a ``base`` that has a tokenizer, and an adapter for it, ``lora.pth``."""
+    place = tmp_path_factory.mktemp("place")
+    base = write_base(place / "base", CONFIGS["llama"])
+    write_tokenizer(base, chat=True)
+    write_adapter(place / "lora.pth", random_adapter(linear_modules(base)))
+    return place
+
+
+def parameters(model: runtime.Model) -> dict[str, torch.Tensor]:
+    backend: Any = model.backend
+    return dict(backend._model.state_dict())
+
+
+def assert_same_parameters(one: runtime.Model, other: runtime.Model) -> None:
+    left, right = parameters(one), parameters(other)
+    assert set(left) == set(right)
+    for name, value in left.items():
+        assert value.dtype == right[name].dtype
+        assert torch.equal(value, right[name]), name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_plain_model_has_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", CONFIGS[name])
+    ids = np.random.default_rng(3).integers(0, 300, (2, 40))
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(base).eval()(torch.from_numpy(ids)).logits.numpy()
+    found = runtime.load(base, device="cpu").logits(ids)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("positions", [{"rope_2d_ratio": 0.5}, {"no_patch_rope": True}])
+@pytest.mark.parametrize("loading", [{}, {"dtype": "bfloat16"}])
+def test_adding_in_memory_is_merging(
+    place: Path, tmp_path: Path, positions: dict[str, Any], loading: dict[str, Any]
+) -> None:
+    exporter.merge(place / "base", place / "lora.pth", tmp_path / "merged", **positions, **loading)
+    in_memory = runtime.load(base_model=place / "base", lora=place / "lora.pth", device="cpu", **positions, **loading)
+    written = runtime.load(tmp_path / "merged", device="cpu")
+    assert_same_parameters(in_memory, written)
+    assert in_memory.manifest.rope_2d == written.manifest.rope_2d
+    options: dict[str, Any] = {"max_new_tokens": 6}
+    assert in_memory.generate(PROMPTS, **options) == written.generate(PROMPTS, **options)
+
+
+def test_quantising_while_loading_quantises_the_exact_sum(place: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"base_model": place / "base", "lora": place / "lora.pth", "rope_2d_ratio": 0.5}
+    exporter.export(None, tmp_path / "bnb", format="bnb", quant="8bit", dtype="float32", **options)
+    exact, stored = (
+        runtime.load(*where, device="cpu", dtype="float32", int8_kernel="bnb", **how)
+        for where, how in (((), {**options, "quant": "8bit"}), ((tmp_path / "bnb",), {}))
+    )
+    assert_same_parameters(exact, stored)
+
+
+def test_prompts_of_a_plain_model_do_not_see_each_other(place: Path) -> None:
+    model = runtime.load(place / "base", device="cpu")
+    assert model.manifest.rope_2d.visibility == "isolated"
+    together = [answer.text for answer in model.generate(PROMPTS, max_new_tokens=8)]
+    assert together == [model.generate(prompt, max_new_tokens=8)[0].text for prompt in PROMPTS]
+
+
+def test_a_graph_of_a_plain_model_is_held_against_it(place: Path, tmp_path: Path) -> None:
+    report = exporter.export(place / "base", tmp_path / "onnx")
+    assert report.parity is not None
+    assert report.parity["max_rel_diff"] < 1e-4
+    assert exporter.export(base_model=place / "base", output=tmp_path / "again", no_verify=True).bytes > 0
+    for name in read_manifest(tmp_path / "onnx").graph.files:  # type: ignore[union-attr]
+        assert (tmp_path / "onnx" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_a_model_that_was_merged_elsewhere_can_be_the_reference(place: Path, tmp_path: Path) -> None:
+    exporter.merge(place / "base", place / "lora.pth", tmp_path / "merged", no_patch_rope=True)
+    shutil.copytree(tmp_path / "merged", tmp_path / "elsewhere", ignore=shutil.ignore_patterns("manifest.json"))
+    report = runtime.verify(tmp_path / "merged", tmp_path / "elsewhere")
+    assert report.passed
+    assert report.max_abs_diff == 0
+    assert not runtime.verify(tmp_path / "merged", place / "base").passed
+
+
+def test_pickled_weights_are_read_too(place: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(place / "base", old, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(weights(place / "base"), old / "pytorch_model.bin")
+    assert_same_parameters(runtime.load(old, device="cpu"), runtime.load(place / "base", device="cpu"))
+
+
+def test_the_tokenizer_of_an_adapter_is_used_and_removed(place: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    write_tokenizer(own, chat=False, special=["<extra>"])
+    options: dict[str, Any] = {"base_model": place / "base", "lora": place / "lora.pth", "tokenizer": own}
+    model = runtime.load(**options, rope_2d_ratio=0.5, device="cpu")
+    assert model.tokenizer.convert_tokens_to_ids("<extra>") == 256
+    assert model.generate("text", max_new_tokens=2)[0].token_ids
+    temporary = model.path
+    assert temporary.is_dir()
+    del model
+    gc.collect()
+    assert not temporary.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({}, UsageError, "either a model"),
+        ({"path": "base", "base_model": "base"}, UsageError, "either a model"),
+        ({"path": "base", "lora": "lora.pth"}, UsageError, "belong to `base_model`"),
+        ({"path": "base", "revision": "main"}, UsageError, "belong to `base_model`"),
+        ({"base_model": "base", "lora_rank": 8}, UsageError, "belong to `lora`"),
+        ({"path": "base", "branch_stride": 64}, UsageError, "belong to 2D RoPE"),
+        ({"path": "nowhere/at/all"}, InputError, "nowhere/at/all does not exist"),
+        ({"path": "lora.pth"}, InputError, "lora.pth is a file of weights"),
+    ],
+)
+def test_what_cannot_be_opened(
+    arguments: dict[str, Any],
+    kind: type[Exception],
+    message: str,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(place)
+    with pytest.raises(kind, match=message):
+        runtime.load(**arguments)
+
+
+def test_an_artifact_keeps_its_positions(place: Path, tmp_path: Path) -> None:
+    exporter.merge(place / "base", place / "lora.pth", tmp_path / "merged", rope_2d_ratio=0.5)
+    with pytest.raises(UsageError, match="stores its positions"):
+        runtime.load(tmp_path / "merged", rope_2d_ratio=1.0)
+    (tmp_path / "merged" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="no manifest"):
+        runtime.load(tmp_path / "merged")
+
+
+def test_a_plain_model_may_have_2d_positions(place: Path) -> None:
+    given = runtime.load(place / "base", rope_2d_ratio=0.5, device="cpu")
+    assert given.manifest.rope_2d.visibility == "columnar"
+    assert len(given.manifest.rope_2d.pair_indices) == 3
+
+
+def test_run_says_what_was_decided(place: Path, call: Callable[..., Result]) -> None:
+    base = ("--base-model", place / "base", "--lora", place / "lora.pth")
+    flags = ("--prompt", "a", "--max-new-tokens", "2")
+    guessed = call("run", *base, *flags)
+    assert guessed.exit_code == 0, guessed.output
+    assert "warning: no positions were given" in guessed.stderr
+    assert "--no-patch-rope" in guessed.stderr
+    told = call("run", *base, "--no-patch-rope", *flags)
+    assert "warning" not in told.stderr
+    assert call("run", place / "base", *flags).exit_code == 0
+    assert call("run", *flags).exit_code == 2
+
+
+def test_a_batch_of_a_plain_model_is_continued_only_with_the_same_weights(place: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(place / "base", model)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n', encoding="utf-8")
+    paths = (model, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert runtime.batch(*paths, max_new_tokens=3).resumed == 0
+    assert runtime.batch(*paths, max_new_tokens=3).resumed == 2
+    (model / "model.safetensors").touch()
+    with pytest.raises(OutputError, match="another artifact"):
+        runtime.batch(*paths, max_new_tokens=3)
+    assert len([json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]) == 2
