@@ -73,6 +73,14 @@ class ConfigValues:
             raise self.wrong(key, "a list of whole numbers")
         return value
 
+    def numbers(self, key: str, length: int) -> Any:
+        """A list of ``length`` finite numbers above 0."""
+        value = self._get(key, MISSING)
+        is_list = isinstance(value, list | tuple) and len(value) == length
+        if not (is_list and all(is_number(part) and part > 0 for part in value)):
+            raise self.wrong(key, f"a list of {length} numbers above 0")
+        return value
+
     def block(self, key: str) -> "ConfigValues":
         """An object; one without keys where it is missing or null."""
         value = self._get(key, None)

@@ -15,6 +15,8 @@ from pos2d.units import size_text
 
 Row = tuple[str, str]
 MOST_SCORES = 20
+# Longer lists of numbers, such as one for each rotary frequency, are shown by their range.
+MOST_NUMBERS = 8
 
 
 def inspect_text(report: InspectReport) -> str:
@@ -177,4 +179,6 @@ def _value(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, str) and len(value) == 64:
         return value[:12]
+    if isinstance(value, list | tuple) and len(value) > MOST_NUMBERS and all(type(part) is float for part in value):
+        return f"{len(value)} numbers from {min(value):.4g} to {max(value):.4g}"
     return listed(value) if isinstance(value, list | tuple) else str(value)

@@ -4,12 +4,13 @@ transformers 4 reads ``rope_theta`` and ``rope_scaling``. transformers 5 reads t
 ``rope_parameters`` that is not empty, and ``rope_theta`` where that block has none.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pos2d.config_values import MISSING, ConfigValues, shown
 from pos2d.errors import InputError
-from pos2d.families import DEFAULTS, FULL, MODEL_TYPE_PREFIX, SLIDING
+from pos2d.families import DEFAULTS, FULL, MODEL_TYPE_PREFIX, SLIDING, Dimensions
 
 Settings = dict[str, Any]
 SCALING, PARAMETERS, THETA, KIND = "rope_scaling", "rope_parameters", "rope_theta", "rope_type"
@@ -24,6 +25,10 @@ NUMBERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "yarn": (("factor",), ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")),
 }
 STRETCHED = ("llama3", "yarn")
+# Factors of single frequencies, one list for each length of a sequence; baked only where both are the same.
+LONGROPE, SHORT, LONG, FACTOR, ATTENTION = "longrope", "short_factor", "long_factor", "factor", "attention_factor"
+# From the block and the whole configuration: by how much positions are stretched, and from which length.
+StretchOf = Callable[[ConfigValues, ConfigValues], tuple[float, int]]
 
 
 def rope_settings(config: Mapping[str, Any], source: str = "config.json") -> Settings:
@@ -37,10 +42,10 @@ def rope_settings(config: Mapping[str, Any], source: str = "config.json") -> Set
     for block in (values, values.block(SCALING), values.block(PARAMETERS)):
         if block.has(PARTIAL) and block.number(PARTIAL) != 1:
             raise InputError(f"{source}: {block.path}{PARTIAL} is not supported; all of a head must be rotary")
-    newer = _checked(_of_5(values), values)
+    newer = _checked(_of_5(values), values, _stretch_of_5)
     # A configuration that transformers 5 wrote has neither key, and transformers 4 cannot read its rope settings.
     if values.has(THETA) or values.block(SCALING).values:
-        older = _checked(_of_4(values), values)
+        older = _checked(_of_4(values), values, _stretch_of_4)
         if older != newer:
             raise InputError(
                 f"{source}: transformers 4 takes {_text(older, newer)} from {THETA} and {SCALING}, and transformers 5 "
@@ -70,16 +75,18 @@ def _of_4(values: ConfigValues) -> tuple[ConfigValues, str, Any]:
     return block, block.text(next((key for key in keys if key in block.values), KIND)), theta
 
 
-def _checked(found: tuple[ConfigValues, str, Any], values: ConfigValues) -> Settings:
-    """The settings in one flat dictionary, all of them checked."""
+def _checked(found: tuple[ConfigValues, str, Any], values: ConfigValues, stretch_of: StretchOf) -> Settings:
+    """The settings in one flat dictionary, all of them checked; ``stretch_of`` is for longrope."""
     block, kind, theta = found
-    if kind not in NUMBERS:
+    if kind not in (*NUMBERS, LONGROPE):
         raise InputError(
             f"{values.source}: rope type {shown(kind)} changes with the length and cannot be baked; "
-            f"supported are {', '.join(NUMBERS)}"
+            f"supported are {', '.join((*NUMBERS, LONGROPE))}"
         )
     if theta <= 1:
         raise (block if THETA in block.values else values).wrong(THETA, "above 1")
+    if kind == LONGROPE:
+        return {KIND: kind, THETA: theta} | _longrope(block, values, stretch_of)
     required, optional = NUMBERS[kind]
     settings = {KIND: kind, THETA: theta} | {key: block.number(key) for key in required}
     settings |= {key: block.number(key) for key in optional if block.has(key)}
@@ -94,8 +101,7 @@ def _checked(found: tuple[ConfigValues, str, Any], values: ConfigValues) -> Sett
 
 def _original(block: ConfigValues, values: ConfigValues) -> int:
     """The length before stretching, which transformers 5 reads first from outside the block, 4.57 never."""
-    family = values.text("model_type").removeprefix(MODEL_TYPE_PREFIX)
-    limit: int = values.whole("max_position_embeddings", DEFAULTS[family]["max_position_embeddings"], 1)
+    limit = _limit(values)
     inside: int = block.whole(ORIGINAL, 0, 1) if block.has(ORIGINAL) else limit
     outside: int = values.whole(ORIGINAL, 0, 1) if values.has(ORIGINAL) else inside
     if inside != outside:
@@ -106,6 +112,54 @@ def _original(block: ConfigValues, values: ConfigValues) -> int:
     return inside
 
 
+def _longrope(block: ConfigValues, values: ConfigValues, stretch_of: StretchOf) -> Settings:
+    """The settings of rope type longrope, with the attention factor that a release computes where it is not given.
+
+    Raises:
+        InputError: factors that change with the length, or lists that do not have one for each frequency.
+    """
+    count = Dimensions.from_config(values.values, values.source).num_frequencies
+    short, long = ([float(number) for number in block.numbers(key, count)] for key in (SHORT, LONG))
+    if short != long:
+        raise InputError(
+            f"{values.source}: {block.path}{SHORT} and {block.path}{LONG} differ, so that rope type {LONGROPE!r} "
+            "changes with the length and cannot be baked; only equal lists can"
+        )
+    if block.has(ATTENTION):
+        attention = float(block.number(ATTENTION))
+    else:
+        factor, original = stretch_of(block, values)
+        if original < 2:
+            raise block.wrong(ATTENTION, "given where positions are stretched from a length of 1")
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    # With equal lists the length before stretching only matters for the attention factor.
+    return {SHORT: short, LONG: long, ATTENTION: attention, FACTOR: 1.0, ORIGINAL: _limit(values)}
+
+
+def _stretch_of_5(block: ConfigValues, values: ConfigValues) -> tuple[float, int]:
+    """By how much transformers 5 takes positions to be stretched, and from which length."""
+    place = values if values.has(ORIGINAL) else block
+    original = place.whole(ORIGINAL, 0, 1) if place.has(ORIGINAL) else _limit(values)
+    return block.number(FACTOR) if block.has(FACTOR) else _limit(values) / original, original
+
+
+def _stretch_of_4(block: ConfigValues, values: ConfigValues) -> tuple[float, int]:
+    """The same of transformers 4.57, which reads the length only outside the block, and needs it or the factor."""
+    if values.has(ORIGINAL):
+        original = values.whole(ORIGINAL, 0, 1)
+        return _limit(values) / original, original
+    if not block.has(FACTOR):
+        raise block.wrong(FACTOR, f"a number above 0 where there is no {ATTENTION}")
+    return block.number(FACTOR), _limit(values)
+
+
+def _limit(values: ConfigValues) -> int:
+    """The number of positions that the model has."""
+    family = values.text("model_type").removeprefix(MODEL_TYPE_PREFIX)
+    limit: int = values.whole("max_position_embeddings", DEFAULTS[family]["max_position_embeddings"], 1)
+    return limit
+
+
 def _place(values: ConfigValues) -> str:
     """The key of the block that transformers 5 reads."""
     return SCALING if values.block(SCALING).values else PARAMETERS
@@ -114,4 +168,4 @@ def _place(values: ConfigValues) -> str:
 def _text(settings: Settings, other: Settings) -> str:
     """The settings in which the releases differ."""
     different = [key for key in sorted({*settings, *other}) if settings.get(key) != other.get(key)]
-    return ", ".join(f"{key} {settings.get(key, 'none')}" for key in different)
+    return ", ".join(f"{key} {shown(settings[key]) if key in settings else 'none'}" for key in different)

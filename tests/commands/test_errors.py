@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import Golden
 
 Call = Callable[..., Result]
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8, "factor": 1.0}
 
 
 class Payload:
@@ -192,7 +193,9 @@ def edited_base(golden: Golden, target: Path, **changes: object) -> Path:
         ({"model_type": "mamba3", "rope_theta": 10000.0}, "unknown architecture 'mamba3'; supported are llama"),
         ({"model_type": "gpt2", "rope_theta": ..., "rope_scaling": ...}, "gpt2 has no rotary position embedding"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' changes with the length"),
-        ({"rope_scaling": {"type": "longrope"}}, "rope type 'longrope' changes with the length"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.short_factor is missing"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [2.0] * 8}}, "differ, so that rope type 'longrope' changes"),
+        ({"rope_scaling": LONGROPE | {"short_factor": [1.0]}}, "it must be a list of 8 numbers above 0"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic' changes with the length"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"model_type": "pos2d_qwen2"}, "merged already"),

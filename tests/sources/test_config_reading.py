@@ -52,6 +52,12 @@ OWN_KEYS: tuple[dict[str, Any], ...] = (
     {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     {"rope_theta": 5e5},
 )
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 1.0,
+    "short_factor": [1.5] * 7 + [1e30],
+    "long_factor": [1.5] * 7 + [1e30],
+}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -75,6 +81,18 @@ ROPES: tuple[dict[str, Any], ...] = (
     {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 512}},
     {"rope_parameters": LLAMA3 | {"rope_theta": 1e4}},
     {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 7e4}},
+    {"rope_scaling": LONGROPE, "rope_theta": 7e4},
+    {"rope_scaling": LONGROPE | {"factor": 3.0}},
+    {"rope_scaling": LONGROPE | {"factor": None}},
+    {"rope_scaling": LONGROPE | {"attention_factor": 1.2, "factor": None}},
+    {"rope_scaling": LONGROPE | {"original_max_position_embeddings": 3000}},
+    {"rope_scaling": LONGROPE | {"factor": 3.0, "original_max_position_embeddings": 3000}},
+    {"rope_scaling": LONGROPE | {"factor": None}, "original_max_position_embeddings": 3000},
+    {"rope_scaling": LONGROPE | {"factor": 3.0}, "original_max_position_embeddings": 3000},
+    {"rope_scaling": LONGROPE | {"factor": 2.0}, "original_max_position_embeddings": 3000},
+    {"rope_scaling": LONGROPE | {"long_factor": [1.5] * 7 + [1e30]}},
+    {"rope_scaling": LONGROPE | {"short_factor": [1.5] * 7, "long_factor": [1.5] * 7}},
+    {"rope_parameters": LONGROPE | {"rope_theta": 7e4, "factor": None, "original_max_position_embeddings": 3000}},
 )
 # Mistral's class has code of its own for these settings, the other classes share theirs.
 ROPE_FAMILIES = ("llama", "mistral")
