@@ -30,3 +30,9 @@ def summarise(stats: Collection[DeltaStats], tensors: int) -> QuantisationSummar
         noise=(total.error_square / total.weight_square) ** 0.5 if total.weight_square else 0.0,
         retention=total.retention,
     )
+
+
+def rounding_totals(stats: Collection[DeltaStats], tensors: int) -> dict[str, float | None]:
+    """The figures of a checkpoint in floating point: ``stats`` are the sums over each tensor that adapters change."""
+    total = sum(stats, DeltaStats())
+    return {"tensors": tensors, "merged": len(stats)} | (total.figures() if total.elements else {})
