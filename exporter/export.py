@@ -61,7 +61,7 @@ class ExportReport:
         totals = self.quantised
         if totals is not None:
             # The error of calibrated weights says nothing of the model: it is larger where the model is better.
-            noise = f", noise {totals.noise:.2%}" if self.format == "bnb" else ""
+            noise = f", noise {totals.noise:.2%}" if self.format != "onnx" else ""
             yield f"{totals.quantised} of {totals.tensors} tensors quantised{noise}"
         if exact is not None:
             yield _distance(exact)
@@ -133,9 +133,11 @@ def export(
 
 
 def _report(output: Path, format: FormatName, manifest: Manifest, source: Source, seconds: float) -> ExportReport:
-    quantised = QuantisationSummary(**manifest.ledger["totals"]) if manifest.ledger is not None else None
     graph = manifest.graph_quant
     recipe = manifest.quant or graph
+    totals = (manifest.ledger or {}).get("totals", {})
+    quantised = QuantisationSummary(**totals) if totals and recipe is not None else None
+    lost = _lost_in_merge(source) if quantised is not None else _lost_in_rounding(manifest.dtype, totals)
     return ExportReport(
         output=str(output),
         format=format,
@@ -146,7 +148,7 @@ def _report(output: Path, format: FormatName, manifest: Manifest, source: Source
         quantised=quantised,
         bits=None if graph is None else {bits: list(graph.bits.values()).count(bits) for bits in ALL_BITS},
         weights_bytes=None if manifest.graph is None else manifest.files[manifest.graph.data]["bytes"],
-        warnings=(*source.warnings, *(() if quantised is None else _lost_in_merge(source))),
+        warnings=(*source.warnings, *lost),
         notes=source.notes,
     )
 
@@ -158,4 +160,14 @@ def _lost_in_merge(source: Source) -> Iterator[str]:
         yield (
             f"{source.base.directory} holds {retention:.0%} of its adapter, as its type rounded it, and only that was "
             "quantised; `base_model` with `lora` quantises the exact sum"
+        )
+
+
+def _lost_in_rounding(dtype: str, totals: Mapping[str, Any]) -> Iterator[str]:
+    """A warning if rounding lost a part of the adapters when a checkpoint in floating point was written."""
+    retention = totals.get("retention")
+    if retention is not None and abs(retention - 1) > 1 - RETENTION_THRESHOLD:
+        yield (
+            f"{dtype} retains {retention:.0%} of the adapter, because many deltas are smaller than a rounding step; "
+            "use `dtype` float32 or float16"
         )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pos2d.dtypes import ComputeDtype
 from pos2d.errors import UsageError
+from pos2d.exporter.artifact.card import write_card
 from pos2d.exporter.artifact.staging import JOURNAL, check_output, file_facts, staged
 from pos2d.exporter.merging.journal import Journal
 from pos2d.exporter.merging.ledger import Ledger, Totals, read_ledger, total, warnings
@@ -209,6 +210,8 @@ def _write_small_files(merge: CheckedMerge, target: Path) -> None:
     write_json(target / CONFIG, artifact_config(base, merge.source.spec, plan.dtype, plan.tied))
     if merge.source.spec.is_2d:
         copy_code(target)
+    else:
+        write_card(target, merge.source, plan.dtype, None, None)
     write_sidecars(merge.source.sidecars, target, base.sizes.family)
 
 

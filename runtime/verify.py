@@ -183,7 +183,7 @@ def _compare_models(candidate: Model, reference: Model) -> list[CaseParity]:
     has_batch = isinstance(candidate.backend, BatchBackend)
     with Progress("verifying", 2 * len(PROBES) + has_batch) as progress:
         for name, (context, lengths) in PROBES.items():
-            layout, steps = _probe(reference, context, lengths)
+            layout, steps = _probe(candidate, context, lengths)
             expected, tokens = _decode_steps(reference, layout, [None] * steps)
             actual, _ = _decode_steps(candidate, layout, tokens)
             cases.append(compare(f"{name}, cached", expected, actual))
@@ -203,7 +203,7 @@ def _batched(candidate: Model, reference: Model) -> tuple[Floats, Floats]:
 
     The batch is read in chunks that end at different slots.
     """
-    layouts = [_probe(reference, *probe)[0] for probe in PROBES.values()]
+    layouts = [_probe(candidate, *probe)[0] for probe in PROBES.values()]
     expected = [forward(reference.backend, layout, len(layout)) for layout in layouts]
     backend = candidate.backend
     assert isinstance(backend, BatchBackend)

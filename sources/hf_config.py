@@ -4,15 +4,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pos2d.errors import InputError
-from pos2d.families import CLASS_NAMES, CLASS_PREFIX, MODEL_TYPE_PREFIX
+from pos2d.families import CLASS_NAMES, CLASS_PREFIX, DEFAULTS, MODEL_TYPE_PREFIX
 from pos2d.sources.checkpoints.checkpoint import Checkpoint
 from pos2d.sources.checkpoints.other_keys import LEFT_OUT, other_keys, token_ids
 from pos2d.sources.checkpoints.rope import rope_settings
 from pos2d.sources.checkpoints.weight_files import CONFIG
 from pos2d.sources.sidecars.sidecars import GENERATION_SETTINGS, read_settings
+from pos2d.sources.stock_rope import one_branch_rope
 from pos2d.spec import Rope2DSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PretrainedConfig
 
 
@@ -28,6 +30,7 @@ DROPPED = (
     "compression_config",
     "quantization",
     "auto_map",
+    "rope_2d",
 )
 # Llama has no window, but the caches of transformers take one from any configuration.
 WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "attention_chunk_size")
@@ -84,6 +87,25 @@ def plain_config(base: Checkpoint, dtype: str, tied: bool) -> dict[str, Any]:
             "rope_scaling": rope if rope["rope_type"] != "default" else None,
         }
     )
+
+
+def stock_config(base: Checkpoint, spec: Rope2DSpec, dtype: str, tied: bool) -> dict[str, Any]:
+    """The configuration of the base's own classes, which of a model with 2D RoPE compute one branch."""
+    config = plain_config(base, dtype, tied)
+    if not spec.is_2d:
+        return config
+    length = base.config.get("max_position_embeddings", DEFAULTS[base.sizes.family]["max_position_embeddings"])
+    rope = one_branch_rope(*rotary_frequencies(base, spec, tied), config["rope_theta"], length, spec)
+    return config | {"max_position_embeddings": length, "rope_scaling": rope}
+
+
+def rotary_frequencies(base: Checkpoint, spec: Rope2DSpec, tied: bool) -> "tuple[np.ndarray, float]":
+    """Inverse frequencies, float32 ``[F]``, and the factor of cosines and sines, both as the torch model has them."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    # The classes of the other families have the same code.
+    rotary = LlamaRotaryEmbedding(model_config(base, spec, tied))
+    return rotary.inv_freq.numpy(), float(rotary.attention_scaling)
 
 
 def model_config(base: Checkpoint, spec: Rope2DSpec, tied: bool) -> "PretrainedConfig":

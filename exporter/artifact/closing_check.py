@@ -60,7 +60,7 @@ def _disagreement(report: dict[str, Any], merged: Path | None) -> str:
     """The sentence for a failed report, with the options that would pass where the report names them."""
     if merged is not None:
         return (
-            f"the exported graph does not agree with {merged}: logits differ by up to {report['max_rel_diff']:.1e} of "
+            f"what was exported does not agree with {merged}: logits differ by up to {report['max_rel_diff']:.1e} of "
             f"the largest (tolerance {report['rtol']:.0e}), {_figures(report)}; no artifact was written"
         )
     if report["cure"]:

@@ -14,6 +14,7 @@ from pos2d.sources.source import Source
 FORMATS: Mapping[FormatName, str] = {
     "onnx": "pos2d.exporter.formats.onnx.format",
     "bnb": "pos2d.exporter.formats.bnb",
+    "stock": "pos2d.exporter.formats.stock",
 }
 
 

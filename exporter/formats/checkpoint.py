@@ -71,6 +71,12 @@ class CheckpointPlan:
         return {name: place for weight in weights for name, place in weight.places.items()}
 
     @property
+    def keeps_values(self) -> bool:
+        """Whether no weight of the base is rounded to a narrower type, or quantised."""
+        tensors = [weight.tensor for shard in self.shards for weight in shard.weights]
+        return self.recipe is None and all(tensor.dtype in (tensor.source.dtype, "F32") for tensor in tensors)
+
+    @property
     def nbytes(self) -> int:
         return sum(len(shard.header) for shard in self.shards) + sum(place.nbytes for place in self.places.values())
 

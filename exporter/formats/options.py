@@ -5,9 +5,9 @@ from typing import Literal
 
 from pos2d.options import check_options, option
 
-FormatName = Literal["onnx", "bnb"]
+FormatName = Literal["onnx", "bnb", "stock"]
 # Headings of help pages, for options that one format takes.
-ONNX, BITSANDBYTES = "For --format onnx", "For --format bnb"
+ONNX, CHECKPOINTS = "For --format onnx", "For --format bnb and stock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,23 +18,28 @@ class ExportOptions:
         UsageError: a value of another type, or one that does not exist.
     """
 
-    format: FormatName = option("onnx", "onnx: decoder graphs with a KV cache. bnb: a bitsandbytes checkpoint.")
+    format: FormatName = option(
+        "onnx",
+        "onnx: decoder graphs with a KV cache. bnb: a bitsandbytes checkpoint. stock: a checkpoint of the base's own "
+        "architecture, which other programs load without extra code; of a model with 2D RoPE it has one branch.",
+    )
     quant: Literal["none", "int8", "int4", "auto", "8bit", "nf4"] = option(
         "none",
         "Precision of the linear layers. onnx: none, int8, int4, or auto, which mixes 4 and 8 bits and needs "
-        "`target_size`. bnb: 8bit or nf4; one of the two is required.",
+        "`target_size`. bnb: 8bit or nf4; one of the two is required. stock: none, 8bit or nf4.",
     )
     skip_modules: str | None = option(
         None,
         "Linear layers that are not quantised: full names (lm_head), last parts of names (down_proj) or whole layers "
         "of the decoder (model.layers.0), separated by commas.",
         metavar="NAMES",
-        default_text="none of onnx, lm_head of bnb",
+        default_text="none of onnx, lm_head of bnb and stock",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(
         "auto",
         "Type of the weights that are not quantised. onnx: float32 (auto) or float16, also for activations and KV "
-        "cache. bnb: auto keeps the type of each weight, and makes bfloat16 of a float32 base.",
+        "cache. bnb and stock: auto keeps the type of each weight, and makes bfloat16 of a float32 base that is "
+        "quantised.",
     )
     block_size: int | None = option(
         None,
@@ -65,14 +70,15 @@ class ExportOptions:
         section=ONNX,
     )
     no_verify: bool = option(
-        False, "Skip the final check of the written graphs, the same check as that of the verify command.", section=ONNX
+        False,
+        "onnx and stock: skip the final check of what was written, the same check as that of the verify command.",
     )
     max_shard_size: str | None = option(
         None,
         "Largest size of one weight file, such as 5GB.",
         metavar="SIZE",
         default_text="5GB",
-        section=BITSANDBYTES,
+        section=CHECKPOINTS,
     )
 
     def __post_init__(self) -> None:

@@ -13,8 +13,8 @@ from pos2d.runtime.opening.opened_model import OpenedModel
 
 # The files that hold a tokenizer itself, without its settings.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-# Fields of manifests: those of every model, and those that only artifacts record.
-ALWAYS_SAME = ("family", "vocab_size", "context_length", "rope_2d")
+# Fields of manifests, besides positions: those of every model, and those that only artifacts record.
+ALWAYS_SAME = ("family", "vocab_size", "context_length")
 RECORDED = ("eos_token_ids", "adapters", "base")
 
 Doubles = npt.NDArray[np.float64]
@@ -25,11 +25,21 @@ def check_same_model(model: OpenedModel, reference: OpenedModel) -> None:
 
     A plain model does not say where its weights come from, so only its shape, positions and tokenizer are compared.
 
+    An artifact that has one branch of a model is compared with that model in the layouts of the artifact, which its
+    reference computes as well.
+
     Raises:
-        InputError: they are not the same model.
+        InputError: they are not the same model; a reference that has only one branch of the artifact.
     """
     fields = ALWAYS_SAME if model.source or reference.source else (*ALWAYS_SAME, *RECORDED)
     differing = [name for name in fields if getattr(model.manifest, name) != getattr(reference.manifest, name)]
+    trained = [opened.manifest.one_branch_of or opened.manifest.rope_2d for opened in (model, reference)]
+    if trained[0] != trained[1]:
+        differing.append("rope_2d")
+    elif model.manifest.rope_2d.is_2d and not reference.manifest.rope_2d.is_2d:
+        raise InputError(
+            f"{reference.directory} has only one branch of {model.directory}; compare it with {model.directory} instead"
+        )
     digests = [_tokenizer_digests(opened.directory) for opened in (model, reference)]
     differing += [name for name in sorted(set(digests[0]) & set(digests[1])) if digests[0][name] != digests[1][name]]
     if differing:

@@ -18,7 +18,7 @@ from pos2d.onnx_io import DATA_FILE, GRAPH_FILES, GraphFile, GraphInfo, GraphNam
 from pos2d.recipes import BITS, BLOCK_SIZES, DEFAULT_BLOCKS, UNCALIBRATED_BLOCK, GraphQuant, GraphRecipe
 from pos2d.reference import Reference
 from pos2d.sources.checkpoints.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
-from pos2d.sources.hf_config import model_config
+from pos2d.sources.hf_config import rotary_frequencies
 from pos2d.sources.source import Source
 from pos2d.sources.tensors.tensor_plan import PlannedTensor, plan_tensors
 
@@ -192,11 +192,7 @@ def _recipe(base: Checkpoint, tied: bool, options: ExportOptions) -> GraphRecipe
 
 def _frequencies(source: Source, tied: bool) -> "tuple[np.ndarray, float]":
     """Inverse frequencies, float32 ``[F]``, and the attention scaling, both as the torch model computes them."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    # The classes of the other families have the same code.
-    rotary = LlamaRotaryEmbedding(model_config(source.base, source.spec, tied))
-    return rotary.inv_freq.numpy(), float(rotary.attention_scaling)
+    return rotary_frequencies(source.base, source.spec, tied)
 
 
 def _describe(model: "ir.Model", file: str) -> GraphFile:
