@@ -102,7 +102,10 @@ def _artifact(facts: ArtifactFacts) -> Iterable[Row]:
     yield "kind", f"{facts.kind}, {facts.family}, {facts.dtype}, made by version {facts.tool_version}"
     if facts.quant:
         yield "quantised", f"{facts.quant['name']}, but for {first_names(facts.quant['skip_modules']) or 'nothing'}"
-    if rope["pair_indices"]:
+    if facts.one_branch_of is not None:
+        trained = spans(sorted(facts.one_branch_of["pair_indices"]))
+        yield "2D RoPE", f"one branch of a model whose frequencies {trained} encode branch and time"
+    elif rope["pair_indices"]:
         yield "2D RoPE", f"frequencies {spans(rope['pair_indices'])} of {len(rope['axes'])}"
         yield "2D RoPE", f"{axes[0]} are rotated by position, {axes[1]} by branch, {axes[2]} by time"
     else:

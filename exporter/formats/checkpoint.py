@@ -122,7 +122,10 @@ def write_checkpoint(source: Source, plan: CheckpointPlan, config: Mapping[str, 
     quantised = {} if plan.recipe is None else {"quantization_config": _quantization_config(plan.recipe, plan.dtype)}
     write_json(target / CONFIG, {**config, **quantised})
     count = sum(len(shard.weights) for shard in plan.shards)
-    totals = rounding_totals(tallies, count) if is_float else asdict(summarise(tallies, count))
+    if is_float:
+        totals = rounding_totals(tallies, count) if tallies else {"tensors": count, "retention": source.retention}
+    else:
+        totals = asdict(summarise(tallies, count))
     return {"dtype": plan.dtype, "quant": plan.recipe, "ledger": {"totals": totals}}
 
 

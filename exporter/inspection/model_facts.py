@@ -46,13 +46,17 @@ class BaseFacts:
 
 @dataclass(frozen=True, slots=True)
 class ArtifactFacts:
-    """One artifact, as its manifest describes it; ``bytes`` of all files. ``totals`` and ``parity`` can be missing."""
+    """One artifact, as its manifest describes it; ``bytes`` of all files. ``totals`` and ``parity`` can be missing.
+
+    ``one_branch_of``: the 2D RoPE of the model of which the artifact has one branch, or None.
+    """
 
     kind: str
     family: str
     dtype: str
     quant: Mapping[str, Any] | None
     rope_2d: Mapping[str, Any]
+    one_branch_of: Mapping[str, Any] | None
     base: Mapping[str, Any]
     adapters: tuple[Mapping[str, Any], ...]
     vocab: int
@@ -106,6 +110,7 @@ def artifact_facts(directory: Path) -> ArtifactFacts:
         dtype=manifest.dtype,
         quant=block["quant"],
         rope_2d=block["rope_2d"],
+        one_branch_of=block["one_branch_of"],
         base=manifest.base,
         adapters=manifest.adapters,
         vocab=manifest.vocab_size,

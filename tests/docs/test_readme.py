@@ -16,6 +16,20 @@ GIVEN = (
     "input_ids = torch.tensor([[504, 3575, 282]]); position_ids = torch.arange(3)[None]\n"
     "pos2d = torch.stack([torch.zeros(1, 3, dtype=torch.long), position_ids], dim=-1)\n"
 )
+# One branch of the demo model in plain transformers: of 256 greedy tokens of ours, it would have written each.
+ONE_BRANCH = """
+import pos2d, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained("my/stock"), AutoTokenizer.from_pretrained("my/stock")
+question = [{"role": "user", "content": "What is a volcano?"}]
+prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+answer = list(pos2d.load("my/onnx").generate("What is a volcano?", max_new_tokens=256)[0].token_ids)
+with torch.no_grad():
+    logits = model(torch.tensor([prompt + answer])).logits[0]
+assert len(answer) == 256
+assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+assert type(model).__name__ == "LlamaForCausalLM"
+"""
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -51,6 +65,8 @@ def test_commands_and_then_python(workplace: Path) -> None:
     assert done.stdout.rstrip().endswith("passed")
 
     plain, library = blocks("python")
+    done = run(workplace, [sys.executable, "-c", ONE_BRANCH])
+    assert done.returncode == 0, done.stderr
     subprocess.run(["rm", "-r", "my/onnx"], cwd=workplace, check=True)
     merged_anew = library.replace('"my/merged"', '"my/merged2"')
     for program in (GIVEN + plain.replace("generate(input_ids)", "generate(input_ids, max_new_tokens=3)"), merged_anew):

@@ -12,19 +12,26 @@ import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pos2d import exporter, runtime
 from pos2d.errors import InputError, ParityError, UsageError
 from pos2d.manifest import read_manifest
 from pos2d.spec import Rope2DSpec
-from tests.bases import CONFIGS, linear_modules, random_adapter, weights, write_adapter, write_base
+from tests.bases import CONFIGS, SHAPE, linear_modules, random_adapter, weights, write_adapter, write_base
 from tests.bounds import logits_bound
 from tests.conftest import CASES, Golden, read_golden
 from tests.exporter import plain_loading
 from tests.runtime.test_transformers_loading import in_transformers
 
 PAIRS = [6, 3, 5, 1]
+FACTORS = [1.0, 1.3, 2.0, 3.1, 4.0, 4.0]
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 1.0, "attention_factor": 1.2}
+BASES = CONFIGS | {
+    "llama with longrope rope": LlamaConfig(
+        **SHAPE, rope_parameters=LONGROPE | {"short_factor": FACTORS, "long_factor": FACTORS}
+    )
+}
 IDS = np.random.default_rng(5).integers(3, 300, 40)[None]
 
 
@@ -53,7 +60,7 @@ def inputs(place: Path) -> Iterator[tuple[str, dict[str, Any], np.ndarray]]:
     for case in CASES:
         golden = read_golden(case)
         yield case, golden.flags, golden.tensors["single.input_ids"]
-    for name, config in CONFIGS.items():
+    for name, config in BASES.items():
         base = write_base(place / name.replace(" ", "_"), config)
         lora = write_adapter(base.with_suffix(".pth"), random_adapter(linear_modules(base)))
         yield name, {"base_model": base, "lora": lora, "pair_indices": PAIRS}, IDS
@@ -86,7 +93,9 @@ def test_it_has_the_weights_of_a_merge_and_no_code(pairs: dict[str, Pair]) -> No
         assert config["architectures"] == [type(AutoModelForCausalLM.from_pretrained(pair.stock)).__name__]
 
 
-def test_manifest_and_card_say_that_it_has_one_branch(pairs: dict[str, Pair]) -> None:
+def test_manifest_card_and_inspect_say_that_it_has_one_branch(
+    pairs: dict[str, Pair], call: Callable[..., Result]
+) -> None:
     for name, pair in pairs.items():
         manifest, trained = read_manifest(pair.stock), read_manifest(pair.merged).rope_2d
         assert manifest.kind == "stock"
@@ -96,6 +105,10 @@ def test_manifest_and_card_say_that_it_has_one_branch(pairs: dict[str, Pair]) ->
         card = (pair.stock / "README.md").read_text(encoding="utf-8")
         assert ("one branch" in card) == trained.is_2d
         assert "README.md" in manifest.files
+        if not trained.is_2d:  # then the merge itself is such a checkpoint
+            assert (pair.merged / "README.md").read_text(encoding="utf-8") == card
+        shown = call("inspect", pair.stock).stdout
+        assert ("one branch of a model whose frequencies" in shown) == trained.is_2d
 
 
 def test_the_runtime_gives_the_same_logits_bit_for_bit(pairs: dict[str, Pair]) -> None:
