@@ -13,7 +13,7 @@ import click
 
 from pos2d import __version__
 from pos2d.commands.shared.errors import EXIT_CODES, TERMINATED, ErrorsToExitCodes
-from pos2d.commands.shared.progress_bars import progress_bar
+from pos2d.commands.shared.progress_bars import progress_display
 from pos2d.commands.shared.streams import prepare_streams
 from pos2d.progress import show_with
 
@@ -93,5 +93,5 @@ def main() -> None:
     # garbage while it comes takes a tenth of a second, and once more at the end half of one.
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)
-    show_with(progress_bar)
+    show_with(progress_display)
     cli()

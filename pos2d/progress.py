@@ -17,8 +17,8 @@ class Display(Protocol):
         """Stop showing the operation."""
 
 
-# Starts to show an operation with this label, total and unit; None where there is nothing to show it on.
-DisplayFactory = Callable[[str, int, Unit], Display | None]
+# Starts to show an operation with this label, total and unit, and whether it is long; None where it is not shown.
+DisplayFactory = Callable[[str, int, Unit, bool], Display | None]
 _factory: DisplayFactory | None = None
 
 
@@ -31,16 +31,17 @@ def show_with(factory: DisplayFactory | None) -> None:
 class Progress:
     """Counts how much of ``total`` an operation has done; ``unit`` says whether items or bytes are counted.
 
+    ``long``: it often takes most of a minute, so that it is to be shown where there is no terminal, too.
     A context manager: the operation is shown from entry to exit. Several threads may share it.
     """
 
-    def __init__(self, label: str, total: int, unit: Unit = "pieces") -> None:
-        self._label, self._total, self._unit = label, total, unit
+    def __init__(self, label: str, total: int, unit: Unit = "pieces", *, long: bool = False) -> None:
+        self._operation = (label, total, unit, long)
         self._display: Display | None = None
 
     def __enter__(self) -> "Progress":
         if _factory is not None:
-            self._display = _factory(self._label, self._total, self._unit)
+            self._display = _factory(*self._operation)
         return self
 
     def advance(self, count: int = 1, note: str = "") -> None:

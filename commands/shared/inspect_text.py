@@ -8,7 +8,7 @@ from pos2d.exporter.inspect import Fit, InspectReport
 from pos2d.exporter.inspection.adapter_facts import AdapterFacts, ModuleKind
 from pos2d.exporter.inspection.known_bases import KNOWN_BASES
 from pos2d.exporter.inspection.model_facts import ArtifactFacts, BaseFacts
-from pos2d.exporter.inspection.ranking import Guess, Score
+from pos2d.exporter.inspection.ranking import Guess, Learnt, Score
 from pos2d.sources.adapters.adapter import first_names
 from pos2d.spec import spans
 from pos2d.units import size_text
@@ -33,7 +33,9 @@ def inspect_text(report: InspectReport) -> str:
     if report.fit:
         rows += _fit(report.fit)
     lines = [report.path, *aligned(rows)]
-    return "\n".join([*lines, "", *_guess(report.guess)] if report.guess else lines)
+    return "\n".join(
+        [*lines, "", *guess_lines(report.guess, report.adapter.form)] if report.guess and report.adapter else lines
+    )
 
 
 def aligned(rows: Iterable[Row]) -> list[str]:
@@ -129,14 +131,21 @@ def _fit(fit: Fit) -> Iterable[Row]:
     yield "base model", f"{fit.base}: it fits" if fit.fits else f"{fit.base}: it does not fit"
 
 
-def _guess(guess: Guess) -> list[str]:
+def guess_lines(guess: Guess, form: str) -> list[str]:
+    """The table of the scores, what was scored, and the flags to use for an adapter of this form, with the reasons."""
     scores = [_score(score, lowest=score is guess.scores[0]) for score in guess.scores[:MOST_SCORES]]
     shown = table(("ratio", "pairs", "stride", "nats/token", "difference", ""), scores)
     summary = (
         f"{guess.tokens:,} tokens of {guess.branches} branches in {guess.sequences} sequences, {guess.seconds:.0f} s; "
         f"each branch alone, without 2D RoPE: {guess.separate.loss:.3f} nats/token"
     )
-    return [shown, "", summary, *_verdict(guess)]
+    lines = [shown, "", summary]
+    if guess.cut:
+        lines.append(
+            f"the limit of two minutes left out a part: {guess.tokens:,} of {guess.text_tokens:,} tokens of the text "
+            f"and {len(guess.scores)} candidates were scored; a faster or less busy machine scores more"
+        )
+    return [*lines, *(_ordinary(guess, form) if guess.winner == "ordinary" else _parallel(guess))]
 
 
 def _score(score: Score, *, lowest: bool) -> tuple[str, ...]:
@@ -146,20 +155,56 @@ def _score(score: Score, *, lowest: bool) -> tuple[str, ...]:
     return ratio, str(score.pairs), stride, f"{score.loss:.3f}", difference, mark
 
 
-def _verdict(guess: Guess) -> Iterable[str]:
-    """The flags to use, and how reliable they are."""
+def _parallel(guess: Guess) -> Iterable[str]:
+    """The flags to use for parallel branches, and how reliable they are."""
     default = "" if guess.best is guess.scores[0] else " (tied with the lowest loss, and the trainer's default)"
     yield f"merge flags: {guess.merge_flags}{default}"
-    if guess.separate_is_better:
+    if guess.winner == "columnar":
+        yield "columns without 2D RoPE win: run what is merged with --visibility columnar"
+    if not guess.winner_is_clear:
         yield (
-            "not reliable: the loss of each branch alone, without 2D RoPE, is lower still, so the adapter was trained "
-            "on parallel branches too little, on other text, or not at all (then merge with --no-patch-rope)"
+            "not reliable: each branch alone, without 2D RoPE, has a loss that is no higher beyond chance, so the "
+            "adapter may as well be ordinary (then merge with --no-patch-rope)"
         )
-        return
     if not guess.ratio_is_clear:
         yield "the text does not tell apart the ratios that are tied; one with longer branches may"
     if not guess.stride_is_clear:
         yield "the text does not tell apart the strides that are tied, so the choice hardly matters for it"
+
+
+def _ordinary(guess: Guess, form: str) -> Iterable[str]:
+    """The flags to use for ordinary positions, and what speaks for them."""
+    name = {"peft": "PEFT", "mlx": "MLX"}.get(form)
+    yield f"merge flags: {guess.merge_flags}" + (f" (no flag is needed for an adapter of {name})" if name else "")
+    yield "ordinary positions win: each branch alone, without 2D RoPE, has a lower loss than every candidate in columns"
+    best = guess.best_2d
+    positions = f"ratio {best.ratio:g} and stride {best.branch_stride}"
+    yield f"the best with 2D RoPE is {positions}, with {best.loss:.3f} nats/token"
+    yield _reading(guess.learnt, positions)
+
+
+def _reading(learnt: Learnt | None, positions: str) -> str:
+    """What the losses of the base say about an adapter for which ordinary positions win."""
+    if learnt is None:
+        return (
+            "there was no time to score the base without the adapter, which tells an ordinary adapter from one that "
+            "was trained with 2D RoPE too little"
+        )
+    costs = (
+        f"columns cost {learnt.columns - learnt.alone:.3f} nats/token with the adapter and "
+        f"{learnt.base_columns - learnt.base_alone:.3f} without it"
+    )
+    if learnt.parallel:
+        return (
+            f"{costs}: it may have been trained with 2D RoPE too little, or be an ordinary one whose text is easy; if "
+            f"you know that it was trained on parallel branches, merge with {positions}"
+        )
+    if learnt.text:
+        return f"{costs}: it learnt the text but nothing of columns, so it is an ordinary adapter"
+    return (
+        f"{costs}, and each branch alone the base is as good ({learnt.base_alone:.3f} nats/token): the text is not "
+        "like the training data, or the adapter learnt little, so nothing is known of its training"
+    )
 
 
 def listed(values: Iterable[Any]) -> str:

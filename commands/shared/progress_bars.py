@@ -1,12 +1,17 @@
-"""Progress bars on standard error, drawn by rich; there are none where standard error is not a terminal."""
+"""Progress on standard error: bars on a terminal, drawn by rich; elsewhere lines, for long operations alone."""
 
 import sys
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from pos2d.progress import Unit
+
+# Of the lines of one operation.
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
@@ -24,10 +29,37 @@ class ProgressBar:
         self._bars.stop()
 
 
-def progress_bar(label: str, total: int, unit: "Unit") -> ProgressBar | None:
-    """Start a bar, with the number of pieces or with bytes and their rate; None without a terminal."""
-    if not sys.stderr.isatty():
-        return None
+class ProgressLines:
+    """Prints a line now and then; a display for :func:`pos2d.progress.show_with`. ``clock`` returns seconds."""
+
+    def __init__(self, label: str, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._label, self._total, self._clock = label, total, clock
+        self._done = 0
+        self._began = self._printed = clock()
+
+    def advance(self, count: int, note: str) -> None:
+        self._done += count
+        now = self._clock()
+        if now - self._printed < SECONDS_BETWEEN_LINES or self._done >= self._total:
+            return
+        self._printed = now
+        left = (now - self._began) / self._done * (self._total - self._done)
+        line = f"{self._label}: {self._done} of {self._total}, about {left:.0f} s left"
+        print(f"{line} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Print nothing more: what comes next says that this is done."""
+
+
+def progress_display(label: str, total: int, unit: "Unit", long: bool) -> ProgressBar | ProgressLines | None:
+    """Start a bar or lines; without a terminal there is only something for operations that are ``long``."""
+    if sys.stderr.isatty():
+        return _progress_bar(label, total, unit)
+    return ProgressLines(label, total) if long else None
+
+
+def _progress_bar(label: str, total: int, unit: "Unit") -> ProgressBar:
+    """A bar with the number of pieces, or with bytes and their rate."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

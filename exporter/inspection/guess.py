@@ -1,23 +1,26 @@
-"""Which ratio and stride an adapter was trained with: a text is scored with every candidate, and the lowest loss wins.
+"""Which positions an adapter was trained with: a text is scored with every candidate, and the lowest loss wins.
 
-The trainer saves neither. A model that was trained with certain positions predicts text that is laid out with them
+Adapters do not say it. A model that was trained with certain positions predicts text that is laid out with them
 better than with any others, so the loss tells candidates apart as far as the choice matters.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pos2d.exporter.inspection.position_grid import position_grid
-from pos2d.exporter.inspection.ranking import Floats, Guess, finalists, rank
-from pos2d.exporter.inspection.samples import Sample
+from pos2d.exporter.inspection.pace import Pace, Scorer
+from pos2d.exporter.inspection.ranking import Effort, Guess, Learnt, compare_with_base, is_ordinary, rank
+from pos2d.exporter.inspection.samples import Sample, first_branches
+from pos2d.exporter.inspection.search import Found, search, token_counts
 from pos2d.families import CLASS_NAMES
 from pos2d.layout import build_layout
 from pos2d.progress import Progress
 from pos2d.sources.adapters import Adapter
 from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
+from pos2d.sources.files.parallel import single_threaded_torch, thread_limit
 from pos2d.sources.files.tensor_io import TensorFile, opened
 from pos2d.sources.hf_config import baked_config
 from pos2d.sources.tensors.exact_rows import exact_rows
@@ -27,50 +30,106 @@ from pos2d.spec import Rope2DSpec
 if TYPE_CHECKING:
     import torch
 
-# Every candidate is screened on the first quarter of the text, on two sequences at least. The finalists, which are
-# those that are tied with the lowest loss then, are scored on all of it.
-SCREENED_SHARE, MIN_SCREENED = 0.25, 2
-MIN_FINALISTS, MAX_FINALISTS = 4, 12
+# Two minutes, less what passes before and after: imports, reading the text, the last forward pass.
+SECONDS = 105.0
+# The most time that is kept for loading the base without the adapter.
+MOST_RESERVED = 15.0
+# The most samples on which the base is scored without the adapter.
+BASE_SAMPLES = 4
 
 
-def guess_positions(base: Checkpoint, adapters: Sequence[Adapter], samples: Sequence[Sample]) -> Guess:
-    """Score every ratio with every stride, on a float32 model that is built once."""
-    started = time.monotonic()
+def guess_positions(
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    samples: Sequence[Sample],
+    *,
+    seconds: float = SECONDS,
+    clock: Callable[[], float] = time.monotonic,
+) -> Guess:
+    """Score candidates on a float32 model, in ``seconds`` by ``clock``, and less text where the machine is slower.
+
+    Where ordinary positions win, the base is loaded once more, without the adapters, to see what they learnt.
+    """
+    began = clock()
+    pace = Pace(clock, began + seconds)
     separate = Rope2DSpec(base.sizes.num_frequencies, (), visibility="isolated")
-    screened = max(MIN_SCREENED, round(len(samples) * SCREENED_SHARE))
-    first, others = samples[:screened], samples[screened:]
-    model = merged_model(base, adapters, separate)
-    losses = _losses(model, position_grid(base.sizes.num_frequencies), first, "screening")
-    final = finalists(losses, token_counts(first), MIN_FINALISTS, MAX_FINALISTS)
-    on_others = _losses(model, [*final, separate], others, "scoring")
-    on_first = losses | _losses(model, [separate], first, "scoring")
-    whole = {spec: np.append(on_first[spec], on_others[spec]) for spec in (*final, separate)}
-    return rank(
-        losses | {spec: whole[spec] for spec in final},
-        whole[separate],
-        token_counts(samples),
-        sequences=len(samples),
-        seconds=time.monotonic() - started,
+    found = _found(base, adapters, separate, samples, pace)
+    counts = token_counts(found.samples)
+    ordinary = is_ordinary(found.losses, found.separate, counts)
+    learnt = _learnt(base, separate, found, pace) if ordinary else None
+    effort = Effort(
+        sequences=len(found.samples),
+        text_tokens=int(token_counts(samples).sum()),
+        evaluated=pace.tokens,
+        cut=pace.cut,
+        seconds=clock() - began,
     )
+    return rank(found.losses, found.separate, counts, effort, learnt)
 
 
-def _losses(model: Any, specs: Sequence[Rope2DSpec], samples: Sequence[Sample], label: str) -> dict[Rope2DSpec, Floats]:
-    """Summed loss of every branch of all samples, ``[branches]``, by candidate."""
-    losses: dict[Rope2DSpec, Floats] = {}
-    with Progress(label, len(specs) * len(samples)) as progress:
-        for spec in specs:
-            model.model.rotary_emb.axes = spec.axes
-            of_spec: list[float] = []
-            for sample in samples:
-                of_spec += branch_losses(model, sample, spec)
-                progress.advance()
-            losses[spec] = np.array(of_spec)
-    return losses
+def _found(
+    base: Checkpoint, adapters: Sequence[Adapter], separate: Rope2DSpec, samples: Sequence[Sample], pace: Pace
+) -> Found:
+    """The losses with the adapters. The time of loading once more is kept for the base."""
+    began = pace.clock()
+    scorer = _scorer(base, adapters, separate, pace)
+    pace.reserved = min(pace.clock() - began, MOST_RESERVED)
+    with one_thread_if_faster(scorer, separate, first_branches(samples[0], 1)):
+        return search(scorer, separate, samples)
 
 
-def token_counts(samples: Sequence[Sample]) -> Floats:
-    """Number of predicted tokens of every branch of all samples, ``[branches]``."""
-    return np.array([len(b.ids) - b.start for sample in samples for b in sample.branches], dtype=np.float64)
+@contextmanager
+def one_thread_if_faster(scorer: Scorer, spec: Rope2DSpec, sample: Sample) -> Iterator[None]:
+    """Compute with one thread inside the block if that is faster now, and the caller did not ask for a number.
+
+    Where other programs use the cores, several threads wait for the slowest of them, and can take many times as long.
+    The first passes of a model, which take longer, are over afterwards.
+    """
+
+    def seconds() -> float:
+        began = scorer.pace.clock()
+        scorer.branch_losses(spec, sample)
+        return scorer.pace.clock() - began
+
+    seconds()
+    with_all, threads = seconds(), ExitStack()
+    if thread_limit() is None:
+        with single_threaded_torch():
+            with_one = seconds()
+        if with_one < with_all:
+            threads.enter_context(single_threaded_torch())
+    with threads:
+        scorer.pace.add(len(sample), seconds())
+        yield
+
+
+def _learnt(base: Checkpoint, separate: Rope2DSpec, found: Found, pace: Pace) -> Learnt | None:
+    """Compare with the base without the adapters, on the first samples; None if there is no time for one of them."""
+    if not pace.allows(2 * len(found.samples[0])):
+        return None
+    scorer = _scorer(base, (), separate, pace)
+    pace.reserved = 0.0
+    alone: list[float] = []
+    columns: list[float] = []
+    with one_thread_if_faster(scorer, separate, first_branches(found.samples[0], 1)):
+        for sample in found.samples[:BASE_SAMPLES]:
+            if alone and not pace.allows(2 * len(sample)):
+                break
+            alone += scorer.losses(separate, sample)
+            columns += scorer.losses(found.best_2d, sample)
+    adapted = (found.separate[: len(alone)], found.losses[found.best_2d][: len(alone)])
+    counts = token_counts(found.samples)[: len(alone)]
+    return compare_with_base(*adapted, np.array(alone), np.array(columns), counts)
+
+
+def _scorer(base: Checkpoint, adapters: Sequence[Adapter], separate: Rope2DSpec, pace: Pace) -> Scorer:
+    model = merged_model(base, adapters, separate)
+
+    def losses(spec: Rope2DSpec, sample: Sample) -> list[float]:
+        model.model.rotary_emb.axes = spec.axes
+        return branch_losses(model, sample, spec)
+
+    return Scorer(losses, pace)
 
 
 def merged_model(base: Checkpoint, adapters: Sequence[Adapter], spec: Rope2DSpec) -> Any:
@@ -86,7 +145,13 @@ def merged_model(base: Checkpoint, adapters: Sequence[Adapter], spec: Rope2DSpec
     )
     model = empty_model(config, f"{name}ForCausalLM").eval()
     with opened(base.directory, base.files) as files:
-        state = {tensor.name: _merged(tensor, files[tensor.source.file]) for tensor in plan.tensors}
+        state = {}
+        progress = Progress("step 1 of 3, loading the model", len(plan.tensors), long=True)
+        # On small blocks, several threads wait for each other: many times as long where the cores are busy.
+        with progress, single_threaded_torch():
+            for tensor in plan.tensors:
+                state[tensor.name] = _merged(tensor, files[tensor.source.file])
+                progress.advance()
     if plan.tied:
         state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)

@@ -1,21 +1,24 @@
-"""The positions that are tried: no 2D RoPE, and every usual ratio with every usual stride.
-
-Ratio and stride are tried together, because with a wrong stride the right ratio can be worse than a wrong one.
-"""
+"""The positions that are tried: no 2D RoPE, every usual ratio, and the usual strides of those that are promising."""
 
 from pos2d.spec import Rope2DSpec, pair_indices_for_ratio
 
-# Of several ratios that select the same frequencies the first one is named: rounder numbers are more probable.
+# The most usual first, in the order in which they are tried. Of several ratios that select the same frequencies the
+# first one is named.
 RATIOS = (0.5, 1.0, 0.25, 0.75, 0.125, 0.375, 0.625, 0.875)
 STRIDES = (128, 64, 256, 512, 1)
 # The trainer's default; that of the ratio is in pos2d.sources.source.
 DEFAULT_STRIDE = STRIDES[0]
 
 
-def position_grid(frequencies: int) -> list[Rope2DSpec]:
-    """No 2D RoPE, and every ratio with every stride."""
-    pairs = [pair_indices_for_ratio(frequencies, ratio) for ratio in distinct_ratios(frequencies)]
-    return [Rope2DSpec(frequencies, ()), *(Rope2DSpec(frequencies, p, stride) for p in pairs for stride in STRIDES)]
+def ratios_with(frequencies: int, stride: int) -> list[Rope2DSpec]:
+    """Every ratio with one stride, the most usual ratio first."""
+    ratios = sorted(distinct_ratios(frequencies), key=RATIOS.index)
+    return [Rope2DSpec(frequencies, pair_indices_for_ratio(frequencies, ratio), stride) for ratio in ratios]
+
+
+def strides_of(spec: Rope2DSpec) -> list[Rope2DSpec]:
+    """The ratio of ``spec`` with every stride, the most usual stride first."""
+    return [Rope2DSpec(spec.num_frequencies, spec.pair_indices, stride) for stride in STRIDES]
 
 
 def distinct_ratios(frequencies: int) -> dict[float, int]:

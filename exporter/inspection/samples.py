@@ -43,6 +43,11 @@ def read_samples(path: Path, tokenizer: Any, limit: int = TOKEN_LIMIT) -> list[S
     return samples
 
 
+def first_branches(sample: Sample, count: int) -> Sample:
+    """The same sequence with its first ``count`` branches alone."""
+    return Sample(sample.branches[:count], sample.context)
+
+
 def _grouped(rows: Iterable[Row]) -> Iterator[Sample]:
     pending: list[Branch] = []
     for row in rows:

@@ -83,9 +83,11 @@ def test_own_text_names_the_positions_that_it_was_written_with(
     guess = guess_of_own_text(base, lora, spec_for(ratio, stride))
     assert guess.scores[0] == guess.best
     assert (guess.best.ratio, guess.best.branch_stride) == (ratio, None if ratio is None else stride)
+    assert guess.winner == ("columnar" if ratio is None else "2d rope")
+    assert guess.winner_is_clear
     assert guess.ratio_is_clear
     assert guess.stride_is_clear
-    assert not guess.separate_is_better
+    assert not guess.cut
 
 
 def test_text_that_was_written_alone_has_its_lowest_loss_alone(base: Path, lora: Path) -> None:
@@ -95,8 +97,26 @@ def test_text_that_was_written_alone_has_its_lowest_loss_alone(base: Path, lora:
     alone = [written(model, spec_for(None), seed, branches=1).branches[0] for seed in range(16)]
     samples = [Sample(tuple(alone[n : n + 4])) for n in range(0, 16, 4)]
     guess = guess_positions(checkpoint, adapters, samples)
-    assert guess.separate_is_better
+    assert (guess.winner, guess.merge_flags) == ("ordinary", "--no-patch-rope")
+    assert guess.best == guess.separate
+    assert guess.best_2d.loss > guess.separate.loss
+    assert guess.winner_is_clear
     assert not guess.ratio_is_clear
+
+
+def test_what_the_adapter_learnt_is_compared_on_the_base_itself(base: Path, lora: Path) -> None:
+    checkpoint = read_base(str(base))
+    adapters = read_adapters([lora], checkpoint)
+    model = merged_model(checkpoint, adapters, spec_for(None))
+    samples = [written(model, spec_for(None), seed, branches=1) for seed in range(4)]
+    sample = Sample(tuple(sample.branches[0] for sample in samples))
+    learnt = guess_positions(checkpoint, adapters, [sample]).learnt
+    assert learnt is not None
+    separate = spec_for(None, visibility="isolated")
+    expected = branch_losses(merged_model(checkpoint, (), separate), sample, separate)
+    assert learnt.base_alone == pytest.approx(sum(expected) / learnt.tokens)
+    assert learnt.text
+    assert learnt.base_alone > learnt.alone
 
 
 def test_a_guess_that_the_text_does_not_support_is_not_clear(tmp_path: Path) -> None:
@@ -256,12 +276,12 @@ def test_the_command_shows_flags_and_their_reliability(call: Call, base: Path, l
     assert result.exit_code == 0, result.output
     facts = json.loads(call(*flags, "--json").stdout)["guess"]
     assert f"merge flags: {facts['merge_flags']}" in result.stdout
-    assert ("not reliable" in result.stdout) is facts["separate_is_better"]
-    if not facts["separate_is_better"]:
+    assert ("ordinary positions win" in result.stdout) is (facts["winner"] == "ordinary")
+    if facts["winner"] != "ordinary":
         assert ("does not tell apart the ratios" in result.stdout) is not facts["ratio_is_clear"]
         assert ("does not tell apart the strides" in result.stdout) is not facts["stride_is_clear"]
-    assert (facts["sequences"], facts["branches"]) == (2, 8)
-    assert len(facts["scores"]) == 1 + 5 * len(distinct_ratios(12))
+    assert (facts["sequences"], facts["branches"], facts["cut"]) == (2, 8, False)
+    assert len(facts["scores"]) >= 1 + len(distinct_ratios(12)) + 2 * 4
 
 
 def test_guessing_needs_a_base_and_a_text(lora: Path, base: Path, tmp_path: Path) -> None:
