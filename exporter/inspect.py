@@ -87,7 +87,8 @@ def inspect(
             as ``ORG/NAME@REVISION``, a base or an artifact.
         base_model: say whether the adapter fits this base.
         revision: commit, tag or branch of a base from the Hub.
-        guess_ratio: find ratio and stride of the training by scoring ``text``. This loads the base in float32.
+        guess_ratio: find the positions of the training by scoring ``text``: ratio and stride, or ordinary ones. This
+            loads the base in float32, and takes at most about two minutes.
         text: a file like the training data, in one of the forms that :mod:`pos2d.text_samples` lists.
         options: fields of :class:`pos2d.threads.ThreadOptions`, for ``guess_ratio``.
 

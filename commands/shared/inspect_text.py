@@ -8,7 +8,7 @@ from pos2d.exporter.inspect import Fit, InspectReport
 from pos2d.exporter.inspection.adapter_facts import AdapterFacts, ModuleKind
 from pos2d.exporter.inspection.known_bases import KNOWN_BASES
 from pos2d.exporter.inspection.model_facts import ArtifactFacts, BaseFacts
-from pos2d.exporter.inspection.ranking import Guess, Learnt, Score
+from pos2d.exporter.inspection.ranking import Guess, Learnt, Score, merge_flags
 from pos2d.sources.adapters.adapter import first_names
 from pos2d.spec import spans
 from pos2d.units import size_text
@@ -166,10 +166,15 @@ def _parallel(guess: Guess) -> Iterable[str]:
             "not reliable: each branch alone, without 2D RoPE, has a loss that is no higher beyond chance, so the "
             "adapter may as well be ordinary (then merge with --no-patch-rope)"
         )
-    if not guess.ratio_is_clear:
+    ties = [score for score in guess.scores if score.tied]
+    if any(score.pairs != guess.best.pairs for score in ties):
         yield "the text does not tell apart the ratios that are tied; one with longer branches may"
-    if not guess.stride_is_clear:
+    elif not guess.ratio_is_clear:
+        yield "there was no time to score every ratio, so another one may be better"
+    if any(score.pairs == guess.best.pairs and score != guess.best for score in ties):
         yield "the text does not tell apart the strides that are tied, so the choice hardly matters for it"
+    elif not guess.stride_is_clear:
+        yield "there was no time to score every stride of this ratio, so another one may be better"
 
 
 def _ordinary(guess: Guess, form: str) -> Iterable[str]:
@@ -178,13 +183,18 @@ def _ordinary(guess: Guess, form: str) -> Iterable[str]:
     yield f"merge flags: {guess.merge_flags}" + (f" (no flag is needed for an adapter of {name})" if name else "")
     yield "ordinary positions win: each branch alone, without 2D RoPE, has a lower loss than every candidate in columns"
     best = guess.best_2d
-    positions = f"ratio {best.ratio:g} and stride {best.branch_stride}"
-    yield f"the best with 2D RoPE is {positions}, with {best.loss:.3f} nats/token"
-    yield _reading(guess.learnt, positions)
+    yield (
+        f"the best with 2D RoPE is ratio {best.ratio:g} and stride {best.branch_stride}, with {best.loss:.3f} "
+        "nats/token"
+    )
+    yield _reading(guess.learnt, merge_flags(best))
 
 
-def _reading(learnt: Learnt | None, positions: str) -> str:
-    """What the losses of the base say about an adapter for which ordinary positions win."""
+def _reading(learnt: Learnt | None, flags: str) -> str:
+    """What the losses of the base say about an adapter for which ordinary positions win.
+
+    ``flags`` are those of the best candidate with 2D RoPE.
+    """
     if learnt is None:
         return (
             "there was no time to score the base without the adapter, which tells an ordinary adapter from one that "
@@ -197,7 +207,7 @@ def _reading(learnt: Learnt | None, positions: str) -> str:
     if learnt.parallel:
         return (
             f"{costs}: it may have been trained with 2D RoPE too little, or be an ordinary one whose text is easy; if "
-            f"you know that it was trained on parallel branches, merge with {positions}"
+            f"you know that it was trained on parallel branches, merge with {flags}"
         )
     if learnt.text:
         return f"{costs}: it learnt the text but nothing of columns, so it is an ordinary adapter"

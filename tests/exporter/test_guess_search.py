@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,9 +92,13 @@ def test_the_least_is_scored_in_no_time() -> None:
     assert pace.cut
     assert len(found.losses) == 3
     assert [len(sample.branches) for sample in found.samples] == [2]
-    guess = rank(found.losses, found.separate, token_counts(found.samples), EFFORT)
+    guess = rank(found.losses, found.separate, token_counts(found.samples), replace(EFFORT, cut=True))
     assert not guess.ratio_is_clear
     assert not guess.stride_is_clear
+    text = "\n".join(guess_lines(guess, "trainer"))
+    assert "20 of 320 tokens of the text and 3 candidates were scored" in text
+    assert "no time to score every ratio" in text
+    assert "no time to score every stride" in text
 
 
 def test_what_is_decided_needs_no_more_text() -> None:
@@ -150,7 +155,7 @@ def test_the_winner_and_its_flags() -> None:
     ("base", "clear", "words"),
     [
         ((3.0, 3.5), True, "learnt the text but nothing of columns, so it is an ordinary adapter"),
-        ((3.0, 6.0), False, "if you know that it was trained on parallel branches, merge with ratio 0.5"),
+        ((3.0, 6.0), False, "if you know that it was trained on parallel branches, merge with --rope-2d-ratio 0.5"),
         ((0.9, 2.0), False, "nothing is known of its training"),
         (None, False, "no time to score the base"),
     ],
