@@ -17,7 +17,7 @@ from pos2d.sources.adapters.mlx import DOWN, MLX_WEIGHTS, UP, mlx_modules, read_
 from pos2d.sources.adapters.patterns import match_start, pattern_error
 from pos2d.sources.adapters.peft_config import KEY_OF_PATTERN
 from pos2d.sources.adapters.peft_files import ADAPTER_CONFIG, PICKLED_WEIGHTS, weight_files
-from pos2d.sources.adapters.trainer import SUFFIXES, pair_factors, without_prefixes
+from pos2d.sources.adapters.trainer import SUFFIXES, pair_factors, read_trainer_tensors
 from pos2d.sources.checkpoints.checkpoint import EMBEDDING
 from pos2d.sources.files.json_object import read_json_object
 from pos2d.sources.files.pth import read_pth
@@ -88,7 +88,7 @@ def trainer_facts(path: Path) -> AdapterFacts:
         InputError: the file is neither, or lacks one of the factors of a module.
         UnsafeInputError: the file would run code.
     """
-    content = without_prefixes(read_pth(path), path)
+    content = read_trainer_tensors(path)
     tensors = _tensors(content)
     refuse_empty(tensors.shapes, path)
     if any(name.endswith(SUFFIXES) for name in content):

@@ -10,7 +10,8 @@ from pos2d.sources.adapters.adapter import Adapter, check_values, first_names, m
 from pos2d.sources.adapters.deltas import Delta, LowRank, Replaced
 from pos2d.sources.adapters.vocabulary import resized, vocabulary_of
 from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
-from pos2d.sources.files.pth import read_pth
+from pos2d.sources.checkpoints.minimind import ITS_VOCABULARY, describe_minimind, has_its_vocabulary
+from pos2d.sources.files.pth import load_pth, tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ PREFIXES = ("module.", "_orig_mod.")
 SUFFIXES = (".lora.A.weight", ".lora.B.weight")
 # Buffers in some state dicts; loaders compute them from the configuration.
 COMPUTED = "inv_freq"
+BASE_OF_TRAINING = "give the base that it was trained on"
 
 
 def read_trainer_file(path: Path, base: Checkpoint, weight: float = 1.0) -> Adapter:
@@ -31,7 +33,7 @@ def read_trainer_file(path: Path, base: Checkpoint, weight: float = 1.0) -> Adap
             values that are not finite.
         UnsafeInputError: the file would run code.
     """
-    tensors = without_prefixes(read_pth(path), path)
+    tensors = read_trainer_tensors(path)
     refuse_empty({name: tensor.shape for name, tensor in tensors.items()}, path)
     vocab = None
     if any(name.endswith(SUFFIXES) for name in tensors):
@@ -47,6 +49,20 @@ def read_trainer_file(path: Path, base: Checkpoint, weight: float = 1.0) -> Adap
     check_values(tensors, path)
     by_tensor = {name: (delta,) for name, delta in deltas.items()}
     return Adapter(path, form, sha256(path), weight, by_tensor, vocab=vocab)
+
+
+def read_trainer_tensors(path: Path) -> "dict[str, torch.Tensor]":
+    """The tensors of a ``.pth`` under their plain names; the bytes stay in the file until they are used.
+
+    Raises:
+        InputError: not a dictionary of tensors, or a model of ParallelMind's own architecture; two tensors of one name.
+        UnsafeInputError: the file would run code.
+    """
+    content = load_pth(path)
+    own = describe_minimind(content) if isinstance(content, Mapping) else None
+    if own is not None:
+        raise InputError(f"{path} {own}")
+    return without_prefixes(tensors_of(content, path), path)
 
 
 def without_prefixes(content: "Mapping[str, torch.Tensor]", path: Path) -> "dict[str, torch.Tensor]":
@@ -136,15 +152,15 @@ def _full_state(tensors: "Mapping[str, torch.Tensor]", base: Checkpoint, path: P
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     missing, left_over = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
-    _refuse_misfit({"wrong shapes": wrong, "missing tensors": missing, "left-over tensors": left_over}, base, path)
+    cure = f"it {ITS_VOCABULARY}" if has_its_vocabulary(tensors) else BASE_OF_TRAINING
+    faults = {"wrong shapes": wrong, "missing tensors": missing, "left-over tensors": left_over}
+    _refuse_misfit(faults, base, path, cure)
     deltas: dict[str, Delta] = {name: Replaced(weight, tensors[name]) for name in shapes}
     # Head and embedding were trained as one tensor, so both are replaced by it.
     return deltas | ({HEAD: deltas[EMBEDDING]} if base.sizes.tied else {})
 
 
-def _refuse_misfit(faults: Mapping[str, list[str]], base: Checkpoint, path: Path) -> None:
+def _refuse_misfit(faults: Mapping[str, list[str]], base: Checkpoint, path: Path, cure: str = BASE_OF_TRAINING) -> None:
     misfits = [f"{label} {first_names(names)}" for label, names in faults.items() if names]
     if misfits:
-        raise InputError(
-            f"{path} does not fit {base.directory}: {'; '.join(misfits)}; give the base that it was trained on"
-        )
+        raise InputError(f"{path} does not fit {base.directory}: {'; '.join(misfits)}; {cure}")

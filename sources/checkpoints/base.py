@@ -8,6 +8,7 @@ from pos2d.config_values import shown
 from pos2d.errors import InputError
 from pos2d.families import CLASS_NAMES, MODEL_TYPE_PREFIX
 from pos2d.manifest import FILE_NAME, is_artifact
+from pos2d.sources.checkpoints import minimind
 from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint, read_checkpoint, read_config
 from pos2d.sources.checkpoints.location import locate
 from pos2d.sources.checkpoints.other_keys import other_keys
@@ -40,6 +41,8 @@ def read_base(base_model: str | Path, *, revision: str | None = None, bake_rope:
         if not is_artifact(directory):
             raise InputError(f"{directory} was made by this tool but has no {FILE_NAME}; copy the artifact again")
         raise InputError(f"{source}: this base is merged already ({name}); merge into the original base instead")
+    if model_type == minimind.MODEL_TYPE:
+        raise InputError(f"{source}: {minimind.describe_minimind_config(config)}")
     if model_type not in CLASS_NAMES:
         text_config = config.get("text_config")
         inner = text_config.get("model_type") if isinstance(text_config, dict) else None

@@ -1,9 +1,11 @@
 """Finds the directory of a base model: a local one, or one that is downloaded from the Hub."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from pos2d.errors import InputError, UsageError
+from pos2d.errors import InputError, UnsafeInputError, UsageError
 from pos2d.sources.checkpoints.checkpoint import read_config
+from pos2d.sources.checkpoints.minimind import ITS_VOCABULARY, describe_minimind, has_its_vocabulary
 from pos2d.sources.checkpoints.weight_files import (
     CONFIG,
     INDEX,
@@ -16,10 +18,12 @@ from pos2d.sources.checkpoints.weight_files import (
 )
 from pos2d.sources.files.hub import hub_errors
 from pos2d.sources.files.links import refuse_broken_link
+from pos2d.sources.files.pth import load_pth
 
 # Everything but weights. Subfolders hold the same model in other forms, but for the tokenizer's further templates.
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 TEMPLATES = "additional_chat_templates/*.jinja"
+PICKLES = (".pth", ".pt", ".bin")
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".json")
 
 
@@ -50,6 +54,7 @@ def locate(base_model: str, revision: str | None) -> tuple[Path, str | None]:
     if path.suffix == ".gguf":
         raise InputError(f"{base_model} is a GGUF file; {GGUF_CURE}")
     if path.is_file() and path.name.endswith(WEIGHT_ENDINGS):
+        _refuse_minimind(path)
         cure = f"its directory, {path.parent}" if (path.parent / CONFIG).is_file() else "a Hugging Face model directory"
         raise InputError(f"{base_model} is a file of weights; give {cure}")
     # A name in a directory that exists here is a misspelt path, and no organisation of the Hub.
@@ -61,6 +66,21 @@ def locate(base_model: str, revision: str | None) -> tuple[Path, str | None]:
             "directory or a Hub id"
         )
     return _download(base_model, revision)
+
+
+def _refuse_minimind(path: Path) -> None:
+    """Raise InputError if a file of ``torch.save`` is a model of ParallelMind's own architecture."""
+    if path.suffix not in PICKLES:
+        return
+    try:
+        content = load_pth(path)
+    except (InputError, UnsafeInputError):
+        return
+    if not isinstance(content, Mapping):
+        return
+    own = describe_minimind(content) or (ITS_VOCABULARY if has_its_vocabulary(content) else None)
+    if own is not None:
+        raise InputError(f"base model {path} {own}")
 
 
 GGUF_CURE = "give the Hugging Face model directory from which it was converted"
@@ -81,6 +101,8 @@ def _cure(directory: Path) -> str:
         return f"the directory holds a GGUF file; {GGUF_CURE}"
     if (directory / "params.json").is_file():
         return "params.json is of its authors' own format; convert the model to Hugging Face's format, or download that"
+    for path in sorted(directory.glob("*.pth")):
+        _refuse_minimind(path)
     if (directory / SINGLE).is_file() or (directory / INDEX).is_file():
         return "copy it from the repository of the model"
     return "give a Hugging Face model directory"

@@ -19,16 +19,28 @@ def read_pth(path: Path) -> "dict[str, torch.Tensor]":
         InputError: the file is damaged, or is not a dictionary of tensors.
         UnsafeInputError: it would run code.
     """
+    return tensors_of(load_pth(path), path)
+
+
+def load_pth(path: Path) -> object:
+    """Whatever plain values a file of ``torch.save`` holds; raises as :func:`read_pth`, but for the dictionary."""
     check_pickle(path)
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError:
         raise UnsafeInputError(f"{path} names an object that is not a plain tensor; do not load it") from None
     except Exception as error:  # torch lets many kinds of error through when an archive is damaged
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path} is damaged: {reason}") from None
+    return content
+
+
+def tensors_of(content: object, path: Path) -> "dict[str, torch.Tensor]":
+    """Name to tensor of what ``path`` holds; raises InputError if it is not a dictionary of tensors."""
+    import torch
+
     if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
         raise InputError(f"{path} does not hold a dictionary of tensors")
     return {str(name): tensor.detach() for name, tensor in content.items()}
