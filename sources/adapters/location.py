@@ -8,7 +8,7 @@ from pos2d.errors import InputError
 from pos2d.git_lfs import refuse_pointer
 from pos2d.sources.adapters.adapter import first_names
 from pos2d.sources.adapters.foreign_files import describe_foreign, is_training_state
-from pos2d.sources.adapters.mlx import MLX_WEIGHTS, is_mlx
+from pos2d.sources.adapters.mlx import MLX_CHECKPOINTS, MLX_WEIGHTS, is_mlx
 from pos2d.sources.adapters.peft_files import (
     ADAPTER_CONFIG,
     INDEXES,
@@ -69,6 +69,11 @@ def _locate_file(path: Path) -> Location:
     refuse_pointer(path)
     if of_directory:
         raise InputError(_without_config(directory, path.name))
+    if path.match(MLX_CHECKPOINTS) and (directory / ADAPTER_CONFIG).is_file() and is_mlx(directory):
+        raise InputError(
+            f"{path} was saved during a training of MLX; copy it, as {MLX_WEIGHTS}, and {ADAPTER_CONFIG} to a new "
+            "directory, and give that"
+        )
     foreign = describe_foreign(path)
     if foreign is not None:
         raise InputError(f"{path} {foreign}")

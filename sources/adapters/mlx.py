@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 MLX_WEIGHTS = "adapters.safetensors"
+# What it saves during a training, with the number of steps before the name.
+MLX_CHECKPOINTS = f"[0-9]*_{MLX_WEIGHTS}"
 MLX_KEYS = {"fine_tune_type", "lora_parameters", "lora_layers"}
 DOWN, UP, MAGNITUDE = "lora_a", "lora_b", "m"
 
@@ -91,7 +93,9 @@ def read_mlx_tensors(directory: Path) -> "dict[str, torch.Tensor]":
     """All tensors by name; raises InputError if there are none that can be read."""
     file = directory / MLX_WEIGHTS
     if not file.is_file():
-        raise InputError(f"{directory} has an {ADAPTER_CONFIG} of MLX but no {MLX_WEIGHTS}; copy the adapter again")
+        checkpoints = sorted(path.name for path in directory.glob(MLX_CHECKPOINTS))
+        cure = f"copy {checkpoints[-1]} to that name" if checkpoints else "copy the adapter again"
+        raise InputError(f"{directory} has an {ADAPTER_CONFIG} of MLX but no {MLX_WEIGHTS}; {cure}")
     return read_tensors(WeightFiles((file,)))
 
 

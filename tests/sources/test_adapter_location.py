@@ -128,6 +128,13 @@ def spoil_mlx(path: Path) -> Path:
     return path
 
 
+def step_of_mlx(path: Path) -> Path:
+    """A directory with what MLX saves during a training, and nothing that it saves at the end."""
+    (write_mlx(path, Q, HIDDEN, HIDDEN) / "adapters.safetensors").rename(path / "0000100_adapters.safetensors")
+    (path / "0000050_adapters.safetensors").write_bytes(b"")
+    return path
+
+
 def files(*names: str, content: str = "{}") -> Callable[[Path], Path]:
     """Makes a directory with these files."""
 
@@ -203,6 +210,9 @@ SENTENCES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "mlx with alpha": (spoil_mlx, "MLX's lora_parameters has alpha"),
     "a full fine-tune of mlx": (tensors(EMBEDDING, file="adapters.safetensors", config='{"fine_tune_type": "full"}'),
                                 "MLX's fine_tune_type 'full'"),
+    "a training of mlx": (step_of_mlx, "but no adapters.safetensors; copy 0000100_adapters.safetensors to that name"),
+    "one step of it": (lambda path: step_of_mlx(path) / "0000100_adapters.safetensors",
+                       "saved during a training of MLX; copy it, as adapters.safetensors, and adapter_config.json"),
     "another method of peft": (tensors(Q, file=WEIGHTS, config='{"peft_type": "LOKR"}'), "peft_type 'LOKR'"),
     "nothing": (files("notes.txt"), "has 0 .pth files and no adapter_config.json; give one adapter"),
 }  # fmt: skip
