@@ -29,8 +29,10 @@ class Source:
     ``base`` has the vocabulary and the end tokens of the result. ``sidecars``: the files that travel next to the
     weights. ``origin``: what a manifest says about where the weights come from. ``options``: whose tokenizer travels,
     and how the weights of a merged directory were summed and rounded; ``retention``: how much of its adapters that
-    rounding retained, if it is recorded. ``one_branch_of``: see :class:`pos2d.manifest.Manifest`. ``warnings``: a
-    sentence for each default that may be wrong; ``notes``: what else was decided by default.
+    rounding retained, if it is recorded. ``reference``: a directory that computes the same, which a sum of base and
+    adapters does not have, nor a plain model to which 2D RoPE is given. ``one_branch_of``: see
+    :class:`pos2d.manifest.Manifest`. ``warnings``: a sentence for each default that may be wrong; ``notes``: what else
+    was decided by default.
     """
 
     base: Checkpoint
@@ -40,6 +42,7 @@ class Source:
     sidecars: Sidecars
     origin: dict[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
+    reference: Path | None = None
     one_branch_of: Rope2DSpec | None = None
     retention: float | None = None
     warnings: tuple[str, ...] = ()
@@ -133,6 +136,7 @@ def from_adapters(
         sidecars,
         origin,
         options,
+        reference=None if adapters or spec.is_2d or is_artifact(base.directory) else base.directory,
         warnings=(*chosen.warnings, *warnings),
         notes=chosen.notes,
     )
@@ -164,6 +168,7 @@ def from_merged(merged: Path) -> Source:
         sidecars=sidecars,
         origin=origin,
         options=manifest.options,
+        reference=merged,
         one_branch_of=manifest.one_branch_of,
         retention=(manifest.ledger or {}).get("totals", {}).get("retention"),
         warnings=tuple(warnings),

@@ -10,6 +10,7 @@ from pos2d.exporter.inspection.known_bases import KNOWN_BASES
 from pos2d.exporter.inspection.model_facts import ArtifactFacts, BaseFacts
 from pos2d.exporter.inspection.ranking import Guess, Learnt, Score, merge_flags
 from pos2d.sources.adapters.adapter import first_names
+from pos2d.sources.positions import TRAINER_FORMS
 from pos2d.spec import spans
 from pos2d.units import size_text
 
@@ -28,7 +29,9 @@ def inspect_text(report: InspectReport) -> str:
         rows += _artifact(report.artifact)
     if report.adapter:
         rows += _adapter(report.adapter)
-        if report.guess is None:
+        if report.adapter.form not in TRAINER_FORMS:
+            rows.append(("positions", "read as ordinary, without 2D RoPE, unless --rope-2d-ratio is given"))
+        elif report.guess is None:
             rows.append(("not in it", "ratio, stride and alignment of the training; --guess-ratio finds the first two"))
     if report.fit:
         rows += _fit(report.fit)

@@ -53,7 +53,7 @@ def write(source: Source, plan: CheckpointPlan, target: Path) -> dict[str, Any]:
 
 
 def check(staging: Path, source: Source, plan: CheckpointPlan) -> Mapping[str, Any] | None:
-    """Compare the logits with those of the merged directory that the weights come from.
+    """Compare the logits with those of the model that the weights come from.
 
     That is left out where they are meant to differ, because weights are quantised or rounded to a narrower type, and
     where the weights come from a base and adapters.
@@ -61,6 +61,6 @@ def check(staging: Path, source: Source, plan: CheckpointPlan) -> Mapping[str, A
     Raises:
         ParityError: they differ by more than they may.
     """
-    if plan.recipe is not None or source.adapters or not plan.keeps_values:
+    if plan.recipe is not None or source.reference is None or not plan.keeps_values:
         return None
-    return closing_check(staging, source.base.directory)
+    return closing_check(staging, source.reference)

@@ -24,7 +24,7 @@ class LoadOptions(ThreadOptions):
     """
 
     quant: BnbQuant | None = option(
-        None, "Quantise a merged directory with bitsandbytes while it is loaded.", default_text="no"
+        None, "Quantise a model that is not quantised, with bitsandbytes, while it is loaded.", default_text="no"
     )
     device: str = option(
         "auto",

@@ -198,7 +198,7 @@ def edited_base(golden: Golden, target: Path, **changes: object) -> Path:
         ({"rope_scaling": LONGROPE | {"short_factor": [1.0]}}, "it must be a list of 8 numbers above 0"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic' changes with the length"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"model_type": "pos2d_qwen2"}, "merged already"),
+        ({"model_type": "pos2d_qwen2"}, "was made by this tool"),
         ({"quantization_config": {"load_in_8bit": True}}, "quantised"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"hidden_size": ...}, "wrong shapes"),  # 4096, transformers' default
@@ -222,7 +222,7 @@ def test_bases_that_are_not_there(
     merge: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    expect(merge(base=tmp_path / "nowhere"), 3, "nowhere is not a directory")
+    expect(merge(base=tmp_path / "nowhere"), 3, "nowhere does not exist")
     expect(merge(base=Path("someone/some-model-that-is-not-cached")), 3, "some-model-that-is-not-cached")
     expect(merge(lora=tmp_path / "nowhere.pth"), 3, "nowhere.pth does not exist")
     expect(merge(lora=tmp_path), 3, "has 0 .pth files")
@@ -325,7 +325,7 @@ def test_things_that_are_not_artifacts(call: Call, qwen2: Golden, tmp_path: Path
     verb, *flags = command
     flags = [str(tmp_path / flag) if flag in ("OUT", "IN") else flag for flag in flags]
     expect(call(verb, tmp_path / "nowhere", *flags), 3, "nowhere does not exist")
-    expect(call(verb, qwen2.path / "base", *flags), 3, "base is not an artifact", "manifest.json")
+    expect(call(verb, qwen2.path, *flags), 3, "config.json does not exist", "a model is in", "base")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -102,7 +102,7 @@ def test_reports_say_how_the_artifact_is_quantised(tied: tuple[Path, Path], tmp_
         (["--format", "bnb", "--quant", "8bit", "--skip-modules", "model,lm_head"], "leaves nothing to quantise"),
         (["--format", "bnb", "--quant", "8bit", "--no-verify"], "belongs to --format onnx"),
         (["--format", "bnb", "--quant", "8bit", "--lora", "x.pth"], "belong to --base-model"),
-        (["--format", "bnb", "--quant", "8bit", "--rope-2d-ratio", "1.0"], "belong to --base-model"),
+        (["--format", "bnb", "--quant", "8bit", "--rope-2d-ratio", "1.0"], "stores its positions"),
         (["--format", "bnb", "--quant", "8bit", "--lora-rank", "3"], "belong to --base-model"),
         (["--lora", "x.pth"], "belong to --base-model"),
         (["--quant", "8bit"], "takes --quant int8, int4, auto"),
@@ -121,12 +121,14 @@ def test_flags_that_contradict(
 
 
 def test_exactly_one_source_must_be_given(tied: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="either a directory that merge wrote, or `base_model` with `lora`"):
+    with pytest.raises(UsageError, match="either a model, or `base_model`"):
         exporter.export(None, tmp_path / "out", format="bnb", quant="8bit")
-    with pytest.raises(UsageError, match="either a directory that merge wrote, or `base_model` with `lora`"):
+    with pytest.raises(UsageError, match="either a model, or `base_model`"):
         exporter.export(tied[0], tmp_path / "out", format="bnb", quant="8bit", base_model=tied[0], lora=tied[1])
     with pytest.raises(UsageError, match="at least one `lora`"):
-        exporter.export(None, tmp_path / "out", format="bnb", quant="8bit", base_model=tied[0])
+        exporter.merge(tied[0], [], tmp_path / "out")
+    with pytest.raises(UsageError, match="`output` is missing"):
+        exporter.export(tied[0])
 
 
 def test_nf4_is_refused_for_shapes_that_it_computes_wrongly(

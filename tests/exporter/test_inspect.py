@@ -338,7 +338,7 @@ def test_the_reason_of_a_misfit_is_the_message_of_merge(call: Call) -> None:
     result = call("inspect", LORA, "--base-model", "/nowhere")
     assert result.exit_code == 3
     assert "/nowhere: it does not fit" in result.stdout
-    assert "/nowhere is not a directory" in result.stderr
+    assert "/nowhere does not exist" in result.stderr
 
 
 def test_a_lora_without_some_square_layers_does_not_fit_their_base(tmp_path: Path) -> None:

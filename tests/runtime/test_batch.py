@@ -243,16 +243,16 @@ def test_what_another_process_finished_meanwhile_is_kept(
 ) -> None:
     """The other one ends while this one loads its model."""
     source, output = write(tmp_path / "in.jsonl", {"prompt": "one"}), tmp_path / "out.jsonl"
-    load = batch_module.load
+    load = batch_module.load_opened
 
     def late(*given: Any, **flags: Any) -> Any:
         with monkeypatch.context() as other:
-            other.setattr(batch_module, "load", load)
+            other.setattr(batch_module, "load_opened", load)
             runtime.batch(talking / "onnx", source, output, max_new_tokens=3)
         return load(*given, **flags)
 
     with monkeypatch.context() as patched:
-        patched.setattr(batch_module, "load", late)
+        patched.setattr(batch_module, "load_opened", late)
         with pytest.raises(OutputError, match="written by another process meanwhile"):
             runtime.batch(talking / "onnx", source, output, **OPTIONS)
     assert records(output)[0]["completions"][0]["new_tokens"] == 3

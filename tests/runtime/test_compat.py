@@ -406,7 +406,7 @@ def test_what_else_is_refused(rank8: Trained, qwen2: Golden, tmp_path: Path, mon
     for foreign in (AutoModelForCausalLM.from_pretrained(rank8.base), object()):
         with pytest.raises(InputError, match="not a model of this tool"):
             generate_text(foreign, tokenizer, "one")
-    monkeypatch.setattr("pos2d.compat.trainer.least_memory", lambda *_: 1 << 60)
+    monkeypatch.setattr("pos2d.runtime.backends.memory.least_memory", lambda *_: 1 << 60)
     with pytest.raises(Pos2DError, match="of memory"):
         load_model_with_lora(rank8.base, rank8.lora, device="cpu")
 

@@ -159,10 +159,13 @@ def test_an_artifact_keeps_its_positions(place: Path, tmp_path: Path) -> None:
         runtime.load(tmp_path / "merged")
 
 
-def test_a_plain_model_may_have_2d_positions(place: Path) -> None:
+def test_a_plain_model_may_have_2d_positions(place: Path, tmp_path: Path) -> None:
     given = runtime.load(place / "base", rope_2d_ratio=0.5, device="cpu")
     assert given.manifest.rope_2d.visibility == "columnar"
     assert len(given.manifest.rope_2d.pair_indices) == 3
+    for kind in ("onnx", "stock"):
+        report = exporter.export(place / "base", tmp_path / kind, format=kind, rope_2d_ratio=0.5)
+        assert report.parity is None, "the base itself has other positions"
 
 
 def test_run_says_what_was_decided(place: Path, call: Callable[..., Result]) -> None:

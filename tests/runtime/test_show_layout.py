@@ -167,7 +167,7 @@ def test_refusals(tmp_path: Path, call: Call) -> None:
         ({"branch_stride": 0}, UsageError, "must be 1 to 16777216"),
         ({"prompt": ["a", " "]}, InputError, "prompt 2 is empty"),
         ({"prompt": []}, InputError, "no prompt"),
-        ({"artifact": tmp_path}, InputError, "not an artifact"),
+        ({"model": tmp_path}, InputError, "config.json does not exist"),
     ):
         given: dict[str, Any] = {"prompt": ["a"], **flags}
         with pytest.raises(error, match=words):

@@ -127,17 +127,17 @@ def write(source: Source, plan: OnnxPlan, target: Path) -> dict[str, Any]:
 
 
 def check(staging: Path, source: Source, plan: OnnxPlan) -> Mapping[str, Any] | None:
-    """Compare the graphs with the merged directory that they were made from; quantised ones with float activations, and
-    with what the exact model predicts.
+    """Compare the graphs with the model that they were made from; quantised ones with float activations, and with what
+    the exact model predicts.
 
-    Float graphs that were made from a base and adapters have no merged directory to compare with.
+    Float graphs that were made from a base and adapters have no such model to compare with.
 
     Raises:
         ParityError: they differ by more than they may.
     """
     if plan.recipe is not None:
         return closing_check(staging, None)
-    return None if source.adapters else closing_check(staging, source.base.directory)
+    return None if source.reference is None else closing_check(staging, source.reference)
 
 
 def _write_graphs(source: Source, plan: OnnxPlan, target: Path) -> GraphInfo:
