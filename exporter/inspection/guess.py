@@ -6,6 +6,7 @@ better than with any others, so the loss tells candidates apart as far as the ch
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from pos2d.layout import build_layout
 from pos2d.progress import Progress
 from pos2d.sources.adapters import Adapter
 from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
-from pos2d.sources.files.parallel import single_threaded_torch, thread_limit
+from pos2d.sources.files.parallel import single_threaded_torch, submitted, thread_limit, worker_count
 from pos2d.sources.files.tensor_io import TensorFile, opened
 from pos2d.sources.hf_config import baked_config
 from pos2d.sources.tensors.exact_rows import exact_rows
@@ -111,12 +112,17 @@ def _learnt(base: Checkpoint, separate: Rope2DSpec, found: Found, pace: Pace) ->
     pace.reserved = 0.0
     alone: list[float] = []
     columns: list[float] = []
-    with one_thread_if_faster(scorer, separate, first_branches(found.samples[0], 1)):
-        for sample in found.samples[:BASE_SAMPLES]:
+    samples = found.samples[:BASE_SAMPLES]
+    with (
+        one_thread_if_faster(scorer, separate, first_branches(samples[0], 1)),
+        Progress("comparing with the base", len(samples), long=True) as progress,
+    ):
+        for sample in samples:
             if alone and not pace.allows(2 * len(sample)):
                 break
             alone += scorer.losses(separate, sample)
             columns += scorer.losses(found.best_2d, sample)
+            progress.advance()
     adapted = (found.separate[: len(alone)], found.losses[found.best_2d][: len(alone)])
     counts = token_counts(found.samples)[: len(alone)]
     return compare_with_base(*adapted, np.array(alone), np.array(columns), counts)
@@ -144,13 +150,19 @@ def merged_model(base: Checkpoint, adapters: Sequence[Adapter], spec: Rope2DSpec
         {key: value for key, value in values.items() if key not in ("auto_map", "architectures")}
     )
     model = empty_model(config, f"{name}ForCausalLM").eval()
+    label = "step 1 of 3, loading the model" if adapters else "loading the base without the adapter"
     with opened(base.directory, base.files) as files:
+        jobs = ((tensor, files[tensor.source.file]) for tensor in plan.tensors)
         state = {}
-        progress = Progress("step 1 of 3, loading the model", len(plan.tensors), long=True)
-        # On small blocks, several threads wait for each other: many times as long where the cores are busy.
-        with progress, single_threaded_torch():
-            for tensor in plan.tensors:
-                state[tensor.name] = _merged(tensor, files[tensor.source.file])
+        with (
+            Progress(label, len(plan.tensors), long=True) as progress,
+            # On small blocks, the threads of torch wait for each other: very long where the cores are busy.
+            single_threaded_torch(),
+            ThreadPoolExecutor(worker_count()) as workers,
+            submitted(workers, _merged, jobs) as merged,
+        ):
+            for tensor, weight in zip(plan.tensors, merged, strict=True):
+                state[tensor.name] = weight
                 progress.advance()
     if plan.tied:
         state[HEAD] = state[EMBEDDING]

@@ -1,5 +1,6 @@
 """The guess of ratio and stride: a model's loss on its own text is lowest with the positions it was written with."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,20 @@ def test_what_the_adapter_learnt_is_compared_on_the_base_itself(base: Path, lora
     assert learnt.base_alone == pytest.approx(sum(expected) / learnt.tokens)
     assert learnt.text
     assert learnt.base_alone > learnt.alone
+
+
+def test_the_limit_of_time_holds_for_loading_and_scoring(base: Path, lora: Path) -> None:
+    """On a clock that advances by a second whenever it is read."""
+    checkpoint = read_base(str(base))
+    adapters = read_adapters([lora], checkpoint)
+    model = merged_model(checkpoint, adapters, spec_for(0.5))
+    samples = [written(model, spec_for(0.5), seed) for seed in range(8)]
+    ticks = itertools.count()
+    guess = guess_positions(checkpoint, adapters, samples, seconds=80.0, clock=lambda: float(next(ticks)))
+    assert guess.cut
+    assert guess.seconds <= 80.0
+    assert guess.tokens < guess.text_tokens == 8 * 3 * NEW
+    assert guess.best.ratio == 0.5
 
 
 def test_a_guess_that_the_text_does_not_support_is_not_clear(tmp_path: Path) -> None:
