@@ -191,6 +191,8 @@ def _ordinary(guess: Guess, form: str) -> Iterable[str]:
         "nats/token"
     )
     yield _reading(guess.learnt, merge_flags(best))
+    if not guess.complete:
+        yield "there was no time to score every ratio and stride, so with another one the adapter may be better still"
 
 
 def _reading(learnt: Learnt | None, flags: str) -> str:
@@ -213,7 +215,7 @@ def _reading(learnt: Learnt | None, flags: str) -> str:
             f"you know that it was trained on parallel branches, merge with {flags}"
         )
     if learnt.text:
-        return f"{costs}: it learnt the text but nothing of columns, so it is an ordinary adapter"
+        return f"{costs}: it learnt the text but nothing of such columns, as an ordinary adapter does"
     return (
         f"{costs}, and each branch alone the base is as good ({learnt.base_alone:.3f} nats/token): the text is not "
         "like the training data, or the adapter learnt little, so nothing is known of its training"

@@ -71,14 +71,15 @@ class Guess:
     ``winner`` names the positions to use, ``merge_flags`` their flags, and ``best`` their score. ``ordinary`` wins if
     ``separate`` is significantly better than the best candidate. Otherwise ``best`` is the candidate with the lowest
     loss, or the trainer's default if that is tied with it.
-    ``winner_is_clear``: for ``ordinary``, the adapter learnt the text and nothing of columns, as ``learnt`` says;
-    otherwise, ``separate`` is significantly worse than ``best``.
+    ``winner_is_clear``: for ``ordinary``, the search is ``complete``, and the adapter learnt the text and nothing of
+    columns, as ``learnt`` says; otherwise, ``separate`` is significantly worse than ``best``.
     ``ratio_is_clear``: no other ratio is tied; ``stride_is_clear``: no other stride of the best ratio is. Both are
     false where ``ordinary`` wins, and where the time did not suffice for all of them.
 
     ``scores`` are of parallel branches: first those on all of the text that was scored, the lowest loss first.
-    ``best_2d`` is the best of them with 2D RoPE. ``separate`` scores every branch as a sequence by itself, without 2D
-    RoPE. ``learnt`` compares with the base; None where ``ordinary`` does not win, or there was no time.
+    ``best_2d`` is the best of them with 2D RoPE; ``complete``: every ratio was scored, and every stride of that one.
+    ``separate`` scores every branch as a sequence by itself, without 2D RoPE. ``learnt`` compares with the base; None
+    where ``ordinary`` does not win, or there was no time.
 
     ``tokens`` counts the tokens that were predicted, ``text_tokens`` those of the whole text, ``evaluated`` those of
     all forward passes. ``cut``: the limit of time left out text, branches or candidates.
@@ -92,6 +93,7 @@ class Guess:
     stride_is_clear: bool
     scores: tuple[Score, ...]
     best_2d: Score
+    complete: bool
     separate: Score
     learnt: Learnt | None
     frequencies: int
@@ -163,12 +165,13 @@ def rank(
     ordinary = is_ordinary(losses, separate, counts)
     best, best_2d = choose(scores), choose([score for score in scores if score.pairs])
     ratio_is_clear, stride_is_clear = _clarity(best, scores, without.num_frequencies)
+    complete = _has_all_ratios(scores, without.num_frequencies) and _has_all_strides(scores, best_2d)
     return Guess(
         winner="ordinary" if ordinary else "2d rope" if best.pairs else "columnar",
         merge_flags=merge_flags(apart if ordinary else best),
         best=apart if ordinary else best,
         winner_is_clear=(
-            learnt is not None and learnt.text and not learnt.parallel
+            complete and learnt is not None and learnt.text and not learnt.parallel
             if ordinary
             else _is_significant(separate, _losses_of(best, losses), counts)
         ),
@@ -176,6 +179,7 @@ def rank(
         stride_is_clear=stride_is_clear and not ordinary,
         scores=tuple(scores),
         best_2d=best_2d,
+        complete=complete,
         separate=apart,
         learnt=learnt,
         frequencies=without.num_frequencies,
@@ -209,13 +213,19 @@ def _clarity(best: Score, scores: Sequence[Score], frequencies: int) -> tuple[bo
     Neither is clear where some of the ratios, or of the strides of the best one, were not scored.
     """
     ties = [score for score in scores if score.tied]
-    ratios = {0, *distinct_ratios(frequencies).values()}
-    strides = {score.branch_stride for score in scores if score.pairs == best.pairs}
     tied_strides = {score.branch_stride for score in ties if score.pairs == best.pairs}
     return (
-        ratios == {score.pairs for score in scores} and all(score.pairs == best.pairs for score in ties),
-        strides == (set(STRIDES) if best.pairs else {None}) and tied_strides == {best.branch_stride},
+        _has_all_ratios(scores, frequencies) and all(score.pairs == best.pairs for score in ties),
+        _has_all_strides(scores, best) and tied_strides == {best.branch_stride},
     )
+
+
+def _has_all_ratios(scores: Sequence[Score], frequencies: int) -> bool:
+    return {0, *distinct_ratios(frequencies).values()} == {score.pairs for score in scores}
+
+
+def _has_all_strides(scores: Sequence[Score], best: Score) -> bool:
+    return not best.pairs or {score.branch_stride for score in scores if score.pairs == best.pairs} == set(STRIDES)
 
 
 def compare_with_base(

@@ -1,6 +1,6 @@
 """The search for positions within a limit of time, on losses and clocks that the tests make."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ import torch
 from pos2d.commands.shared.inspect_text import guess_lines
 from pos2d.exporter.inspection.guess import one_thread_if_faster
 from pos2d.exporter.inspection.pace import Pace, Scorer
-from pos2d.exporter.inspection.position_grid import STRIDES, distinct_ratios
+from pos2d.exporter.inspection.position_grid import STRIDES, distinct_ratios, ratios_with, strides_of
 from pos2d.exporter.inspection.ranking import Effort, Guess, compare_with_base, rank
 from pos2d.exporter.inspection.samples import Sample
 from pos2d.exporter.inspection.search import Found, search, token_counts
@@ -126,11 +126,19 @@ def test_one_thread_computes_where_several_are_slower(one_is_faster: bool, asked
         torch.set_num_threads(before)
 
 
-def guess_of(*, alone: float, columns: float, none: float = 4.0, base: tuple[float, float] | None = None) -> Guess:
+def guess_of(
+    *,
+    alone: float,
+    columns: float,
+    none: float = 4.0,
+    base: tuple[float, float] | None = None,
+    strides: Sequence[int] = STRIDES,
+) -> Guess:
     """Ratio 0.5 has a loss of ``columns``, no 2D RoPE ``none``; ``base``: its loss alone and in columns."""
     counts, noise = np.full(8, 10.0), np.linspace(-0.5, 0.5, 8)
-    half, whole = (Rope2DSpec(32, pair_indices_for_ratio(32, ratio)) for ratio in (0.5, 1.0))
-    of = {Rope2DSpec(32, ()): none, half: columns, whole: columns + 1}
+    half, *others = ratios_with(32, STRIDES[0])
+    of = {Rope2DSpec(32, ()): none, half: columns} | dict.fromkeys(others, columns + 1)
+    of |= dict.fromkeys((spec for spec in strides_of(half)[1:] if spec.branch_stride in strides), columns + 0.5)
     losses = {spec: counts * value + noise * value for spec, value in of.items()}
     separate = counts * alone + noise * alone
     learnt = None
@@ -154,7 +162,7 @@ def test_the_winner_and_its_flags() -> None:
 @pytest.mark.parametrize(
     ("base", "clear", "words"),
     [
-        ((3.0, 3.5), True, "learnt the text but nothing of columns, so it is an ordinary adapter"),
+        ((3.0, 3.5), True, "learnt the text but nothing of such columns, as an ordinary adapter does"),
         ((3.0, 6.0), False, "if you know that it was trained on parallel branches, merge with --rope-2d-ratio 0.5"),
         ((0.9, 2.0), False, "nothing is known of its training"),
         (None, False, "no time to score the base"),
@@ -170,3 +178,9 @@ def test_ordinary_positions_win_and_the_base_says_how_sure_that_is(
     assert "merge flags: --no-patch-rope" in lines
     assert words in lines[-1]
     assert "merge flags: --no-patch-rope (no flag is needed for an adapter of PEFT)" in guess_lines(guess, "peft")
+
+
+def test_ordinary_positions_are_not_clear_where_candidates_are_missing() -> None:
+    guess = guess_of(alone=1.0, columns=2.75, base=(3.0, 3.5), strides=(128, 64))
+    assert (guess.winner, guess.complete, guess.winner_is_clear) == ("ordinary", False, False)
+    assert "no time to score every ratio and stride" in guess_lines(guess, "trainer")[-1]
