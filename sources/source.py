@@ -15,11 +15,14 @@ from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.checkpoints.base import read_base
 from pos2d.sources.checkpoints.checkpoint import Checkpoint, read_checkpoint, read_config
 from pos2d.sources.checkpoints.location import split_revision
+from pos2d.sources.checkpoints.rope import rope_settings
+from pos2d.sources.checkpoints.weight_files import CONFIG
 from pos2d.sources.hf_config import end_tokens
 from pos2d.sources.positions import TrainedPositions, choose_positions
 from pos2d.sources.sidecars.sidecars import Sidecars
+from pos2d.sources.stock_rope import still_frequencies
 from pos2d.sources.tokenizer import choose_sidecars, sidecars_of_artifact
-from pos2d.spec import Rope2DSpec
+from pos2d.spec import Rope2DSpec, spans
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,6 +115,7 @@ def from_adapters(
     adapters = tuple(read_adapters(_listed(lora), base, lora_rank, _listed(then))) if _listed(lora) else ()
     chosen = choose_positions(positions, {adapter.name: adapter.form for adapter in adapters})
     spec = chosen.positions.resolve(base.sizes.num_frequencies)
+    one_branch_of = _one_branch_of(base, spec)
     vocab = next((adapter.vocab for adapter in reversed(adapters) if adapter.vocab is not None), None)
     result = base if vocab is None else resized(base, vocab)
     sidecars, warnings = choose_sidecars(base, result, adapters, tokenizer)
@@ -137,9 +141,26 @@ def from_adapters(
         origin,
         options,
         reference=None if adapters or spec.is_2d or is_artifact(base.directory) else base.directory,
+        one_branch_of=one_branch_of,
         warnings=(*chosen.warnings, *warnings),
         notes=chosen.notes,
     )
+
+
+def _one_branch_of(base: Checkpoint, spec: Rope2DSpec) -> Rope2DSpec | None:
+    """The 2D RoPE of which the base itself has one branch, as far as its manifest says it.
+
+    Raises:
+        InputError: it has one branch, and 2D RoPE would be baked into it.
+    """
+    path = base.directory / CONFIG
+    still = still_frequencies(rope_settings(base.config, str(path)))
+    if still and spec.is_2d:
+        raise InputError(
+            f"{path}: rotary frequencies {spans(still)} do not turn, so this base is one branch of a model with 2D "
+            "RoPE; merge into the original base instead"
+        )
+    return read_manifest(base.directory).one_branch_of if still and is_artifact(base.directory) else None
 
 
 def _listed(adapters: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:

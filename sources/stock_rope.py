@@ -5,7 +5,7 @@ an ordinary one whose other frequencies are those of the base: rope type ``longr
 frequency, says that in the configurations of every family.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,14 @@ def one_branch_rope(inv_freq: Floats, scaling: float, theta: float, length: int,
     }
     # vLLM and SGLang read the factor of cosines and sines from keys of their own.
     return block | ({"short_mscale": scaling, "long_mscale": scaling} if scaling != 1 else {})
+
+
+def still_frequencies(settings: Mapping[str, Any]) -> list[int]:
+    """The frequencies, counted from 1, that do not turn in a model that is itself one branch.
+
+    ``settings`` are those of :func:`pos2d.sources.checkpoints.rope.rope_settings`.
+    """
+    return [index for index, factor in enumerate(settings.get("short_factor", ()), 1) if factor >= STILL]
 
 
 def _powers(theta: float, count: int) -> Floats:

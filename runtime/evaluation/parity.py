@@ -31,15 +31,16 @@ def check_same_model(model: OpenedModel, reference: OpenedModel) -> None:
     Raises:
         InputError: they are not the same model; a reference that has only one branch of the artifact.
     """
-    fields = ALWAYS_SAME if model.source or reference.source else (*ALWAYS_SAME, *RECORDED)
-    differing = [name for name in fields if getattr(model.manifest, name) != getattr(reference.manifest, name)]
     trained = [opened.manifest.one_branch_of or opened.manifest.rope_2d for opened in (model, reference)]
-    if trained[0] != trained[1]:
-        differing.append("rope_2d")
-    elif model.manifest.rope_2d.is_2d and not reference.manifest.rope_2d.is_2d:
+    if trained[0] == trained[1] and model.manifest.rope_2d.is_2d and not reference.manifest.rope_2d.is_2d:
         raise InputError(
             f"{reference.directory} has only one branch of {model.directory}; compare it with {model.directory} instead"
         )
+    manifests = (model.manifest, reference.manifest)
+    differing = [name for name in ALWAYS_SAME if getattr(manifests[0], name) != getattr(manifests[1], name)]
+    differing += ["rope_2d"] if trained[0] != trained[1] else []
+    recorded = () if model.source or reference.source else RECORDED
+    differing += [name for name in recorded if getattr(manifests[0], name) != getattr(manifests[1], name)]
     digests = [_tokenizer_digests(opened.directory) for opened in (model, reference)]
     differing += [name for name in sorted(set(digests[0]) & set(digests[1])) if digests[0][name] != digests[1][name]]
     if differing:

@@ -211,6 +211,17 @@ def test_one_branch_is_carried_on(pairs: dict[str, Pair], tmp_path: Path) -> Non
     np.testing.assert_allclose(found, expected, rtol=0, atol=logits_bound(expected))
 
 
+def test_as_a_base_it_stays_one_branch(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    base = pairs["llama"].stock
+    lora = write_adapter(tmp_path / "lora.pth", random_adapter(linear_modules(base), seed=4))
+    for flags in ({"rope_2d_ratio": 0.5}, {"pair_indices": [2]}):
+        with pytest.raises(InputError, match="frequencies 5, 6 do not turn, so this base is one branch"):
+            exporter.merge(base, lora, tmp_path / "out", **flags)
+    exporter.merge(base, lora, tmp_path / "out", no_patch_rope=True)
+    assert read_manifest(tmp_path / "out").one_branch_of == Rope2DSpec(6, tuple(PAIRS))
+    assert "one branch" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
 def test_options_that_it_does_not_have(pairs: dict[str, Pair], tmp_path: Path, call: Callable[..., Result]) -> None:
     with pytest.raises(UsageError, match="takes `quant` none, 8bit, nf4; `quant='int8'` needs `format='onnx'`"):
         exporter.export(pairs["llama"].merged, tmp_path / "out", format="stock", quant="int8")
