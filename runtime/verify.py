@@ -25,6 +25,8 @@ from pos2d.runtime.opening.opened_model import OpenedModel, open_model
 from pos2d.threads import ThreadOptions
 
 DEFAULT_RTOL = 1e-3
+# How many times the tolerance a single position of a case may differ.
+SENSITIVE = 10
 MAX_MEAN_KL = 1e-6
 MIN_TOP1 = 0.99
 # Limits for a float16 graph, whose rounding steps are about a thousandth of a value.
@@ -107,8 +109,8 @@ def verify(
     The probes are fixed pseudo-random token ids. In the cached cases both models are fed the reference's greedy tokens,
     so that every step compares the same sequence. An artifact passes when every logit agrees within ``rtol`` times the
     largest one, the mean KL of every case is at most 1e-6 nats per position, and the top token agrees at 99 % or more
-    of the positions. (Float32 kernels of two libraries differ by about 1e-5, and by 2e-4 at single sensitive
-    positions.)
+    of the positions. One position of a case may differ by ten times ``rtol``. (Float32 kernels of two libraries differ
+    by about 1e-5, and at single positions with massive activations by 1e-3, as either does from float64.)
 
     Raises:
         InputError: either is no model, a file changed, or they are not the same model.
@@ -230,11 +232,12 @@ def _report(
     if not cases:
         return ParityReport(rtol, min_top1, max_mean_kl, True, None, None, None, None, ())
     relative, top1, kl = worst("max_rel_diff"), worst("top1_agreement", np.min), worst("mean_kl")
+    close = rtol is None or (worst("other_rel_diff") <= rtol and relative <= SENSITIVE * rtol)
     return ParityReport(
         rtol=rtol,
         min_top1=min_top1,
         max_mean_kl=max_mean_kl,
-        passed=(rtol is None or relative <= rtol) and top1 >= min_top1 and kl <= max_mean_kl,
+        passed=close and top1 >= min_top1 and kl <= max_mean_kl,
         max_abs_diff=worst("max_abs_diff"),
         max_rel_diff=relative,
         top1_agreement=top1,

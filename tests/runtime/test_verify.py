@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,17 @@ def test_a_tolerance_must_be_positive(call: Callable[..., Result], qwen2: Golden
     assert call("verify", merged, "--against", merged, "--rtol", "nan").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("differing", "passes"), [([0.005], True), ([0.005, 0.0009], True), ([0.005] * 2, False), ([0.02], False)]
+)
+def test_a_single_position_may_be_sensitive(differing: list[float], passes: bool) -> None:
+    """Positions with massive activations differ more, in any two libraries."""
+    expected = np.tile(np.array([20.0, 1.0, 0.0], dtype=np.float32), (40, 1))
+    found = expected.copy()
+    found[: len(differing), 0] += 20 * np.array(differing, dtype=np.float32)
+    assert import_module("pos2d.runtime.verify")._report([compare("case", expected, found)], 1e-3).passed is passes
+
+
 def test_compare_measures_what_it_says() -> None:
     # Numpy's float32 logarithm may be four units in the last place off.
     expected = np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]).astype(np.float32)
@@ -114,6 +126,7 @@ def test_compare_measures_what_it_says() -> None:
     case = compare("case", expected, found)
     assert case.max_abs_diff == pytest.approx(np.log(2))
     assert case.max_rel_diff == pytest.approx(np.log(2) / np.log(10))
+    assert case.other_rel_diff == 0
     assert case.top1_agreement == 0.5
     assert case.mean_kl == pytest.approx((0.5 * np.log(2) - 0.25 * np.log(2)) / 2)
 
