@@ -73,5 +73,6 @@ def write_card(
 
 def _contents(base: str, adapters: list[str]) -> str:
     if not adapters:
-        return f"This is the model {base}."
-    return f"This is the model {base} with the LoRA adapter{'s' * (len(adapters) > 1)} {', '.join(adapters)} merged."
+        return f"This is the model `{base}`."
+    names = ", ".join(f"`{adapter}`" for adapter in adapters)
+    return f"This is the model `{base}` with the LoRA adapter{'s' * (len(adapters) > 1)} {names} merged."
