@@ -10,7 +10,7 @@ from pos2d.sources.checkpoints.other_keys import LEFT_OUT, other_keys, token_ids
 from pos2d.sources.checkpoints.rope import rope_settings
 from pos2d.sources.checkpoints.weight_files import CONFIG
 from pos2d.sources.sidecars.sidecars import GENERATION_SETTINGS, read_settings
-from pos2d.sources.stock_rope import one_branch_rope
+from pos2d.sources.stock_rope import one_branch_rope, scale_keys
 from pos2d.spec import Rope2DSpec
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def plain_config(base: Checkpoint, dtype: str, tied: bool) -> dict[str, Any]:
             "tie_word_embeddings": tied,
             "dtype": dtype,
             "rope_theta": theta,
-            "rope_scaling": rope if rope["rope_type"] != "default" else None,
+            "rope_scaling": rope | scale_keys(rope) if rope["rope_type"] != "default" else None,
         }
     )
 

@@ -45,8 +45,16 @@ def one_branch_rope(inv_freq: Floats, scaling: float, theta: float, length: int,
         "long_factor": factors,
         "original_max_position_embeddings": length,
     }
-    # vLLM and SGLang read the factor of cosines and sines from keys of their own.
-    return block | ({"short_mscale": scaling, "long_mscale": scaling} if scaling != 1 else {})
+    return block | scale_keys(block)
+
+
+def scale_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of their own from which vLLM and SGLang read the factor of cosines and sines of rope type ``longrope``.
+
+    ``settings`` are those that transformers reads. Empty for other types, and where the factor is 1.
+    """
+    scaling = settings["attention_factor"] if settings["rope_type"] == "longrope" else 1
+    return {"short_mscale": scaling, "long_mscale": scaling} if scaling != 1 else {}
 
 
 def still_frequencies(settings: Mapping[str, Any]) -> list[int]:
