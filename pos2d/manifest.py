@@ -44,6 +44,8 @@ VALUE_TYPES: Mapping[str, tuple[type, ...]] = {
     "parity": (dict, NoneType),
 }
 FILE_NAME = "manifest.json"
+# The model card, which nothing reads and its owner may edit or leave out.
+CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,11 @@ class Manifest:
     graph: GraphInfo | None = None
     parity: Mapping[str, Any] | None = None
     format_version: int = FORMAT_VERSION
+
+    @property
+    def checked_files(self) -> Mapping[str, Mapping[str, Any]]:
+        """The files that must be as they were written: all but the card."""
+        return {name: facts for name, facts in self.files.items() if name != CARD}
 
     @property
     def total_bytes(self) -> int:
@@ -172,7 +179,7 @@ def is_artifact(path: str | Path) -> bool:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read the manifest of an artifact, and check that all files exist with the sizes that it states.
+    """Read the manifest of an artifact, and check that all files but its card exist with the sizes that it states.
 
     Raises:
         InputError: a missing directory, a missing or broken manifest, files that are missing or have another size, or
@@ -193,7 +200,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise InputError(f"{path} cannot be read ({error}); make the artifact again") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    for name, facts in manifest.files.items():
+    for name, facts in manifest.checked_files.items():
         refuse_pointer(directory / name)
         size = (directory / name).stat().st_size if (directory / name).is_file() else None
         if size != facts["bytes"]:

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from pos2d import __version__
+from pos2d.manifest import CARD
 from pos2d.recipes import BnbRecipe
 from pos2d.sources.source import Source
 from pos2d.spec import Rope2DSpec, spans
-
-FILE_NAME = "README.md"
 
 ONE_BRANCH = """
 ## One branch only
@@ -68,7 +67,7 @@ def write_card(
     parts.append(LOADING.format(needs="" if quant is None else ", with bitsandbytes installed"))
     if quant is None:
         parts.append(SERVING)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{''.join(parts)}").save(target / FILE_NAME)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{''.join(parts)}").save(target / CARD)
 
 
 def _contents(base: str, adapters: list[str]) -> str:

@@ -11,7 +11,7 @@ from pos2d.exporter.artifact.staging import discard_workspace
 from pos2d.exporter.merging.ledger import TensorEntry, read_ledger
 from pos2d.exporter.merging.shards import Shard, ShardLayout
 from pos2d.hashing import sha256
-from pos2d.manifest import Manifest, read_manifest
+from pos2d.manifest import CARD, Manifest, read_manifest
 from pos2d.sources.checkpoints.checkpoint import Checkpoint
 from pos2d.sources.files.tensor_io import PIECE_BYTES, opened, pieces, sha256_of
 from pos2d.sources.tensors.tensor_plan import PlannedTensor
@@ -64,7 +64,7 @@ def finished_artifact(
 def _is_complete(
     output: Path, hashed: Mapping[str, str], layout: ShardLayout, ledger: Mapping[str, TensorEntry]
 ) -> bool:
-    return all(sha256(output / name) == digest for name, digest in hashed.items()) and all(
+    return all(sha256(output / name) == digest for name, digest in hashed.items() if name != CARD) and all(
         is_intact(shard, {t.name: ledger[t.name] for t in shard.tensors if t.name in ledger}, output)
         for shard in layout.shards
     )

@@ -17,7 +17,7 @@ PIECE_BYTES = 1 << 22
 
 
 def check_files(directory: Path, manifest: Manifest) -> int:
-    """Compare the SHA-256 of every file with the manifest, in weights of a merge that of every tensor.
+    """Compare the SHA-256 of every file but the card with the manifest, in weights of a merge that of every tensor.
 
     Returns the number of files.
 
@@ -27,7 +27,7 @@ def check_files(directory: Path, manifest: Manifest) -> int:
     ledger: Mapping[str, Mapping[str, Any]] = (manifest.ledger or {}).get("tensors") or {}
     changed: list[str] = []
     with Progress("checking files", manifest.total_bytes, unit="bytes") as progress:
-        for name, facts in manifest.files.items():
+        for name, facts in manifest.checked_files.items():
             path = directory / name
             if "sha256" in facts:
                 if _sha256(path, progress) != facts["sha256"]:
@@ -41,7 +41,7 @@ def check_files(directory: Path, manifest: Manifest) -> int:
             f"{changed[0]}{others} changed after the artifact was written: the SHA-256 is not the one that "
             f"{directory / FILE_NAME} states; copy the artifact again, or make it again"
         )
-    return len(manifest.files)
+    return len(manifest.checked_files)
 
 
 def check_settings(directory: Path, manifest: Manifest) -> None:
