@@ -166,7 +166,7 @@ def _recipe(
     recipe = {
         "input": {"name": source.name, "sha256": sha256(source)},
         "artifact": {
-            "name": opened.directory.name,
+            "name": opened.place.name,
             "sha256": {path.name: sha256(path) for path in hashed},
             **weights,
         },

@@ -75,7 +75,8 @@ def _class_name_5(declared: str | None, family: str, directory: Path) -> str:
     if family == "qwen2" or (family == "qwen3" and declared is None):
         return "Qwen2Tokenizer"
     # Llama 3's tokenizer is byte-level, and the class with this name would make it one of sentencepiece.
-    if declared == "LlamaTokenizer" and b'"ByteLevel"' in (directory / TOKENIZER_FILE).read_bytes():
+    path = directory / TOKENIZER_FILE
+    if declared == "LlamaTokenizer" and path.is_file() and b'"ByteLevel"' in path.read_bytes():
         return AS_STORED
     return declared or AS_STORED
 

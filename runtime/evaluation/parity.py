@@ -8,8 +8,10 @@ import numpy.typing as npt
 
 from pos2d.errors import InputError
 from pos2d.hashing import sha256
+from pos2d.manifest import Manifest
 from pos2d.runtime.engine.backend import Floats
 from pos2d.runtime.opening.opened_model import OpenedModel
+from pos2d.spec import Rope2DSpec
 
 # The files that hold a tokenizer itself, without its settings.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -31,22 +33,30 @@ def check_same_model(model: OpenedModel, reference: OpenedModel) -> None:
     Raises:
         InputError: they are not the same model; a reference that has only one branch of the artifact.
     """
-    trained = [opened.manifest.one_branch_of or opened.manifest.rope_2d for opened in (model, reference)]
+    is_recorded = model.source is None and reference.source is None
+    trained = [_turned_by(opened.manifest, is_recorded) for opened in (model, reference)]
     if trained[0] == trained[1] and model.manifest.rope_2d.is_2d and not reference.manifest.rope_2d.is_2d:
         raise InputError(
-            f"{reference.directory} has only one branch of {model.directory}; compare it with {model.directory} instead"
+            f"{reference.place} has only one branch of {model.place}; compare it with {model.place} instead"
         )
     manifests = (model.manifest, reference.manifest)
     differing = [name for name in ALWAYS_SAME if getattr(manifests[0], name) != getattr(manifests[1], name)]
     differing += ["rope_2d"] if trained[0] != trained[1] else []
-    recorded = () if model.source or reference.source else RECORDED
+    recorded = RECORDED if is_recorded else ()
     differing += [name for name in recorded if getattr(manifests[0], name) != getattr(manifests[1], name)]
     digests = [_tokenizer_digests(opened.directory) for opened in (model, reference)]
     differing += [name for name in sorted(set(digests[0]) & set(digests[1])) if digests[0][name] != digests[1][name]]
     if differing:
-        raise InputError(
-            f"{model.directory} and {reference.directory} are not the same model: {', '.join(differing)} differ"
-        )
+        raise InputError(f"{model.place} and {reference.place} are not the same model: {', '.join(differing)} differ")
+
+
+def _turned_by(manifest: Manifest, is_recorded: bool) -> Rope2DSpec | int:
+    """What the logits of a model depend on: without 2D RoPE neither stride nor alignment, but the frequencies alone.
+
+    ``is_recorded``: one branch counts as the model that was trained, which only artifacts record.
+    """
+    spec = (manifest.one_branch_of if is_recorded else None) or manifest.rope_2d
+    return spec if spec.is_2d else spec.num_frequencies
 
 
 def _tokenizer_digests(directory: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import shutil
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,11 @@ class OpenedModel:
     manifest: Manifest
     source: "Source | None" = None
     temporary: "TemporaryFolder | None" = None
+
+    @property
+    def place(self) -> Path:
+        """The directory of the artifact or of the base, whose name stays the same from run to run."""
+        return self.directory if self.source is None else self.source.base.directory
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -72,10 +77,11 @@ def open_model(
 
 def _small_files(source: "Source") -> TemporaryFolder | None:
     """The tokenizer and settings that a merge would write, if they are not those of the base."""
-    if source.sidecars.tokenizer_of == "base":
-        return None
-    from pos2d.sources.sidecars.sidecars import write_sidecars
+    from pos2d.sources.sidecars.sidecars import Sidecars, files_in, write_sidecars
 
+    # An adapter or a directory may be called "base" too, and the base's own files may need to be converted.
+    if replace(source.sidecars, tokenizer_of="base") == Sidecars(files_in(source.base.directory)):
+        return None
     temporary = TemporaryFolder()
     shutil.copyfile(source.base.directory / "config.json", temporary.path / "config.json")
     write_sidecars(source.sidecars, temporary.path, source.base.sizes.family)

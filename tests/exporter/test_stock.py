@@ -1,6 +1,7 @@
 """Checkpoints that load without code of their own: the very model that was merged, in one branch."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -220,6 +221,35 @@ def test_as_a_base_it_stays_one_branch(pairs: dict[str, Pair], tmp_path: Path) -
     exporter.merge(base, lora, tmp_path / "out", no_patch_rope=True)
     assert read_manifest(tmp_path / "out").one_branch_of == Rope2DSpec(6, tuple(PAIRS))
     assert "one branch" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["llama with yarn rope", "llama with longrope rope"])
+def test_vllm_finds_the_scale_in_all_that_is_made_of_it(name: str, pairs: dict[str, Pair], tmp_path: Path) -> None:
+    """It does not read the key of transformers, so that without its own it would compute something else."""
+    base = pairs[name].stock
+    lora = write_adapter(tmp_path / "lora.pth", random_adapter(linear_modules(base), seed=4))
+    exporter.merge(base, lora, tmp_path / "merged", no_patch_rope=True)
+    exporter.export(base, tmp_path / "bnb", format="bnb", quant="8bit")
+    first, *others = (
+        json.loads((path / "config.json").read_text(encoding="utf-8"))["rope_scaling"]
+        for path in (base, tmp_path / "merged", tmp_path / "bnb")
+    )
+    assert first["short_mscale"] == first["long_mscale"] == first["attention_factor"] != 1
+    assert others == [first, first]
+
+
+def test_the_card_belongs_to_its_owner(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    """Whoever publishes a model edits its card; nothing is computed from it."""
+    out = tmp_path / "out"
+    shutil.copytree(pairs["llama"].stock, out)
+    with (out / "README.md").open("a", encoding="utf-8") as card:
+        card.write("license: apache-2.0\n")
+    files = runtime.verify(out).files
+    (out / "README.md").unlink()
+    assert runtime.verify(out).files == files == len(read_manifest(out).files) - 1
+    (out / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config.json is missing"):
+        runtime.verify(out)
 
 
 def test_options_that_it_does_not_have(pairs: dict[str, Pair], tmp_path: Path, call: Callable[..., Result]) -> None:

@@ -110,8 +110,9 @@ def test_pickled_weights_are_read_too(place: Path, tmp_path: Path) -> None:
     assert_same_parameters(runtime.load(old, device="cpu"), runtime.load(place / "base", device="cpu"))
 
 
-def test_the_tokenizer_of_an_adapter_is_used_and_removed(place: Path, tmp_path: Path) -> None:
-    own = tmp_path / "own"
+@pytest.mark.parametrize("name", ["own", "base"])
+def test_the_tokenizer_of_an_adapter_is_used_and_removed(name: str, place: Path, tmp_path: Path) -> None:
+    own = tmp_path / name
     own.mkdir()
     write_tokenizer(own, chat=False, special=["<extra>"])
     options: dict[str, Any] = {"base_model": place / "base", "lora": place / "lora.pth", "tokenizer": own}
@@ -123,6 +124,49 @@ def test_the_tokenizer_of_an_adapter_is_used_and_removed(place: Path, tmp_path: 
     del model
     gc.collect()
     assert not temporary.exists()
+
+
+def without_tokenizer_json(place: Path, target: Path) -> Path:
+    """The base, with its tokenizer in the files that a class of transformers reads, as older models have it."""
+    shutil.copytree(place / "base", target, ignore=shutil.ignore_patterns("tokenizer*"))
+    vocabulary = json.loads((place / "base" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    (target / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (target / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    settings = json.dumps({"tokenizer_class": "Qwen2Tokenizer"})
+    (target / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+    return target
+
+
+def test_a_tokenizer_is_converted_as_it_is_for_a_merge(place: Path, tmp_path: Path) -> None:
+    old = without_tokenizer_json(place, tmp_path / "old")
+    exporter.export(old, tmp_path / "onnx", no_verify=True)
+    model, graph = runtime.load(old, device="cpu"), runtime.load(tmp_path / "onnx")
+    assert model.tokenizer.backend_tokenizer.to_str() == graph.tokenizer.backend_tokenizer.to_str()
+    assert model.generate(PROMPTS, max_new_tokens=3) == graph.generate(PROMPTS, max_new_tokens=3)
+    assert runtime.verify(tmp_path / "onnx", old).passed
+    (tmp_path / "in.txt").write_text("a\nb\n", encoding="utf-8")
+    paths = (old, tmp_path / "in.txt", tmp_path / "out.jsonl")
+    assert [runtime.batch(*paths, max_new_tokens=3).resumed for _ in range(2)] == [0, 2]
+
+
+def test_a_tokenizer_that_cannot_be_converted_is_named(
+    place: Path, tmp_path: Path, call: Callable[..., Result]
+) -> None:
+    old = without_tokenizer_json(place, tmp_path / "old")
+    (old / "vocab.json").rename(old / "tokenizer.model")
+    edited = json.dumps({"tokenizer_class": "LlamaTokenizer"})
+    (old / "tokenizer_config.json").write_text(edited, encoding="utf-8")
+    done = call("run", old, "--prompt", "a")
+    assert done.exit_code == 3, done.output
+    assert f"the tokenizer in {old} cannot be read" in done.stderr
+
+
+@pytest.mark.parametrize("unused", [{"branch_stride": 64}, {"align_to": "right"}])
+def test_stride_and_alignment_are_nothing_to_compare_without_2d_rope(
+    place: Path, tmp_path: Path, unused: dict[str, Any]
+) -> None:
+    exporter.export(place / "base", tmp_path / "stock", format="stock", no_patch_rope=True, no_verify=True, **unused)
+    assert runtime.verify(tmp_path / "stock", place / "base").passed
 
 
 @pytest.mark.parametrize(
