@@ -160,7 +160,7 @@ def _read_model(model: str) -> Checkpoint:
 
 
 def _kind_on_hub(name: str) -> str:
-    """Whether a repository of the Hub has a model or an adapter, by the names of its configurations.
+    """Whether a repository of the Hub has a model (``base``, for an artifact too) or an adapter, by its configurations.
 
     Raises:
         InputError: it cannot be downloaded.
@@ -169,8 +169,9 @@ def _kind_on_hub(name: str) -> str:
 
     hub_id, revision = split_revision(name)
     with hub_errors(hub_id, revision, "a path here nor a model or adapter"):
-        found = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[ADAPTER_CONFIG, CONFIG]))
-    return "base" if (found / CONFIG).is_file() and not (found / ADAPTER_CONFIG).is_file() else "adapter"
+        found = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[ADAPTER_CONFIG, CONFIG, FILE_NAME]))
+    is_model = (found / CONFIG).is_file() or (found / FILE_NAME).is_file()
+    return "base" if is_model and not (found / ADAPTER_CONFIG).is_file() else "adapter"
 
 
 def _read_both(path: Path, base_model: str | Path, revision: str | None) -> tuple[Checkpoint, list[Adapter]]:

@@ -21,7 +21,7 @@ from pos2d.sources.checkpoints.location import split_revision
 from pos2d.units import parse_size
 
 ADAPTER_HINT = (
-    "with an adapter: the needs are the same; give `base_model` {model} and `lora` in place of the model, and "
+    "with an adapter: the needs are the same; give `base_model` {base} and `lora` in place of the model, and "
     "`rope_2d_ratio` if the training used 2D RoPE"
 )
 
@@ -98,5 +98,11 @@ def plan(
         fitting=tuple(candidate.name for candidate in fitting),
         recommended=None if recommended is None else recommended.name,
         reason=reason,
-        hint="" if base is None else ADAPTER_HINT.format(model=model),
+        hint="" if base is None else ADAPTER_HINT.format(base=_as_base(str(model))),
     )
+
+
+def _as_base(model: str) -> str:
+    """A plain model as an option names it, which takes a revision by another one."""
+    name, revision = split_revision(model)
+    return name if revision is None else f"{name}, `revision` {revision}"

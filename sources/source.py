@@ -176,7 +176,7 @@ def from_merged(merged: Path) -> Source:
     manifest = read_manifest(merged)
     if manifest.kind not in MERGES or manifest.quant is not None:
         quantised = ", quantised" if manifest.quant is not None else ""
-        raise InputError(f"{merged} is of kind {manifest.kind}{quantised}; export starts from what merge wrote")
+        raise InputError(f"{merged} is of kind {manifest.kind}{quantised}; export starts from a merge or a plain model")
     block = manifest.to_dict()
     origin = {key: block[key] for key in ("base", "rope_2d", "adapters")} | {"tool_version": __version__}
     base = read_checkpoint(merged, read_config(merged))

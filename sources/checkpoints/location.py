@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 from pos2d.errors import InputError, UnsafeInputError, UsageError
+from pos2d.manifest import FILE_NAME, Kind, is_artifact
 from pos2d.sources.checkpoints.checkpoint import read_config
 from pos2d.sources.checkpoints.minimind import ITS_VOCABULARY, describe_minimind, has_its_vocabulary
 from pos2d.sources.checkpoints.weight_files import (
@@ -17,6 +19,7 @@ from pos2d.sources.checkpoints.weight_files import (
     files_of_index,
 )
 from pos2d.sources.files.hub import hub_errors
+from pos2d.sources.files.json_object import read_json_object
 from pos2d.sources.files.links import refuse_broken_link
 from pos2d.sources.files.pth import load_pth
 
@@ -28,10 +31,10 @@ WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".json")
 
 
 def split_revision(model: str) -> tuple[str, str | None]:
-    """Split ``ORG/NAME@REVISION`` into an id of the Hub and its revision; a path that exists is taken literally."""
-    if Path(model).exists():
-        return model, None
+    """Split ``ORG/NAME@REVISION`` into an id of the Hub and its revision; what is a path is taken literally."""
     name, _, revision = model.partition("@")
+    if Path(model).exists() or _looks_like_path(model):
+        return model, None
     return name, revision or None
 
 
@@ -39,8 +42,8 @@ def locate(base_model: str, revision: str | None) -> tuple[Path, str | None]:
     """The local directory of a base, and its commit if it came from the Hub at ``revision``.
 
     Raises:
-        UsageError: a revision of a local directory.
-        InputError: neither a directory with a model nor a model of the Hub.
+        UsageError: a revision of a local directory, or one that is part of ``base_model``.
+        InputError: neither a directory with a model nor a model of the Hub, but perhaps another artifact there.
         UnsafeInputError: an index that names files outside its directory.
     """
     path = Path(base_model)
@@ -57,15 +60,24 @@ def locate(base_model: str, revision: str | None) -> tuple[Path, str | None]:
         _refuse_minimind(path)
         cure = f"its directory, {path.parent}" if (path.parent / CONFIG).is_file() else "a Hugging Face model directory"
         raise InputError(f"{base_model} is a file of weights; give {cure}")
-    # A name in a directory that exists here is a misspelt path, and no organisation of the Hub.
-    in_directory = path.parent != Path() and path.parent.is_dir()
-    looks_like_path = base_model.startswith((".", "/", "~")) or base_model.count("/") > 1 or in_directory
-    if looks_like_path or path.exists():
+    if _looks_like_path(base_model) or path.exists():
         raise InputError(
             f"{base_model} {'is not a directory' if path.exists() else 'does not exist'}; give a Hugging Face model "
             "directory or a Hub id"
         )
+    if "@" in base_model and revision is None:
+        raise UsageError(f"{base_model} is no Hub id: give what follows the @ as `revision`")
     return _download(base_model, revision)
+
+
+def _looks_like_path(model: str) -> bool:
+    """Whether a text that is no path here cannot be meant as an id of the Hub."""
+    # A name in a directory that exists here is a misspelt path, and no organisation of the Hub. A revision may have any
+    # letters, but where a path stands before the @, a directory with all of that name was meant.
+    name, mark, _ = model.partition("@")
+    path = Path(name)
+    in_directory = path.parent != Path() and path.parent.is_dir()
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or in_directory or (bool(mark) and path.exists())
 
 
 def _refuse_minimind(path: Path) -> None:
@@ -112,9 +124,23 @@ def _download(base_model: str, revision: str | None) -> tuple[Path, str]:
     """The snapshot of a repository on the Hub; all its files are of one commit."""
     with hub_errors(f"model {base_model}", revision, "a directory here nor a model"):
         path = _fetch(base_model, revision, SMALL_FILES, ignore=["*/*"])
+        _refuse_artifact(base_model, path)
         _fetch(base_model, path.name, [TEMPLATES])
         _fetch_weights(base_model, path)
     return path, path.name
+
+
+def _refuse_artifact(base_model: str, path: Path) -> None:
+    """Raise InputError if a repository holds an artifact that is no plain model as well."""
+    if not is_artifact(path):
+        return
+    block = read_json_object(path / FILE_NAME, "copy the artifact again")
+    kind = block.get("kind")
+    if kind in get_args(Kind) and (kind != "stock" or block.get("quant")):
+        raise InputError(
+            f"{base_model} is an artifact of this tool (kind {kind}), which runs from a directory: download it with "
+            "`hf download` and --local-dir, and give that directory; an adapter needs the base it was trained on"
+        )
 
 
 def _fetch_weights(base_model: str, path: Path) -> None:

@@ -35,7 +35,7 @@ ENDINGS: Mapping[str, tuple[str, ...]] = {
 }
 # Files of settings that some programs write beside the weights.
 FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
-CURE = "merge into the unquantised base that it was made from, then quantise the result"
+CURE = "give the unquantised model that it was made from; the export can quantise it"
 
 
 def refuse_quantised_config(config: Mapping[str, Any], source: str) -> None:
@@ -50,7 +50,7 @@ def refuse_quantised_config(config: Mapping[str, Any], source: str) -> None:
         if block.values:
             method = str(block.values.get("quant_method", "") or "")
             name = name or METHODS.get(method.lower(), method[:40])
-            raise InputError(f"{source}: the base is quantised ({key}{f', {name}' if name else ''}); {CURE}")
+            raise InputError(f"{source}: the model is quantised ({key}{f', {name}' if name else ''}); {CURE}")
 
 
 def refuse_quantised_tensors(directory: Path, tensors: Mapping[str, TensorPlace]) -> None:
@@ -61,7 +61,7 @@ def refuse_quantised_tensors(directory: Path, tensors: Mapping[str, TensorPlace]
     """
     method = _method(directory, tensors)
     if method is not None:
-        raise InputError(f"{directory}: the base is quantised (its tensors are those of {method}); {CURE}")
+        raise InputError(f"{directory}: the model is quantised (its tensors are those of {method}); {CURE}")
 
 
 def _method(directory: Path, tensors: Mapping[str, TensorPlace]) -> str | None:

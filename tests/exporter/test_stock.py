@@ -248,7 +248,7 @@ def test_the_card_belongs_to_its_owner(pairs: dict[str, Pair], tmp_path: Path) -
     (out / "README.md").unlink()
     assert runtime.verify(out).files == files == len(read_manifest(out).files) - 1
     (out / "config.json").unlink()
-    with pytest.raises(InputError, match=r"config.json is missing"):
+    with pytest.raises(InputError, match=r"config\.json is missing"):
         runtime.verify(out)
 
 

@@ -4,15 +4,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pos2d.errors import InputError
+from pos2d.errors import InputError, UsageError
 from pos2d.exporter.inspect import inspect
-from pos2d.manifest import read_manifest
+from pos2d.exporter.plan import plan
+from pos2d.manifest import Kind, read_manifest
 from pos2d.sources.checkpoints import location
 from pos2d.sources.checkpoints.base import read_base
 from pos2d.sources.checkpoints.weight_files import OLD_SINGLE
@@ -75,7 +76,7 @@ def test_quantised_tensors_whose_configuration_does_not_say_so(base: Path, form:
     save_file(change(load_file(base / "model.safetensors")), base / "model.safetensors", {"format": "pt"})
     sentence = refusal(base)
     assert f"quantised (its tensors are those of {name}" in sentence or f"GPTQ or {name}" in sentence
-    assert "merge into the unquantised base" in sentence
+    assert "give the unquantised model" in sentence
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_quantised_tensors_whose_configuration_does_not_say_so(base: Path, form:
 )
 def test_quantised_by_the_configuration(base: Path, key: str, value: object) -> None:
     set_keys(base, **{key: value})
-    assert f"config.json: the base is quantised ({key}" in refusal(base)
+    assert f"config.json: the model is quantised ({key}" in refusal(base)
     for nothing in (None, dict[str, Any]()):
         set_keys(base, **{key: nothing})
         assert read_base(base).sizes.layers == 2
@@ -241,3 +242,39 @@ def test_what_is_downloaded(
     found = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
     small = {name for name in hub if name.endswith(".json") and "/" not in name}
     assert found == wanted | small
+
+
+def test_what_is_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "a@b").mkdir()
+    ids = {"gpt2@main": "main", "org/name@v1": "v1", "org/name@refs/pr/1": "refs/pr/1", "org/name@": None}
+    for given, revision in ids.items():
+        assert location.split_revision(given) == (given.partition("@")[0], revision)
+    paths = ("a@b", "./missing@v1", "/missing@v1", "a/b/c@v1", "here@v1", "here/name@v1", "@v1")
+    for given in paths:
+        assert location.split_revision(given) == (given, None)
+        if given != "a@b":
+            with pytest.raises(InputError, match=f"^{given} does not exist"):
+                location.locate(given, None)
+    with pytest.raises(UsageError, match="what follows the @ as `revision`"):
+        location.locate("org/name@v1", None)
+
+
+@pytest.mark.parametrize("quant", [None, {"name": "8bit"}])
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_an_artifact_of_the_hub_is_no_plain_model(
+    base: Path, kind: str, quant: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for a stock checkpoint, which is a plain model too."""
+    (base / "manifest.json").write_text(json.dumps({"kind": kind, "quant": quant}), encoding="utf-8")
+    if kind == "onnx":
+        (base / "config.json").unlink()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(base))
+    if kind == "stock" and quant is None:
+        assert inspect("org/name").base is not None
+        assert "`base_model` org/name, `revision` v1 and `lora`" in plan("org/name@v1").hint
+        return
+    for read in (inspect, read_base):
+        with pytest.raises(InputError, match=rf"^org/name is an artifact of this tool \(kind {kind}\).*download it"):
+            read("org/name")
