@@ -158,7 +158,7 @@ def _one_branch_of(base: Checkpoint, spec: Rope2DSpec) -> Rope2DSpec | None:
     if still and spec.is_2d:
         raise InputError(
             f"{path}: rotary frequencies {spans(still)} do not turn, so this base is one branch of a model with 2D "
-            "RoPE; merge into the original base instead"
+            "RoPE; take the original base, or give `no_patch_rope` for an adapter that was trained on this one"
         )
     return read_manifest(base.directory).one_branch_of if still and is_artifact(base.directory) else None
 

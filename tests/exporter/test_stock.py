@@ -104,7 +104,7 @@ def test_manifest_card_and_inspect_say_that_it_has_one_branch(
         assert manifest.rope_2d.visibility == "isolated"
         assert manifest.one_branch_of == (trained if trained.is_2d else None), name
         card = (pair.stock / "README.md").read_text(encoding="utf-8")
-        assert ("one branch" in card) == trained.is_2d
+        assert ("One branch only" in card) == trained.is_2d
         assert "README.md" in manifest.files
         if not trained.is_2d:  # then the merge itself is such a checkpoint
             assert (pair.merged / "README.md").read_text(encoding="utf-8") == card
@@ -216,11 +216,15 @@ def test_as_a_base_it_stays_one_branch(pairs: dict[str, Pair], tmp_path: Path) -
     base = pairs["llama"].stock
     lora = write_adapter(tmp_path / "lora.pth", random_adapter(linear_modules(base), seed=4))
     for flags in ({"rope_2d_ratio": 0.5}, {"pair_indices": [2]}):
-        with pytest.raises(InputError, match="frequencies 5, 6 do not turn, so this base is one branch"):
+        with pytest.raises(
+            InputError, match=r"frequencies 5, 6 do not turn, so this base is one branch.*`no_patch_rope`"
+        ):
             exporter.merge(base, lora, tmp_path / "out", **flags)
     exporter.merge(base, lora, tmp_path / "out", no_patch_rope=True)
     assert read_manifest(tmp_path / "out").one_branch_of == Rope2DSpec(6, tuple(PAIRS))
-    assert "one branch" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "One branch only" in card
+    assert "The adapter was trained with 2D RoPE" not in card, "it was trained on top"
 
 
 @pytest.mark.parametrize("name", ["llama with yarn rope", "llama with longrope rope"])
