@@ -137,7 +137,7 @@ def _report(output: Path, format: FormatName, manifest: Manifest, source: Source
     recipe = manifest.quant or graph
     totals = (manifest.ledger or {}).get("totals", {})
     quantised = QuantisationSummary(**totals) if totals and recipe is not None else None
-    lost = _lost_in_merge(source) if quantised is not None else _lost_in_rounding(manifest.dtype, totals)
+    lost = _lost_in_merge(source) if quantised is not None else _lost_in_rounding(source, manifest.dtype, totals)
     return ExportReport(
         output=str(output),
         format=format,
@@ -163,11 +163,16 @@ def _lost_in_merge(source: Source) -> Iterator[str]:
         )
 
 
-def _lost_in_rounding(dtype: str, totals: Mapping[str, Any]) -> Iterator[str]:
-    """A warning if rounding lost a part of the adapters when a checkpoint in floating point was written."""
+def _lost_in_rounding(source: Source, dtype: str, totals: Mapping[str, Any]) -> Iterator[str]:
+    """A warning if rounding to a type of floating point lost a part of the adapters, or may have."""
     retention = totals.get("retention")
     if retention is not None and abs(retention - 1) > 1 - RETENTION_THRESHOLD:
         yield (
             f"{dtype} retains {retention:.0%} of the adapter, because many deltas are smaller than a rounding step; "
             "use `dtype` float32 or float16"
+        )
+    if totals and "retention" not in totals and source.origin["adapters"]:
+        yield (
+            f"{source.base.directory} was rounded further, to {dtype}, and how much of its adapter that retains is not "
+            "known; `base_model` with `lora` measures it"
         )

@@ -33,7 +33,7 @@ class Source:
     weights. ``origin``: what a manifest says about where the weights come from. ``options``: whose tokenizer travels,
     and how the weights of a merged directory were summed and rounded; ``retention``: how much of its adapters that
     rounding retained, if it is recorded. ``reference``: a directory that computes the same, which a sum of base and
-    adapters does not have, nor a plain model to which 2D RoPE is given. ``one_branch_of``: see
+    adapters does not have, nor a plain model to which 2D RoPE or a tokenizer is given. ``one_branch_of``: see
     :class:`pos2d.manifest.Manifest`. ``warnings``: a sentence for each default that may be wrong; ``notes``: what else
     was decided by default.
     """
@@ -132,6 +132,7 @@ def from_adapters(
         "tool_version": __version__,
     }
     options = {"tokenizer": sidecars.to_dict()}
+    is_plain = not adapters and tokenizer is None and not spec.is_2d and not is_artifact(base.directory)
     return Source(
         result,
         adapters,
@@ -140,7 +141,7 @@ def from_adapters(
         sidecars,
         origin,
         options,
-        reference=None if adapters or spec.is_2d or is_artifact(base.directory) else base.directory,
+        reference=base.directory if is_plain else None,
         one_branch_of=one_branch_of,
         warnings=(*chosen.warnings, *warnings),
         notes=chosen.notes,

@@ -123,7 +123,9 @@ def write_checkpoint(source: Source, plan: CheckpointPlan, config: Mapping[str, 
     write_json(target / CONFIG, {**config, **quantised})
     count = sum(len(shard.weights) for shard in plan.shards)
     if is_float:
-        totals = rounding_totals(tallies, count) if tallies else {"tensors": count, "retention": source.retention}
+        # What a further rounding of a merge leaves of its adapters is not known.
+        known = {"retention": source.retention} if plan.keeps_values else {}
+        totals = rounding_totals(tallies, count) if tallies else {"tensors": count, **known}
     else:
         totals = asdict(summarise(tallies, count))
     return {"dtype": plan.dtype, "quant": plan.recipe, "ledger": {"totals": totals}}

@@ -201,6 +201,22 @@ def test_an_adapter_that_rounding_swallows_is_named(tmp_path: Path) -> None:
     assert not exporter.export(None, tmp_path / "wide", dtype="float32", **flags).warnings
 
 
+def test_what_a_further_rounding_retains_is_not_claimed(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", CONFIGS["llama"])
+    lora = write_adapter(tmp_path / "lora.pth", random_adapter(linear_modules(base), seed=3))
+    exporter.merge(base, f"{lora}=0.005", tmp_path / "merged", no_patch_rope=True)
+    flags: Any = {"format": "stock", "no_verify": True}
+    kept = exporter.export(tmp_path / "merged", tmp_path / "kept", **flags)
+    rounded = exporter.export(tmp_path / "merged", tmp_path / "rounded", dtype="bfloat16", **flags)
+    again = exporter.export(tmp_path / "rounded", tmp_path / "again", **flags)
+    of_plain = exporter.export(base, tmp_path / "plain", dtype="bfloat16", **flags)
+    assert [len(report.warnings) for report in (kept, rounded, again, of_plain)] == [0, 1, 0, 0]
+    assert "rounded further, to bfloat16" in rounded.warnings[0]
+    ledgers = [read_manifest(tmp_path / name).ledger or {} for name in ("kept", "rounded", "again")]
+    found = [ledger["totals"].get("retention") for ledger in ledgers]
+    assert found == [pytest.approx(1, abs=1e-3), None, None]
+
+
 def test_one_branch_is_carried_on(pairs: dict[str, Pair], tmp_path: Path) -> None:
     """What is made of such a checkpoint has one branch as well, and says so."""
     pair = pairs["llama"]

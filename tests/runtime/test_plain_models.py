@@ -126,6 +126,15 @@ def test_the_tokenizer_of_an_adapter_is_used_and_removed(name: str, place: Path,
     assert not temporary.exists()
 
 
+def test_a_plain_model_may_get_another_tokenizer(place: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    write_tokenizer(own, special=["<extra>"])
+    report = exporter.export(None, tmp_path / "onnx", base_model=place / "base", tokenizer=own)
+    assert report.parity is None, "the base has another tokenizer, so that it is not the same model"
+    assert runtime.load(tmp_path / "onnx").tokenizer.convert_tokens_to_ids("<extra>") == 256
+
+
 def without_tokenizer_json(place: Path, target: Path) -> Path:
     """The base, with its tokenizer in the files that a class of transformers reads, as older models have it."""
     shutil.copytree(place / "base", target, ignore=shutil.ignore_patterns("tokenizer*"))
