@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 def verify(as_json: bool, **flags: Any) -> None:
     """Check that a MODEL has the files that were written, and computes the logits that it should.
 
-    Every file is compared with the hash in the manifest. Logits are compared on one branch and on several, on the CPU:
-    with those of --against, or, of a quantised ONNX graph, with the same weights in float activations, and with the
-    predictions of the exact model that the export stored. eval measures on a text of your own what quantising costs.
+    Every file but the model card is compared with the hash in the manifest. Logits are compared on one branch and on
+    several, on the CPU: with those of --against, or, of a quantised ONNX graph, with the same weights in float
+    activations, and with the predictions of the exact model that the export stored. eval measures on a text of your own
+    what quantising costs.
 
     The exit code is 3 if a file or a setting differs, and 7 if logits do.
     """

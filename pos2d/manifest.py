@@ -195,6 +195,8 @@ def read_manifest(directory: Path) -> Manifest:
         block = json.loads(read_text(path))
         if not isinstance(block, dict):
             raise InputError("the manifest is not a JSON object; make the artifact again")
+        if not {"format_version", "kind"} & set(block):
+            raise InputError("another program wrote this file; move it away, and the directory is a plain model")
         manifest = Manifest.from_dict(block)
     except (ValueError, TypeError, AttributeError, OverflowError, OSError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}); make the artifact again") from None

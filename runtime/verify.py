@@ -96,9 +96,9 @@ def verify(
 ) -> ParityReport:
     """Check the files of ``model``, and its logits: against those of ``against``, both computed in float32.
 
-    Every file is compared with the SHA-256 in the manifest, and what the manifest says of positions, sizes and end
-    tokens with graphs and ``config.json``. Without ``against`` that is all that is checked of an artifact that is not a
-    quantised graph.
+    Every file but the model card is compared with the SHA-256 in the manifest, and what the manifest says of
+    positions, sizes and end tokens with graphs and ``config.json``. Without ``against`` that is all that is checked
+    of an artifact that is not a quantised graph.
 
     A float16 graph computes in its own type and has wider limits. A quantised graph is expected to differ from other
     artifacts. It is compared with itself with float activations, on tokens that it samples, and passes with a mean KL

@@ -244,6 +244,12 @@ def test_what_is_downloaded(
     assert found == wanted | small
 
 
+def test_a_manifest_of_another_program_is_named(base: Path) -> None:
+    (base / "manifest.json").write_text('{"name": "an app", "icons": []}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"manifest\.json: another program wrote this file; move it away"):
+        read_manifest(base)
+
+
 def test_what_is_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
