@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from os.path import abspath
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def from_adapters(
         ends = sidecars.end_tokens
         result = replace(result, config={**result.config, "eos_token_id": list(ends)})
     # Artifacts get published, so of a local path only the name is recorded; a Hub id and a commit locate the base.
-    name = Path(base_model).name if base.revision is None else str(base_model)
+    name = Path(abspath(base_model)).name if base.revision is None else str(base_model)
     origin = {
         "base": {"name": name, "revision": base.revision, "config_sha256": sha256(base.directory / "config.json")},
         "rope_2d": spec.to_dict(),

@@ -59,6 +59,8 @@ def locate(base_model: str, revision: str | None) -> tuple[Path, str | None]:
     if path.is_file() and path.name.endswith(WEIGHT_ENDINGS):
         _refuse_minimind(path)
         cure = f"its directory, {path.parent}" if (path.parent / CONFIG).is_file() else "a Hugging Face model directory"
+        if path.suffix == ".pth":
+            cure += ", or give it as `lora` if it is an adapter, and its base as `base_model`"
         raise InputError(f"{base_model} is a file of weights; give {cure}")
     if _looks_like_path(base_model) or path.exists():
         raise InputError(
@@ -103,9 +105,7 @@ def _cure(directory: Path) -> str:
     inner = sorted(path.parent for path in directory.glob("*/config.json"))
     snapshots = sorted(path.parent for path in directory.glob("snapshots/*/config.json"))
     if (directory / "adapter_config.json").is_file():
-        return (
-            "the directory holds an adapter; give the base model that it was trained on here, and the adapter as `lora`"
-        )
+        return "the directory holds an adapter; give it as `lora`, and the model that it was trained on as `base_model`"
     if inner or snapshots:
         found = (inner or snapshots)[:3]
         return f"a model is in {' and in '.join(map(str, found))}; give that directory"

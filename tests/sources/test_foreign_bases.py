@@ -168,7 +168,8 @@ def test_empty_tensors(base: Path) -> None:
 def test_what_was_given_in_place_of_a_directory(base: Path, tmp_path: Path) -> None:
     assert f"give its directory, {base}" in refusal(base / "model.safetensors")
     (tmp_path / "lora.pth").write_bytes(b"1")
-    assert "is a file of weights; give a Hugging Face model directory" in refusal(tmp_path / "lora.pth")
+    of_weights = "is a file of weights; give a Hugging Face model directory, or give it as `lora` if it is an adapter"
+    assert of_weights in refusal(tmp_path / "lora.pth")
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     assert "is a GGUF file; give the Hugging Face model directory" in refusal(tmp_path / "a.gguf")
     assert f"a model is in {base}; give that directory" in refusal(tmp_path)
@@ -178,7 +179,7 @@ def test_what_was_given_in_place_of_a_directory(base: Path, tmp_path: Path) -> N
     (base / "config.json").unlink()
     assert "config.json does not exist; copy it from the repository" in refusal(base)
     (base / "adapter_config.json").write_text("{}", encoding="utf-8")
-    assert "holds an adapter; give the base model" in refusal(base)
+    assert "holds an adapter; give it as `lora`, and the model that it was trained on as `base_model`" in refusal(base)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +249,12 @@ def test_a_manifest_of_another_program_is_named(base: Path) -> None:
     (base / "manifest.json").write_text('{"name": "an app", "icons": []}', encoding="utf-8")
     with pytest.raises(InputError, match=r"manifest\.json: another program wrote this file; move it away"):
         read_manifest(base)
+
+
+@pytest.mark.parametrize("given", [".", "../base", "../base/", "../base/."])
+def test_a_relative_path_has_the_name_of_its_directory(base: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(base)
+    assert from_adapters(given, (), TrainedPositions()).origin["base"]["name"] == "base"
 
 
 def test_what_is_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
