@@ -88,10 +88,17 @@ def cli() -> None:
 def main() -> None:
     prepare_streams()
     # A terminated run leaves through its finally blocks, so that nothing half-written stays.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    signal.signal(signal.SIGTERM, _leave)
+    # So does one whose terminal is closed, unless nohup keeps that from it; Windows has no such signal.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _leave)
     # What torch imports, hundreds of thousands of objects, stays until the process dies with it: looking through it for
     # garbage while it comes takes a tenth of a second, and once more at the end half of one.
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)
     show_with(progress_display)
     cli()
+
+
+def _leave(*_: object) -> None:
+    sys.exit(TERMINATED)

@@ -67,7 +67,7 @@ class ExportReport:
             yield _distance(exact)
         elif self.parity is not None:
             yield (
-                f"logits of the exported model within {self.parity['max_rel_diff']:.1e} of its largest, "
+                f"logits within {self.parity['max_rel_diff']:.1e} of the largest one of the model that was exported, "
                 f"top token agrees on {self.parity['top1_agreement']:.1%}"
             )
         elif "no_verify" in load_format(self.format).OPTIONS and not (self.format == "stock" and self.quant):

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -348,3 +350,26 @@ def test_exporting_an_export(
     call: Call, qwen2: Golden, artifact_of: Callable[[Golden, str], Path], tmp_path: Path
 ) -> None:
     expect(call("export", artifact_of(qwen2, "onnx"), "-o", tmp_path / "out"), 3, "kind onnx")
+
+
+# Ends itself by a signal while a temporary directory exists, as a run with an adapter's tokenizer has one.
+ENDING = """
+import os, signal, sys
+from pos2d.commands import main
+from pos2d.runtime.opening.opened_model import TemporaryFolder
+
+def cli():
+    folder = TemporaryFolder()
+    print(folder.path)
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+main.cli = cli
+main.main()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs signals of Unix")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_no_temporary_directory(name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", ENDING, name], capture_output=True, text=True, check=False)
+    assert Path(done.stdout.strip()).name.startswith("pos2d-"), done.stderr
+    assert not Path(done.stdout.strip()).exists()

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,21 @@ def test_json_is_json_in_every_encoding(monkeypatch: pytest.MonkeyPatch, encodin
     out.flush()
     assert json.loads(data.getvalue().decode(encoding)) == value
     assert encoding == "utf-8" or data.getvalue().decode(encoding).isascii()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+def test_an_ended_run_leaves_no_temporary_files(talking: Path, tmp_path: Path, number: str) -> None:
+    """Here the lines that a batch reads from a pipe, while it waits for more."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [*CLI, "batch", str(talking / "onnx"), "-i", "-", "-o", str(tmp_path / "out.jsonl")]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not list(tmp_path.glob("pos2d-*")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(getattr(signal, number))
+        assert process.wait() == 143
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("encoding", ["ascii"])
