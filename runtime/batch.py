@@ -24,6 +24,7 @@ from pos2d.runtime.load import load_opened
 from pos2d.runtime.model.model import Model
 from pos2d.runtime.opening.opened_model import OpenedModel, open_model
 from pos2d.runtime.text.options import LayoutOptions, PromptOptions, RequestOptions, request_options
+from pos2d.sources.checkpoints.weight_files import CONFIG
 
 # Files of an artifact, besides its manifest, that determine how a prompt is encoded.
 ENCODING_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
@@ -105,7 +106,7 @@ def batch(
     loading = LoadOptions(**given)
     opened = open_model(model)
     answering = request_options(opened.directory, options)
-    warnings = tuple(answering.sampling.warnings(opened.directory))
+    warnings = tuple(answering.sampling.warnings(opened.place))
     with input_file(input) as source:
         lines = count_lines(source, "standard input" if str(input) == STANDARD_INPUT else str(input))
         recipe = _recipe(opened, source, answering, loading, context)
@@ -161,14 +162,20 @@ def _recipe(
         prompts["chat_template_kwargs"] = dict(options.chat_template_kwargs)
     patterns = (FILE_NAME, *ENCODING_FILES, TEMPLATE_FILES)
     hashed = sorted(path for pattern in patterns for path in opened.directory.glob(pattern))
-    # A plain model has no manifest, which has the hashes of all weights.
-    weights = {} if opened.source is None else {"weights": opened.source.base.stamps()}
+    # A plain model has no manifest, which has the hashes of all weights, the configuration and the end tokens.
+    plain: dict[str, Any] = {}
+    if opened.source is not None:
+        plain = {
+            "weights": opened.source.base.stamps(),
+            "config": sha256(opened.place / CONFIG),
+            "end_tokens": opened.manifest.eos_token_ids,
+        }
     recipe = {
         "input": {"name": source.name, "sha256": sha256(source)},
         "artifact": {
             "name": opened.place.name,
             "sha256": {path.name: sha256(path) for path in hashed},
-            **weights,
+            **plain,
         },
         "sampling": asdict(options.sampling),
         "options": {**asdict(loading), **layout, **prompts},

@@ -1,5 +1,6 @@
 """Load a model: an artifact of any kind, whose manifest says which kind it is, or a model that was never merged."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ def load(path: str | Path | None = None, **options: Any) -> Model:
     """
     base, trained, loading = split_options(options, BaseOptions, TrainedPositions, LoadOptions)
     given = LoadOptions(**loading)
-    return load_opened(open_model(path, BaseOptions(**base), TrainedPositions(**trained)), given)
+    opened = open_model(path, BaseOptions(**base), TrainedPositions(**trained))
+    for warning in opened.warnings:
+        warnings.warn(warning, stacklevel=3)
+    return load_opened(opened, given)
 
 
 def load_opened(opened: OpenedModel, options: LoadOptions) -> Model:

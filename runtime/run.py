@@ -97,7 +97,7 @@ def run(
         first_seconds=first - loaded,
         decode_seconds=ended - first,
         tokens_per_second=later_tokens / (ended - first) if later_tokens else 0.0,
-        warnings=(*opened.warnings, *request.sampling.warnings(opened.directory)),
+        warnings=(*opened.warnings, *request.sampling.warnings(opened.place)),
         notes=opened.notes,
     )
 

@@ -148,7 +148,7 @@ def _refuse_quantised(*compared: OpenedModel) -> None:
     for opened in compared:
         if opened.manifest.quant is not None or opened.manifest.graph_quant is not None:
             raise UsageError(
-                f"{opened.directory} is quantised, so its logits differ; `pos2d eval` measures how much that matters"
+                f"{opened.place} is quantised, so its logits differ; `pos2d eval` measures how much that matters"
             )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pos2d.errors import InputError
+from pos2d.hf.tokenizer import first_line
 from pos2d.sources.adapters import Adapter
 from pos2d.sources.checkpoints.checkpoint import Checkpoint
 from pos2d.sources.hf_config import end_tokens
@@ -55,7 +56,7 @@ def choose_sidecars(
     sidecars = Sidecars(files, owner if own else "base")
     sidecars, warnings = _with_tokenizer_json(sidecars, result)
     if own or result.sizes.vocab != base.sizes.vocab:
-        _check_fit(sidecars, of_base, base, result)
+        _check_fit(sidecars, own, of_base, base, result)
         warnings += _without_new_tokens(sidecars, own, base, result)
     if own:
         ends = _end_tokens(sidecars, own, base)
@@ -180,10 +181,9 @@ def _with_tokenizer_json(sidecars: Sidecars, result: Checkpoint) -> tuple[Sideca
     try:
         converted, settings = _convert(sidecars.files, result.sizes.family)
     except Exception as error:  # transformers and the libraries behind it raise anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return sidecars, [
-            f"the tokenizer has {', '.join(names)} but no {TOKENIZER}, and transformers cannot convert it ({reason}); "
-            f"the artifact takes token ids only: save the tokenizer with "
+            f"the tokenizer has {', '.join(names)} but no {TOKENIZER}, and transformers cannot convert it "
+            f"({first_line(error)}); the artifact takes token ids only: save the tokenizer with "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...) and give that directory as `tokenizer`"
         ]
     return replace(sidecars, converted=converted, settings=settings), []
@@ -229,7 +229,7 @@ def _last_id(vocabulary: "Tokenizer | None") -> int:
     return -1 if vocabulary is None else max(vocabulary.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
-def _check_fit(sidecars: Sidecars, of_base: Files, base: Checkpoint, result: Checkpoint) -> None:
+def _check_fit(sidecars: Sidecars, own: Files, of_base: Files, base: Checkpoint, result: Checkpoint) -> None:
     """Check that the merged model has a row for every token.
 
     Some published bases have tokenizers with more tokens than rows. That is not made worse, so it is not refused.
@@ -239,7 +239,7 @@ def _check_fit(sidecars: Sidecars, of_base: Files, base: Checkpoint, result: Che
         return
     if rows == base.sizes.vocab and last <= _last_id(_vocabulary(of_base)):
         return
-    whose = "the base" if sidecars.tokenizer_of == "base" else sidecars.tokenizer_of
+    whose = sidecars.tokenizer_of if own else "the base"
     raise InputError(
         f"the tokenizer of {whose} has ids up to {last}, but embedding and head have {rows} rows; train with "
         "embed_tokens and lm_head in modules_to_save, or save with save_embedding_layers=True, if tokens were added, "

@@ -49,7 +49,7 @@ def chat(model: str | Path | None = None, *, context: str | None = None, **optio
     opened = open_model(model, BaseOptions(**base), TrainedPositions(**trained))
     answering = request_options(opened.directory, options)
     loaded = load_opened(opened, given)
-    warn([*opened.warnings, *answering.sampling.warnings(opened.directory)], opened.notes)
+    warn([*opened.warnings, *answering.sampling.warnings(opened.place)], opened.notes)
     system: list[Message] = [{"role": "system", "content": context}] if context is not None else []
     session = Session(Conversation(loaded, system, answering), system)
     if is_interactive():

@@ -46,8 +46,16 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
             tokenizer: PreTrainedTokenizerFast = chosen.from_pretrained(directory)
             return tokenizer
         except Exception as error:  # a damaged file may raise anything
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    raise InputError(f"the tokenizer in {directory} cannot be read: {reason}; copy the model again")
+            reason = first_line(error)
+    cure = "copy the model again"
+    if not (directory / TOKENIZER_FILE).is_file():
+        cure = f"put a {TOKENIZER_FILE} there, as AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it"
+    raise InputError(f"the tokenizer in {directory} cannot be read: {reason}; {cure}")
+
+
+def first_line(error: Exception) -> str:
+    """What a library says about a tokenizer, without backticks: in our messages, these mark parameters."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).replace("`", "'")
 
 
 def class_name(directory: Path) -> str:

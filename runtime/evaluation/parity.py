@@ -1,5 +1,7 @@
 """Distances between the logits of two artifacts of the same model."""
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +14,12 @@ from pos2d.manifest import Manifest
 from pos2d.runtime.engine.backend import Floats
 from pos2d.runtime.opening.opened_model import OpenedModel
 from pos2d.spec import Rope2DSpec
+from pos2d.text_files import read_text
 
 # The files that hold a tokenizer itself, without its settings.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+# Keys of the first that every program which uses the tokenizer may change.
+INCIDENTAL = ("truncation", "padding")
 # Fields of manifests, besides positions: those of every model, and those that only artifacts record.
 ALWAYS_SAME = ("family", "vocab_size", "context_length")
 RECORDED = ("eos_token_ids", "adapters", "base")
@@ -44,8 +49,8 @@ def check_same_model(model: OpenedModel, reference: OpenedModel) -> None:
     differing += ["rope_2d"] if trained[0] != trained[1] else []
     recorded = RECORDED if is_recorded else ()
     differing += [name for name in recorded if getattr(manifests[0], name) != getattr(manifests[1], name)]
-    digests = [_tokenizer_digests(opened.directory) for opened in (model, reference)]
-    differing += [name for name in sorted(set(digests[0]) & set(digests[1])) if digests[0][name] != digests[1][name]]
+    one, other = (_tokenizer_files(opened.directory) for opened in (model, reference))
+    differing += [name for name in TOKENIZERS if name in one and name in other and one[name] != other[name]]
     if differing:
         raise InputError(f"{model.place} and {reference.place} are not the same model: {', '.join(differing)} differ")
 
@@ -59,8 +64,13 @@ def _turned_by(manifest: Manifest, is_recorded: bool) -> Rope2DSpec | int:
     return spec if spec.is_2d else spec.num_frequencies
 
 
-def _tokenizer_digests(directory: Path) -> dict[str, str]:
-    return {name: sha256(directory / name) for name in TOKENIZERS if (directory / name).is_file()}
+def _tokenizer_files(directory: Path) -> dict[str, object]:
+    """What the tokenizer's files say, by name; how a program last padded and truncated does not belong to it."""
+    found: dict[str, object] = {name: sha256(directory / name) for name in TOKENIZERS if (directory / name).is_file()}
+    with suppress(OSError, ValueError, AttributeError):  # a damaged file is equal to its copies alone
+        whole = json.loads(read_text(directory / TOKENIZERS[0]))
+        found[TOKENIZERS[0]] = {key: value for key, value in whole.items() if key not in INCIDENTAL}
+    return found
 
 
 def log_softmax(logits: Floats) -> Doubles:

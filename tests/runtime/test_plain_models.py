@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from pos2d import exporter, runtime
@@ -178,6 +179,65 @@ def test_stride_and_alignment_are_nothing_to_compare_without_2d_rope(
     assert runtime.verify(tmp_path / "stock", place / "base").passed
 
 
+@pytest.fixture
+def with_vocabulary(place: Path, tmp_path: Path) -> Path:
+    """A plain model whose tokenizer is a vocabulary and its merges."""
+    model = tmp_path / "vocabulary"
+    shutil.copytree(place / "base", model)
+    vocabulary = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    (model / "tokenizer.json").unlink()
+    (model / "vocab.json").write_text(json.dumps(vocabulary | {"he": 256}), encoding="utf-8")
+    (model / "merges.txt").write_text("#version: 0.2\nh e\n", encoding="utf-8")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}', encoding="utf-8")
+    return model
+
+
+@pytest.mark.parametrize("declared", ["GPT2Tokenizer", "LlamaTokenizer"])
+def test_a_vocabulary_and_merges_are_read_as_a_merge_writes_them(
+    declared: str, place: Path, with_vocabulary: Path, tmp_path: Path
+) -> None:
+    settings = json.dumps({"tokenizer_class": declared})
+    (with_vocabulary / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+    exporter.merge(with_vocabulary, place / "lora.pth", tmp_path / "merged", no_patch_rope=True)
+    merged, model = (runtime.load(path, device="cpu") for path in (tmp_path / "merged", with_vocabulary))
+    assert model.tokenizer("the heat").input_ids == merged.tokenizer("the heat").input_ids
+    with pytest.raises(UsageError, match="vocabulary does not have"):  # and not a temporary directory
+        runtime.load(with_vocabulary, device="cpu", int8_kernel="bnb")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(place: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(place / "base", model)
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_bytes(b"not a model")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}', encoding="utf-8")
+    with pytest.warns(UserWarning, match="no tokenizer.json"):
+        loaded = runtime.load(model, device="cpu")
+    assert loaded.generate_ids([[1, 2]], max_new_tokens=1)
+    with pytest.raises(InputError, match="save_pretrained") as refused:
+        loaded.generate("a")
+    assert "`" not in str(refused.value)
+
+
+def test_a_default_that_may_be_wrong_is_said_in_python_too(place: Path) -> None:
+    with pytest.warns(UserWarning, match="no positions were given"):
+        runtime.load(base_model=place / "base", lora=place / "lora.pth", device="cpu")
+
+
+def test_a_tokenizer_that_was_saved_by_a_training_is_the_same(place: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(place / "base", model)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(model / "tokenizer.json"))
+    assert runtime.verify(model, place / "base").max_abs_diff == 0
+    tokenizer.add_tokens(["another"])
+    tokenizer.save(str(model / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"not the same model: tokenizer\.json"):
+        runtime.verify(model, place / "base")
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
@@ -234,14 +294,27 @@ def test_run_says_what_was_decided(place: Path, call: Callable[..., Result]) -> 
     assert call("run", *flags).exit_code == 2
 
 
-def test_a_batch_of_a_plain_model_is_continued_only_with_the_same_weights(place: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(place / "base", model)
+def add_key(path: Path, **keys: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | keys), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: (model / "model.safetensors").touch(),
+        lambda model: add_key(model / "config.json", rms_norm_eps=1e-5),
+        lambda model: add_key(model / "generation_config.json", eos_token_id=[2, 3]),
+    ],
+)
+def test_a_batch_of_a_plain_model_is_continued_only_if_it_is_the_same(
+    change: Callable[[Path], None], with_vocabulary: Path, tmp_path: Path
+) -> None:
+    model = with_vocabulary
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n', encoding="utf-8")
     paths = (model, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert runtime.batch(*paths, max_new_tokens=3).resumed == 0
     assert runtime.batch(*paths, max_new_tokens=3).resumed == 2
-    (model / "model.safetensors").touch()
+    change(model)
     with pytest.raises(OutputError, match="another artifact"):
         runtime.batch(*paths, max_new_tokens=3)
     assert len([json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]) == 2

@@ -24,20 +24,20 @@ def load_decoder(opened: OpenedModel, options: LoadOptions) -> tuple[PreTrainedM
 
     Raises: as :func:`pos2d.load`.
     """
-    directory, manifest = opened.directory, opened.manifest
-    recipe = _recipe(directory, manifest, options)
+    place, manifest = opened.place, opened.manifest
+    recipe = _recipe(place, manifest, options)
     if options.int8_kernel != "auto" and (recipe is None or recipe.name != "8bit"):
         raise UsageError(
-            f"`int8_kernel` is for 8 bits, which {directory} does not have; leave it out, or use `quant='8bit'`"
+            f"`int8_kernel` is for 8 bits, which {place} does not have; leave it out, or use `quant='8bit'`"
         )
     device = one_device(options.device)
     torch.set_num_threads(options.threads or min(torch.get_num_threads(), default_threads()))
     dtype = _compute_dtype(manifest, options, recipe, device)
     if device.type == "cpu" and options.device_map is None:
-        check_memory(directory, manifest, str(dtype).removeprefix("torch."), options.quant)
+        check_memory(place, manifest, str(dtype).removeprefix("torch."), options.quant)
     attention = COLUMNS if options.attn_implementation == "sdpa" else "eager"
     with opened_weights(opened, options.dtype, quantised=options.quant is not None) as (config, tensors):
-        empty = partial(empty_decoder, config, manifest.family, source=directory / CONFIG)
+        empty = partial(empty_decoder, config, manifest.family, source=place / CONFIG)
         device_map: DeviceMap = {"": device}
         if options.device_map is not None:
             device_map = infer_device_map(sized_decoder(empty("eager"), recipe, dtype), options.max_memory)
@@ -58,7 +58,7 @@ def load_decoder(opened: OpenedModel, options: LoadOptions) -> tuple[PreTrainedM
     return model, device_map
 
 
-def _recipe(directory: Path, manifest: Manifest, options: LoadOptions) -> BnbRecipe | None:
+def _recipe(place: Path, manifest: Manifest, options: LoadOptions) -> BnbRecipe | None:
     """How the model is quantised: as the artifact is, or while it is loaded.
 
     Raises:
@@ -68,7 +68,7 @@ def _recipe(directory: Path, manifest: Manifest, options: LoadOptions) -> BnbRec
         return None if options.quant is None else BnbRecipe(options.quant, (HEAD,))
     if options.quant not in (None, manifest.quant.name):
         raise UsageError(
-            f"{directory} is quantised to {manifest.quant.name}; `quant='{options.quant}'` needs a merged artifact"
+            f"{place} is quantised to {manifest.quant.name}; `quant='{options.quant}'` needs a merged artifact"
         )
     return manifest.quant
 
