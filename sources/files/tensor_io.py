@@ -25,6 +25,8 @@ BLOCK = 4096
 PIECE_BYTES = 4 << 20
 # Elements of a tensor that are computed at once: they stay in the processor's cache.
 BLOCK_ELEMENTS = 1 << 16
+# Bytes that are read from a mapped file before it is mapped anew, which takes milliseconds.
+MAPPED_BYTES = 1 << 28
 CLONE_RANGE = 0x4020940D  # FICLONERANGE of Linux
 # Windows translates line ends in files that are not opened as binary.
 BINARY: int = getattr(os, "O_BINARY", 0)
@@ -79,13 +81,22 @@ class SafetensorsFile:
 
 
 class PthFile:
-    """A file of ``torch.save``; its tensors are mapped, not loaded."""
+    """A file of ``torch.save``; its tensors are mapped, not loaded.
+
+    Pages that were read count as this process's memory until the file is unmapped, so now and then it is mapped anew.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._tensors = read_pth(path)
+        self._read = 0
 
     def read_into(self, name: str, place: TensorPlace, start: int, buffer: memoryview) -> None:
+        if self._read > MAPPED_BYTES:
+            self._read = 0
+            self._tensors = read_pth(self._path)
         buffer[:] = self._bytes(name)[start : start + len(buffer)].data
+        self._read += len(buffer)
 
     def copy_to(self, place: TensorPlace, start: int, data: memoryview, target: int, offset: int) -> None:
         write_at(target, data, offset)
@@ -96,9 +107,10 @@ class PthFile:
     def _bytes(self, name: str) -> "npt.NDArray[np.uint8]":
         import torch
 
-        tensor = self._tensors[name]
+        tensors = self._tensors
+        tensor = tensors[name]
         if not tensor.is_contiguous():
-            tensor = self._tensors[name] = tensor.contiguous()
+            tensor = tensors[name] = tensor.contiguous()
         flat: npt.NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
         return flat
 

@@ -2,12 +2,15 @@
 
 import gc
 import json
+import platform
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from click.testing import Result
@@ -17,6 +20,9 @@ from transformers import AutoModelForCausalLM
 from pos2d import exporter, runtime
 from pos2d.errors import InputError, OutputError, UsageError
 from pos2d.manifest import read_manifest
+from pos2d.runtime.backends.torch import loading
+from pos2d.sources.files import tensor_io
+from pos2d.sources.files.tensor_places import TensorPlace
 from tests.bases import CONFIGS, linear_modules, random_adapter, weights, write_adapter, write_base, write_tokenizer
 
 PROMPTS = ["one question", "and another", "x"]
@@ -109,6 +115,38 @@ def test_pickled_weights_are_read_too(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "base", old, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(weights(place / "base"), old / "pytorch_model.bin")
     assert_same_parameters(runtime.load(old, device="cpu"), runtime.load(place / "base", device="cpu"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the memory map of Linux")
+def test_a_pickle_is_not_held_beside_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_io, "MAPPED_BYTES", 1 << 20)
+    values = {str(number): torch.full((256, 1024), float(number)) for number in range(16)}
+    torch.save(values, tmp_path / "pytorch_model.bin")
+    file = tensor_io.open_tensors(tmp_path / "pytorch_model.bin")
+    for name, expected in values.items():
+        found = torch.empty_like(expected)
+        place = TensorPlace("pytorch_model.bin", tuple(expected.shape), "F32")
+        file.read_into(name, place, 0, found.reshape(-1).view(torch.uint8).numpy().data)
+        assert torch.equal(found, expected)
+        maps = psutil.Process().memory_maps(grouped=False)
+        assert sum(entry.rss for entry in maps if entry.path.endswith("pytorch_model.bin")) < 4 << 20
+    file.close()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have no such call")
+def test_weights_that_were_quantised_are_returned_to_the_system(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed = [[torch.ones(25_000), bytes(100)] for _ in range(1000)]  # 100 MB, with something small behind each
+    rss = psutil.Process().memory_info().rss
+    for pair in freed:
+        del pair[0]
+    loading.return_freed_memory()
+    assert psutil.Process().memory_info().rss < rss - 80e6
+    returned: list[None] = []
+    monkeypatch.setattr(loading, "return_freed_memory", lambda: returned.append(None))
+    runtime.load(place / "base", device="cpu", quant="8bit")
+    assert len(returned) == len(linear_modules(place / "base"))
 
 
 @pytest.mark.parametrize("name", ["own", "base"])

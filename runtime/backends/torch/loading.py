@@ -1,6 +1,9 @@
 """Load a torch artifact tensor by tensor. Stored quantised weights stay as they are; others can be quantised here."""
 
+import ctypes
+import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +111,28 @@ def fill_decoder(
             make_linear = stored_linear if stored else quantised_linear
             model.set_submodule(module, make_linear(values, recipe.name, kernel, dtype))
             progress.advance(len(values))
+            del values
+            return_freed_memory()
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rotary_emb.to(device_of("model.embed_tokens"))
     model.eval()  # in training mode bitsandbytes does not quantise activations on a CPU
+
+
+def return_freed_memory() -> None:
+    """Give freed memory to the system, where glibc manages it.
+
+    glibc keeps freed weights, and the next weight often does not fit into a gap of its own size, because torch wants it
+    aligned. Without this call, quantising a model while it is loaded can take the memory of all its weights.
+    """
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _c_library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _part_names(layer: nn.Linear, stored: BnbQuant | None) -> tuple[str, ...]:
