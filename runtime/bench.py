@@ -121,7 +121,7 @@ def bench(
     )
     return BenchReport(
         model=str(model),
-        format=f"{manifest.kind} {_precision(manifest)}",
+        format=f"{manifest.kind} {_precision(manifest, options)}",
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         rounds=rounds,
@@ -231,6 +231,9 @@ def _step_bytes(model: Model, positions: int) -> int:
     return weights + kv_cache_bytes(sizes, positions, manifest.dtype)
 
 
-def _precision(manifest: Manifest) -> str:
+def _precision(manifest: Manifest, options: LoadOptions) -> str:
+    """How the weights are stored, or what they are converted to while they are loaded."""
     recipe = manifest.graph_quant or manifest.quant
-    return manifest.dtype if recipe is None else recipe.name
+    if recipe is not None:
+        return recipe.name
+    return options.quant or (manifest.dtype if options.dtype == "auto" else options.dtype)

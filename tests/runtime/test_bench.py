@@ -52,6 +52,17 @@ def test_the_command_prints_a_table_or_json(
     assert all(row["step_ms"] > 0 and row["bandwidth_share"] > 0 for row in report["rows"])
 
 
+@pytest.mark.parametrize(
+    ("loading", "format"),
+    [({}, "merged float32"), ({"dtype": "bfloat16"}, "merged bfloat16"), ({"quant": "8bit"}, "merged 8bit")],
+)
+def test_the_report_says_what_was_measured(
+    qwen2: Golden, artifact_of: ArtifactOf, loading: dict[str, Any], format: str
+) -> None:
+    few: dict[str, Any] = {"prompt_tokens": 2, "new_tokens": 2, "branches": (1,), "rounds": 1}
+    assert runtime.bench(artifact_of(qwen2, "merged"), **few, **loading).format == format
+
+
 def test_prefill_is_measured_and_not_a_difference(
     qwen2: Golden, artifact_of: ArtifactOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
