@@ -106,6 +106,8 @@ def _cure(directory: Path) -> str:
     snapshots = sorted(path.parent for path in directory.glob("snapshots/*/config.json"))
     if (directory / "adapter_config.json").is_file():
         return "the directory holds an adapter; give it as `lora`, and the model that it was trained on as `base_model`"
+    if is_artifact(directory):
+        return "the directory holds an artifact without a model for transformers; give the base that it was made from"
     if inner or snapshots:
         found = (inner or snapshots)[:3]
         return f"a model is in {' and in '.join(map(str, found))}; give that directory"

@@ -180,6 +180,9 @@ def test_what_was_given_in_place_of_a_directory(base: Path, tmp_path: Path) -> N
     assert "config.json does not exist; copy it from the repository" in refusal(base)
     (base / "adapter_config.json").write_text("{}", encoding="utf-8")
     assert "holds an adapter; give it as `lora`, and the model that it was trained on as `base_model`" in refusal(base)
+    (base / "adapter_config.json").unlink()
+    (base / "manifest.json").write_text("{}", encoding="utf-8")
+    assert "holds an artifact without a model for transformers; give the base" in refusal(base)
 
 
 @pytest.mark.parametrize(
