@@ -105,7 +105,7 @@ def inspect(
     if kind == "artifact":
         return InspectReport(str(path), DESCRIPTIONS[kind], artifact=artifact_facts(path))
     if kind == "base":
-        return InspectReport(str(path), DESCRIPTIONS[kind], base=base_facts(_read_model(str(path))))
+        return InspectReport(str(path), DESCRIPTIONS[kind], base=base_facts(read_base(str(path))))
     location = locate(given)
     facts = FACTS[location.form](location.path)
     report = InspectReport(str(path), DESCRIPTIONS[facts.form], adapter=facts)
@@ -152,11 +152,6 @@ def _kind(path: Path) -> str:
         f"{path} is nothing that this tool knows: it has no {FILE_NAME} (an artifact), no {ADAPTER_CONFIG} (PEFT), no "
         "config.json (a base model) and no .pth file (the trainer's LoRA)"
     )
-
-
-def _read_model(model: str) -> Checkpoint:
-    name, revision = split_revision(model)
-    return read_base(name, revision=revision)
 
 
 def _kind_on_hub(name: str) -> str:

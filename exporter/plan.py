@@ -17,7 +17,6 @@ from pos2d.exporter.planning.recommendation import recommend
 from pos2d.manifest import is_artifact
 from pos2d.options import takes_options
 from pos2d.sources.checkpoints.base import read_base
-from pos2d.sources.checkpoints.location import split_revision
 from pos2d.units import parse_size
 
 ADAPTER_HINT = (
@@ -75,8 +74,7 @@ def plan(
     if is_artifact(model):
         sizes, what = artifact_sizes(Path(model))
     else:
-        name, revision = split_revision(str(model))
-        base = read_base(name, revision=revision)
+        base = read_base(str(model))
         sizes, what = base.sizes, f"plain model, {linear_dtype(base)}"
     positions = min(context, sizes.context_length)
     run = PlannedRun(sizes, Workload.of(branches, positions), on_gpu=gpu_bytes is not None)
@@ -98,11 +96,5 @@ def plan(
         fitting=tuple(candidate.name for candidate in fitting),
         recommended=None if recommended is None else recommended.name,
         reason=reason,
-        hint="" if base is None else ADAPTER_HINT.format(base=_as_base(str(model))),
+        hint="" if base is None else ADAPTER_HINT.format(base=model),
     )
-
-
-def _as_base(model: str) -> str:
-    """A plain model as an option names it, which takes a revision by another one."""
-    name, revision = split_revision(model)
-    return name if revision is None else f"{name}, `revision` {revision}"

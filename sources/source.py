@@ -90,8 +90,7 @@ def read_source(model: str | Path | None, base: BaseOptions, positions: TrainedP
         if positions != TrainedPositions():
             raise UsageError(f"{model} stores its positions; leave out those of the training")
         return from_merged(Path(model))
-    name, revision = split_revision(str(model))
-    return from_adapters(name, (), positions, revision=revision)
+    return from_adapters(model, (), positions)
 
 
 def from_adapters(
@@ -125,7 +124,7 @@ def from_adapters(
         ends = sidecars.end_tokens
         result = replace(result, config={**result.config, "eos_token_id": list(ends)})
     # Artifacts get published, so of a local path only the name is recorded; a Hub id and a commit locate the base.
-    name = Path(abspath(base_model)).name if base.revision is None else str(base_model)
+    name = Path(abspath(base_model)).name if base.revision is None else split_revision(str(base_model))[0]
     origin = {
         "base": {"name": name, "revision": base.revision, "config_sha256": sha256(base.directory / "config.json")},
         "rope_2d": spec.to_dict(),

@@ -39,13 +39,19 @@ def split_revision(model: str) -> tuple[str, str | None]:
 
 
 def locate(base_model: str, revision: str | None) -> tuple[Path, str | None]:
-    """The local directory of a base, and its commit if it came from the Hub at ``revision``.
+    """The local directory of a base, and its commit if it came from the Hub.
+
+    It came from there at ``revision``, or at the one that ``base_model`` names, as ``ORG/NAME@REVISION``.
 
     Raises:
-        UsageError: a revision of a local directory, or one that is part of ``base_model``.
+        UsageError: a revision of a local directory, or two.
         InputError: neither a directory with a model nor a model of the Hub, but perhaps another artifact there.
         UnsafeInputError: an index that names files outside its directory.
     """
+    base_model, named = split_revision(base_model)
+    if named is not None and revision is not None:
+        raise UsageError(f"{base_model}@{named} names a revision, and so does `revision`; give one of them")
+    revision = revision or named
     path = Path(base_model)
     if path.is_dir():
         if revision is not None:
@@ -67,8 +73,6 @@ def locate(base_model: str, revision: str | None) -> tuple[Path, str | None]:
             f"{base_model} {'is not a directory' if path.exists() else 'does not exist'}; give a Hugging Face model "
             "directory or a Hub id"
         )
-    if "@" in base_model and revision is None:
-        raise UsageError(f"{base_model} is no Hub id: give what follows the @ as `revision`")
     return _download(base_model, revision)
 
 

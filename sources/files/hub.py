@@ -24,4 +24,5 @@ def hub_errors(name: str, revision: str | None, alternatives: str) -> Iterator[N
         raise InputError(f"{name} has no revision {revision!r}; give a commit, tag or branch") from None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name} is neither {alternatives} that can be downloaded from the Hub: {reason}") from None
+        wanted = name if revision is None else f"{name} at revision {revision!r}"
+        raise InputError(f"{wanted} is neither {alternatives} that can be downloaded from the Hub: {reason}") from None

@@ -243,6 +243,11 @@ def test_what_is_downloaded(
     assert location.locate("someone/model", "v1") == (snapshot, "7777")
     assert revisions[0] == "v1"
     assert set(revisions[1:]) == {"7777"}
+    revisions.clear()
+    assert location.locate("someone/model@v1", None) == (snapshot, "7777")
+    with pytest.raises(UsageError, match="give one of them"):
+        location.locate("someone/model@v1", "v1")
+    assert revisions[0] == "v1"
     found = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
     small = {name for name in hub if name.endswith(".json") and "/" not in name}
     assert found == wanted | small
