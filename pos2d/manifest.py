@@ -174,8 +174,8 @@ def _is_file(name: str, facts: object) -> bool:
 
 
 def is_artifact(path: str | Path) -> bool:
-    """Whether a manifest is at ``path``."""
-    return (Path(path) / FILE_NAME).is_file()
+    """Whether a manifest is at ``path``; an empty text is no path, and not the current directory."""
+    return bool(str(path)) and (Path(path) / FILE_NAME).is_file()
 
 
 def read_manifest(directory: Path) -> Manifest:

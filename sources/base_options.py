@@ -17,7 +17,7 @@ class BaseOptions:
 
     base_model: str | None = option(
         None,
-        "Base model that the adapter was trained on: a directory, or a name on the Hugging Face Hub.",
+        "Base model that the adapter was trained on: a directory, or NAME@REVISION on the Hugging Face Hub.",
         metavar="DIR_OR_HUB_ID",
     )
     revision: str | None = option(

@@ -44,10 +44,12 @@ def locate(base_model: str, revision: str | None) -> tuple[Path, str | None]:
     It came from there at ``revision``, or at the one that ``base_model`` names, as ``ORG/NAME@REVISION``.
 
     Raises:
-        UsageError: a revision of a local directory, or two.
+        UsageError: an empty name, a revision of a local directory, or two.
         InputError: neither a directory with a model nor a model of the Hub, but perhaps another artifact there.
         UnsafeInputError: an index that names files outside its directory.
     """
+    if not base_model:
+        raise UsageError("the name of the model is empty; give a directory or a Hub id")
     base_model, named = split_revision(base_model)
     if named is not None and revision is not None:
         raise UsageError(f"{base_model}@{named} names a revision, and so does `revision`; give one of them")

@@ -285,6 +285,7 @@ def test_a_tokenizer_that_was_saved_by_a_training_is_the_same(place: Path, tmp_p
         ({"path": "base", "revision": "main"}, UsageError, "belong to `base_model`"),
         ({"base_model": "base", "lora_rank": 8}, UsageError, "belong to `lora`"),
         ({"path": "base", "branch_stride": 64}, UsageError, "belong to 2D RoPE"),
+        ({"path": ""}, UsageError, "name of the model is empty"),
         ({"path": "nowhere/at/all"}, InputError, "nowhere/at/all does not exist"),
         ({"path": "lora.pth"}, InputError, "lora.pth is a file of weights"),
     ],
