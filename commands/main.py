@@ -26,7 +26,7 @@ WORKFLOWS = {
     },
     "Make an artifact": {
         "merge": "Merge adapters into a base model, as a Hugging Face directory.",
-        "export": "Write ONNX graphs, or a bitsandbytes or ordinary checkpoint.",
+        "export": "Write ONNX graphs, or a bitsandbytes or stock checkpoint.",
     },
     "Use an artifact": {
         "run": "Answer prompts, or chat.",

@@ -35,9 +35,9 @@ TEMPLATE_FILES = "additional_chat_templates/*.jinja"
 class BatchReport:
     """Counts of lines: all ``lines`` of the output, those with an error, and those ``resumed`` from an earlier run.
 
-    ``common_error`` is the most frequent error, with the number of lines that have it and the first of them.
-    ``new_tokens``, ``seconds`` and ``tokens_per_second`` are those of this run, without loading. ``settings_warnings``
-    name generation settings of the artifact that are not used.
+    ``empty`` counts lines all of whose answers are empty. ``common_error`` is the most frequent error, with the number
+    of lines that have it and the first of them. ``new_tokens``, ``seconds`` and ``tokens_per_second`` are those of this
+    run, without loading. ``settings_warnings`` name generation settings of the artifact that are not used.
     """
 
     output: str
@@ -47,6 +47,7 @@ class BatchReport:
     new_tokens: int
     seconds: float
     tokens_per_second: float
+    empty: int = 0
     common_error: str | None = None
     common_error_count: int = 0
     common_error_line: int | None = None
@@ -54,16 +55,20 @@ class BatchReport:
 
     @property
     def warnings(self) -> list[str]:
-        if not self.errors:
-            return [*self.settings_warnings]
-        share = "" if self.common_error_count == self.errors else f"{self.common_error_count} of them: "
-        if self.common_error_count == 1:
-            share = ""
-        return [
-            *self.settings_warnings,
-            f"{self.errors} of {self.lines} lines have an error in place of an answer; {share}line "
-            f"{self.common_error_line}: {self.common_error}",
-        ]
+        found = [*self.settings_warnings]
+        if self.empty:
+            found.append(
+                f"{self.empty} of {self.lines} lines have empty answers; a last message that is the assistant's is "
+                "continued, so leave it out to have the turn before it answered"
+            )
+        if self.errors:
+            is_whole = self.common_error_count in (1, self.errors)
+            share = "" if is_whole else f"{self.common_error_count} of them: "
+            found.append(
+                f"{self.errors} of {self.lines} lines have an error in place of an answer; {share}line "
+                f"{self.common_error_line}: {self.common_error}"
+            )
+        return found
 
     @property
     def has_failed(self) -> bool:
@@ -188,9 +193,14 @@ def _recipe(
 def _report(
     output: Path, lines: int, resumed: int, new_tokens: int, seconds: float, warnings: tuple[str, ...]
 ) -> BatchReport:
+    errors: list[tuple[str, int]] = []
+    empty = 0
     with output.open("rb") as file:
-        records = (json.loads(line) for line in file)
-        errors = [(record["error"], record["line"]) for record in records if "error" in record]
+        for record in map(json.loads, file):
+            if "error" in record:
+                errors.append((record["error"], record["line"]))
+            else:
+                empty += not any(completion["text"] for completion in record["completions"])
     # Of errors that are equally common, the first.
     common, count = next(iter(Counter(error for error, _ in errors).most_common(1)), (None, 0))
     return BatchReport(
@@ -201,6 +211,7 @@ def _report(
         new_tokens=new_tokens,
         seconds=seconds,
         tokens_per_second=new_tokens / seconds if seconds else 0.0,
+        empty=empty,
         common_error=common,
         common_error_count=count,
         common_error_line=next((line for error, line in errors if error == common), None),

@@ -115,7 +115,8 @@ def _artifact(facts: ArtifactFacts) -> Iterable[Row]:
         yield "2D RoPE", f"{axes[0]} are rotated by position, {axes[1]} by branch, {axes[2]} by time"
     else:
         yield "2D RoPE", f"none: all {axes[0]} frequencies are rotated by position"
-    yield "layout", f"stride {rope['branch_stride']}, align {rope['align_to']}, {rope['visibility']}"
+    placed = f"stride {rope['branch_stride']}, align {rope['align_to']}, " if rope["pair_indices"] else ""
+    yield "layout", f"{placed}{rope['visibility']}"
     yield "base", pairs(facts.base)
     for adapter in facts.adapters:
         yield "adapter", pairs(adapter)

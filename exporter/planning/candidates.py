@@ -95,7 +95,7 @@ def candidates_of_model(base: Checkpoint, model: str, run: PlannedRun) -> list[C
             disk = weight_bytes + sidecar_bytes + config_bytes
             stock.append(run.candidate(form, disk, _run_command(model, run), "this model"))
         else:
-            command = ["pos2d", "export", model, *_export_flags(form), "-o", f"stock-{dtype}"]
+            command = ["pos2d", "export", model, *_export_flags(form, base.sizes), "-o", f"stock-{dtype}"]
             stock.append(run.candidate(form, disk_bytes(base.sizes, form) + sidecar_bytes + config_bytes, command))
     return [*stock, *_exports([model], stored_dtype, sidecar_bytes, config_bytes, run)]
 
@@ -163,7 +163,7 @@ def _exports(
     ``settings_bytes``: configuration and code of a torch artifact."""
     for form in (*_bnb_formats(stored_dtype, run.sizes), *GRAPH_FORMATS):
         output = form.kind if form.quant is None else f"{form.kind}-{form.quant}"
-        command = ["pos2d", "export", *inputs, *_export_flags(form), "-o", output]
+        command = ["pos2d", "export", *inputs, *_export_flags(form, run.sizes), "-o", output]
         disk = disk_bytes(run.sizes, form) + sidecar_bytes
         if form.kind == "bnb":
             disk += settings_bytes
@@ -187,8 +187,10 @@ def _existing_graph(manifest: Manifest, command: Sequence[str], run: PlannedRun)
     return run.candidate(form, manifest.total_bytes, command, note, extra_weight_bytes=extra)
 
 
-def _export_flags(form: Format) -> list[str]:
+def _export_flags(form: Format, sizes: Dimensions) -> list[str]:
     quant = [] if form.quant is None else ["--quant", form.quant]
+    if form.quant == "auto":
+        quant += ["--target-size", str(default_layout(sizes, form.dtype, form.quant).nbytes)]
     if form.kind == "onnx":
         return quant
     if form.kind == "stock":

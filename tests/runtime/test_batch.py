@@ -362,3 +362,12 @@ def test_errors_of_the_library(talking: Path, tmp_path: Path) -> None:
         runtime.batch(talking / "onnx", tmp_path / "in", tmp_path / "out", temperature=-1.0)
     with pytest.raises(InputError, match="cannot be read"):
         runtime.batch(talking / "onnx", tmp_path / "in", tmp_path / "out")
+
+
+def test_empty_answers_are_counted_and_explained(talker: runtime.Model, tmp_path: Path) -> None:
+    first = talker.generate("one", max_new_tokens=1)[0].text
+    source = write(tmp_path / "in.jsonl", {"prompt": "one", "stop": [first]}, {"prompt": "one"}, {"prompt": " "})
+    report = runtime.batch(talker.path, source, tmp_path / "out.jsonl", max_new_tokens=1)
+    assert [texts(record) for record in records(tmp_path / "out.jsonl")[:2]] == [[""], [first]]
+    assert (report.empty, report.errors) == (1, 1)
+    assert report.warnings[0].startswith("1 of 3 lines have empty answers")

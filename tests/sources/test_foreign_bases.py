@@ -278,8 +278,8 @@ def test_what_is_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         if given != "a@b":
             with pytest.raises(InputError, match=f"^{given} does not exist"):
                 location.locate(given, None)
-    with pytest.raises(UsageError, match="what follows the @ as `revision`"):
-        location.locate("org/name@v1", None)
+    with pytest.raises(UsageError, match="names a revision, and so does `revision`"):
+        location.locate("org/name@v1", "v2")
 
 
 @pytest.mark.parametrize("quant", [None, {"name": "8bit"}])
@@ -294,7 +294,7 @@ def test_an_artifact_of_the_hub_is_no_plain_model(
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(base))
     if kind == "stock" and quant is None:
         assert inspect("org/name").base is not None
-        assert "`base_model` org/name, `revision` v1 and `lora`" in plan("org/name@v1").hint
+        assert "`base_model` org/name@v1 and `lora`" in plan("org/name@v1").hint
         return
     for read in (inspect, read_base):
         with pytest.raises(InputError, match=rf"^org/name is an artifact of this tool \(kind {kind}\).*download it"):
