@@ -11,11 +11,10 @@ from pos2d.spec import Rope2DSpec, spans
 ONE_BRANCH = """
 ## One branch only
 
-This model was trained with 2D RoPE, or on top of one that was: such a model answers several prompts as branches of
-one sequence, and its rotary frequencies {frequencies} of {count} encode branch and time. This checkpoint has **one
-branch**, as an ordinary {family} model: rope type `longrope` keeps the branch frequencies from turning. For one prompt
-it computes what the trained model computes. Several branches in one sequence take pos2d, and a merged directory with
-2D RoPE.
+This checkpoint was made from a model with 2D RoPE, which answers several prompts as branches of one sequence: its
+rotary frequencies {frequencies} of {count} encode branch and time. Here is **one branch** of it, as an ordinary
+{family} model in which rope type `longrope` keeps the branch frequencies from turning. For one prompt it computes what
+the trained model computes. Several branches in one sequence need pos2d, and a merged directory with 2D RoPE.
 """
 LOADING = """
 ## How to load it
