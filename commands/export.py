@@ -23,15 +23,15 @@ from pos2d.threads import ThreadOptions
 @force_flag
 @json_flag
 def export(as_json: bool, **flags: Any) -> None:
-    """Write ONNX graphs, a bitsandbytes checkpoint, or an ordinary model for other programs.
+    """Write ONNX graphs, a bitsandbytes checkpoint, or a stock checkpoint for other programs.
 
     MODEL is a directory that merge wrote, or a plain model: a Hugging Face directory, or NAME@REVISION on the Hugging
     Face Hub. With --base-model and --lora in its place, the sum of base and adapter is quantised exactly, without being
     rounded to the type of the base model first.
 
     ONNX graphs are checked at the end, and deleted if they fail: float graphs of a MODEL are compared with it, and
-    quantised graphs with the same graphs in float activations and with the exact model on a held-out text. An ordinary
-    model (--format stock) is compared with MODEL, too, unless it is rounded further. Float weights from --lora are not
+    quantised graphs with the same graphs in float activations and with the exact model on a held-out text. A stock
+    checkpoint is compared with MODEL, too, unless it is rounded further. Float weights from --lora are not
     checked.
     """
     from pos2d import exporter

@@ -4,16 +4,18 @@ from typing import Any
 
 import click
 
-from pos2d.commands.shared.flags import flags_of, json_flag
+from pos2d.commands.shared.flags import flag_of, flags_of, json_flag
 from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show
+from pos2d.options import options_of
+from pos2d.sources.base_options import BaseOptions
 from pos2d.threads import ThreadOptions
 
 
 @click.command(cls=SectionedCommand)
 @click.argument("path")
 @click.option("--base-model", metavar="DIR_OR_HUB_ID", help="Base model; the report says whether the adapter fits it.")
-@click.option("--revision", metavar="COMMIT", help="Git commit, tag or branch of a base model on the Hub.")
+@flag_of(options_of(BaseOptions)["revision"], "Options")
 @click.option(
     "--guess-ratio", is_flag=True, help="Estimate the ratio and stride of the training from losses on --text."
 )

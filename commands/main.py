@@ -81,7 +81,8 @@ def cli() -> None:
     """Merge a LoRA adapter into its base model; export, check and run the result.
 
     For adapters that were trained with the 2D RoPE of ParallelMind, where every token has a branch and a time as well
-    as a position, and for ordinary ones. An artifact is a directory that merge or export wrote.
+    as a position, and for ordinary ones. An artifact is a directory that merge or export wrote, and a MODEL
+    is an artifact or any Hugging Face model: a directory, or NAME@REVISION on the Hub.
     """
 
 

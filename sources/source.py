@@ -126,7 +126,7 @@ def from_adapters(
     # Artifacts get published, so of a local path only the name is recorded; a Hub id and a commit locate the base.
     name = Path(abspath(base_model)).name if base.revision is None else split_revision(str(base_model))[0]
     origin = {
-        "base": {"name": name, "revision": base.revision, "config_sha256": sha256(base.directory / "config.json")},
+        "base": {"name": name, "revision": base.revision, "config_sha256": sha256(base.directory / CONFIG)},
         "rope_2d": spec.to_dict(),
         "adapters": tuple(adapter.to_dict() for adapter in adapters),
         "tool_version": __version__,

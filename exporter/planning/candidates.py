@@ -25,13 +25,13 @@ from pos2d.manifest import Manifest, read_manifest
 from pos2d.onnx_io import DATA_FILE
 from pos2d.recipes import BITS, BnbRecipe
 from pos2d.sources.checkpoints.checkpoint import Checkpoint, read_config
+from pos2d.sources.checkpoints.weight_files import CONFIG
 from pos2d.sources.files.tensor_places import torch_name
 from pos2d.sources.sidecars.sidecars import CODE, files_in
 
 # Types of merges, the trainer's bfloat16 before float16.
 MERGE_DTYPES = ("float32", "bfloat16", "float16")
 GRAPH_FORMATS = tuple(Format("onnx", "float32", quant) for quant in (None, *BITS))
-CONFIG = "config.json"
 # What the user fills in.
 PROMPT = "YOUR_PROMPT"
 
@@ -143,7 +143,7 @@ def artifact_sizes(directory: Path) -> tuple[Dimensions, str]:
     description = f"{manifest.kind} artifact, {manifest.dtype}"
     if manifest.graph is not None:
         return manifest.graph.sizes, description
-    return Dimensions.from_config(read_config(directory), str(directory / "config.json")), description
+    return Dimensions.from_config(read_config(directory), str(directory / CONFIG)), description
 
 
 def linear_dtype(base: Checkpoint) -> str:

@@ -77,13 +77,14 @@ def open_model(
 
 def _small_files(source: "Source") -> TemporaryFolder | None:
     """The tokenizer and settings that a merge would write, if they are not those of the base."""
+    from pos2d.sources.checkpoints.weight_files import CONFIG
     from pos2d.sources.sidecars.sidecars import Sidecars, files_in, write_sidecars
 
     # An adapter or a directory may be called "base" too, and the base's own files may need to be converted.
     if replace(source.sidecars, tokenizer_of="base") == Sidecars(files_in(source.base.directory)):
         return None
     temporary = TemporaryFolder()
-    shutil.copyfile(source.base.directory / "config.json", temporary.path / "config.json")
+    shutil.copyfile(source.base.directory / CONFIG, temporary.path / CONFIG)
     write_sidecars(source.sidecars, temporary.path, source.base.sizes.family)
     return temporary
 

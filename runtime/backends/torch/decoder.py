@@ -14,8 +14,9 @@ from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.backends.torch.attention import NAME as COLUMNS
 from pos2d.runtime.backends.torch.devices import DeviceMap, device_lookup, infer_device_map, one_device
 from pos2d.runtime.backends.torch.loading import HEAD, empty_decoder, fill_decoder, sized_decoder
-from pos2d.runtime.backends.torch.weights import CONFIG, opened_weights
+from pos2d.runtime.backends.torch.weights import opened_weights
 from pos2d.runtime.opening.opened_model import OpenedModel
+from pos2d.sources.checkpoints.weight_files import CONFIG
 from pos2d.threads import default_threads
 
 

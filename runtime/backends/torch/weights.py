@@ -15,12 +15,11 @@ from pos2d.families import MODEL_TYPE_PREFIX
 from pos2d.graph_metadata import differing_keys
 from pos2d.manifest import FILE_NAME, Manifest
 from pos2d.runtime.opening.opened_model import OpenedModel
+from pos2d.sources.checkpoints.weight_files import CONFIG
 from pos2d.sources.hf_config import baked_config
 from pos2d.sources.tensors.in_memory import merged_tensors
 from pos2d.sources.tensors.tensor_plan import plan_tensors
 from pos2d.text_files import read_text
-
-CONFIG = "config.json"
 
 
 class TensorSource(Protocol):
