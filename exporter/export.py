@@ -14,7 +14,7 @@ from pos2d.exporter.merging.ledger import RETENTION_THRESHOLD
 from pos2d.exporter.merging.preflight import SIDECAR_BYTES, check_disk, disk_free
 from pos2d.exporter.quantisation.summary import QuantisationSummary
 from pos2d.manifest import Manifest
-from pos2d.options import split_options, takes_options
+from pos2d.options import read_options, takes_options
 from pos2d.recipes import ALL_BITS
 from pos2d.reference import COLUMNS, ONE_BRANCH
 from pos2d.sources.base_options import BaseOptions
@@ -110,17 +110,15 @@ def export(
     if output is None:
         raise UsageError("`output` is missing; give the directory to write")
     output = Path(output)
-    written, of_base, trained, computing = split_options(
-        options, ExportOptions, BaseOptions, TrainedPositions, ThreadOptions
+    positions, chosen, computing, base = read_options(
+        options, TrainedPositions, ExportOptions, ThreadOptions, BaseOptions
     )
-    positions, chosen = TrainedPositions(**trained), ExportOptions(**written)
-    threads = ThreadOptions(**computing).threads
     form = format_of(chosen)
     check_output(output, force=force)
-    source = read_source(model, BaseOptions(**of_base), positions)
+    source = read_source(model, base, positions)
     plan = form.plan(source, chosen)
     check_disk(output, plan.nbytes + SIDECAR_BYTES, disk_free(output))
-    with staged(output, force=force) as staging, limited_threads(threads):
+    with staged(output, force=force) as staging, limited_threads(computing.threads):
         write_sidecars(source.sidecars, staging, source.base.sizes.family)
         facts = form.write(source, plan, staging)
         manifest = source.manifest(kind=chosen.format, files=file_facts(staging), **facts)

@@ -18,7 +18,7 @@ from pos2d.exporter.merging.resume import finished_artifact
 from pos2d.exporter.merging.shard_writer import write_weights
 from pos2d.exporter.merging.shards import ShardLayout, lay_out_shards
 from pos2d.manifest import Manifest
-from pos2d.options import check_options, option, split_options, takes_options
+from pos2d.options import check_options, option, read_options, takes_options
 from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.checkpoints.weight_files import CONFIG, INDEX
 from pos2d.sources.files.json_object import write_json
@@ -133,15 +133,12 @@ def merge(
     """
     started = time.monotonic()
     output = Path(output)
-    of_base, trained, storage, computing = split_options(
+    base, settings, positions, computing = read_options(
         options | {"base_model": base_model, "lora": lora},
-        *(BaseOptions, TrainedPositions, MergeOptions, ThreadOptions),
+        *(BaseOptions, MergeOptions, TrainedPositions, ThreadOptions),
     )
-    base = BaseOptions(**of_base)
-    settings, positions = MergeOptions(**storage), TrainedPositions(**trained)
     if not base.lora:
         raise UsageError("give at least one `lora`; a model without an adapter needs no merge, and export takes it")
-    threads = ThreadOptions(**computing).threads
     check_output(output, force=force or resume)
     source = read_source(None, base, positions)
     job = _checked(source, settings)
@@ -152,7 +149,7 @@ def merge(
     if manifest is None:
         check_output(output, force=force)
         needs.check(output)
-        with limited_threads(threads):
+        with limited_threads(computing.threads):
             manifest = None if dry_run else _write(job, output, force, resume)
     return _report(job, output, needs, manifest, was_finished, time.monotonic() - started)
 

@@ -175,6 +175,15 @@ def split_options(keywords: Mapping[str, Any], *groups: type[Any]) -> list[dict[
     ]
 
 
+def read_options(keywords: Mapping[str, Any], *groups: type[Any]) -> list[Any]:
+    """An instance of each of ``groups``, made of the keywords that belong to it and were given.
+
+    Raises:
+        UsageError: as the groups.
+    """
+    return [group(**given) for group, given in zip(groups, split_options(keywords, *groups), strict=True)]
+
+
 def texts(value: Any) -> Any:
     """A text, or a list of texts, as the tuple that an option of several texts holds."""
     if isinstance(value, str):

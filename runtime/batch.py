@@ -12,7 +12,7 @@ from pos2d import __version__
 from pos2d.errors import UsageError
 from pos2d.hashing import sha256
 from pos2d.manifest import FILE_NAME
-from pos2d.options import split_options, takes_options
+from pos2d.options import read_options, takes_options
 from pos2d.progress import Progress
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.batching.answers import records_in_order
@@ -107,8 +107,7 @@ def batch(
         UsageError: a value that cannot be used.
         OutputError: the output of another run, or one that another process writes.
     """
-    (given,) = split_options(options, LoadOptions)
-    loading = LoadOptions(**given)
+    (loading,) = read_options(options, LoadOptions)
     opened = open_model(model)
     answering = request_options(opened.directory, options)
     warnings = tuple(answering.sampling.warnings(opened.place))

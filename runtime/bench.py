@@ -18,7 +18,7 @@ from pos2d.families import Dimensions
 from pos2d.layout import build_layout
 from pos2d.manifest import Manifest
 from pos2d.memory_costs import kv_cache_bytes
-from pos2d.options import split_options, takes_options
+from pos2d.options import read_options, takes_options
 from pos2d.progress import Progress
 from pos2d.runtime.backends.memory import WEIGHT_ENDINGS
 from pos2d.runtime.backends.options import LoadOptions
@@ -93,8 +93,7 @@ def bench(
         InputError: no model.
     """
     started = time.perf_counter()
-    (given,) = split_options(loading, LoadOptions)
-    options = LoadOptions(**given)
+    (options,) = read_options(loading, LoadOptions)
     opened = open_model(model)
     manifest = opened.manifest
     _check(manifest, prompt_tokens, new_tokens, branches, rounds)

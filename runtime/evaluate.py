@@ -9,7 +9,7 @@ import numpy as np
 
 from pos2d.errors import InputError
 from pos2d.layout import Ints
-from pos2d.options import split_options, takes_options
+from pos2d.options import read_options, takes_options
 from pos2d.progress import Progress
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.backend import Floats
@@ -92,8 +92,8 @@ def evaluate(
         InputError: an artifact or a text that cannot be read, artifacts that are not the same model, a text with no
             token to predict or with one outside the vocabulary, logits that are not finite.
     """
-    (given,) = split_options(loading, LoadOptions)
-    options, path = LoadOptions(**given), Path(text)
+    (options,) = read_options(loading, LoadOptions)
+    path = Path(text)
     opened = open_model(model)
     reference = None if against is None else open_model(against)
     if reference is not None:

@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from pos2d.options import split_options, takes_options
+from pos2d.options import read_options, takes_options
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.backend import Backend
 from pos2d.runtime.model.model import Model
@@ -26,12 +26,11 @@ def load(path: str | Path | None = None, **options: Any) -> Model:
         UnsafeInputError: weights that would run code.
         StorageError: the memory, or the devices together, cannot hold the weights.
     """
-    base, trained, loading = split_options(options, BaseOptions, TrainedPositions, LoadOptions)
-    given = LoadOptions(**loading)
-    opened = open_model(path, BaseOptions(**base), TrainedPositions(**trained))
+    loading, base, positions = read_options(options, LoadOptions, BaseOptions, TrainedPositions)
+    opened = open_model(path, base, positions)
     for warning in opened.warnings:
         warnings.warn(warning, stacklevel=3)
-    return load_opened(opened, given)
+    return load_opened(opened, loading)
 
 
 def load_opened(opened: OpenedModel, options: LoadOptions) -> Model:

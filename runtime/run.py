@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pos2d.options import split_options, takes_options
+from pos2d.options import read_options, split_options, takes_options
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.sampling import SamplingOptions
 from pos2d.runtime.load import load_opened
@@ -67,11 +67,11 @@ def run(
     """
     started = time.monotonic()
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    base, trained, loading = split_options(options, BaseOptions, TrainedFrequencies, LoadOptions)
-    given = LoadOptions(**loading)
-    opened = open_model(model, BaseOptions(**base), TrainedPositions(**trained))
+    loading, base = read_options(options, LoadOptions, BaseOptions)
+    (trained,) = split_options(options, TrainedFrequencies)
+    opened = open_model(model, base, TrainedPositions(**trained))
     answering = request_options(opened.directory, options)  # before loading, which takes longer
-    loaded_model = load_opened(opened, given)
+    loaded_model = load_opened(opened, loading)
     request = prepare_request(loaded_model, prompts, context, answering)
     loaded = time.monotonic()
     columns: list[list[Event]] = []

@@ -13,7 +13,7 @@ from pos2d.commands.terminal.line_editor import is_interactive, line_editing, re
 from pos2d.commands.terminal.panels import Display
 from pos2d.commands.terminal.transcript import load_messages, save_messages
 from pos2d.errors import InputError, Pos2DError
-from pos2d.options import split_options, takes_options
+from pos2d.options import read_options, split_options, takes_options
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.sampling import SamplingOptions
 from pos2d.runtime.load import load_opened
@@ -44,16 +44,16 @@ def chat(model: str | Path | None = None, *, context: str | None = None, **optio
         InputError: no model, or no chat template.
         UsageError: a value that cannot be used.
     """
-    base, trained, loading = split_options(options, BaseOptions, TrainedFrequencies, LoadOptions)
-    given = LoadOptions(**loading)
-    opened = open_model(model, BaseOptions(**base), TrainedPositions(**trained))
+    loading, base = read_options(options, LoadOptions, BaseOptions)
+    (trained,) = split_options(options, TrainedFrequencies)
+    opened = open_model(model, base, TrainedPositions(**trained))
     answering = request_options(opened.directory, options)
-    loaded = load_opened(opened, given)
+    loaded = load_opened(opened, loading)
     warn([*opened.warnings, *answering.sampling.warnings(opened.place)], opened.notes)
     system: list[Message] = [{"role": "system", "content": context}] if context is not None else []
     session = Session(Conversation(loaded, system, answering), system)
     if is_interactive():
-        _print_note(f"{model or base['base_model']} ({answering.sampling.summary()}); /help shows the commands")
+        _print_note(f"{model or base.base_model} ({answering.sampling.summary()}); /help shows the commands")
     with line_editing():
         while session.turn():
             pass
