@@ -13,9 +13,9 @@ from pos2d.options import takes_options
 from pos2d.progress import Progress
 from pos2d.reference import Reference, read_reference
 from pos2d.runtime.backends.options import LoadDtype, LoadOptions
-from pos2d.runtime.engine.backend import BatchBackend, Floats
-from pos2d.runtime.engine.batch_decode import forward_spans
+from pos2d.runtime.engine.backend import Floats
 from pos2d.runtime.engine.decode import forward
+from pos2d.runtime.engine.spans import batch_cache, forward_spans
 from pos2d.runtime.evaluation.exact_probe import ExactDistance, distance_in_batch, distance_in_sequence, judged
 from pos2d.runtime.evaluation.integrity import check_files, check_settings
 from pos2d.runtime.evaluation.parity import CaseParity, check_same_model, compare
@@ -180,10 +180,9 @@ def _verify_quantised(model: Model, reference: Reference | None) -> ParityReport
 
 
 def _compare_models(candidate: Model, reference: Model) -> list[CaseParity]:
-    """Every probe with a cache and in one pass, and all probes in one batch if the candidate can do that."""
+    """Every probe with a cache and in one pass, and all probes in one batch."""
     cases: list[CaseParity] = []
-    has_batch = isinstance(candidate.backend, BatchBackend)
-    with Progress("verifying", 2 * len(PROBES) + has_batch) as progress:
+    with Progress("verifying", 2 * len(PROBES) + 1) as progress:
         for name, (context, lengths) in PROBES.items():
             layout, steps = _probe(candidate, context, lengths)
             expected, tokens = _decode_steps(reference, layout, [None] * steps)
@@ -194,9 +193,8 @@ def _compare_models(candidate: Model, reference: Model) -> list[CaseParity]:
             one_pass = (forward(model.backend, whole, len(whole)) for model in (reference, candidate))
             cases.append(compare(f"{name}, one pass", *one_pass))
             progress.advance()
-        if has_batch:
-            cases.append(compare("batch of two, cached", *_batched(candidate, reference)))
-            progress.advance()
+        cases.append(compare("batch of two, cached", *_batched(candidate, reference)))
+        progress.advance()
     return cases
 
 
@@ -208,8 +206,7 @@ def _batched(candidate: Model, reference: Model) -> tuple[Floats, Floats]:
     layouts = [_probe(candidate, *probe)[0] for probe in PROBES.values()]
     expected = [forward(reference.backend, layout, len(layout)) for layout in layouts]
     backend = candidate.backend
-    assert isinstance(backend, BatchBackend)
-    cache = backend.new_batch_cache(len(layouts))
+    cache = batch_cache(backend, len(layouts))
     actual: list[list[Floats]] = [[] for _ in layouts]
     starts = [0] * len(layouts)
     for thirds in (2, 3):

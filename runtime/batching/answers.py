@@ -1,34 +1,41 @@
-"""The records of a window of lines: lines with one prompt share sequences, over the same context; others do not."""
+"""The records of a window of lines, which are decoded together; lines never share a sequence."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from pos2d.layout import build_layout
+import psutil
+
 from pos2d.runtime.batching.lines import Line
-from pos2d.runtime.engine.backend import KVCache
-from pos2d.runtime.engine.prefix_cache import PrefixCache
+from pos2d.runtime.engine.sequence import SequenceState
+from pos2d.runtime.scheduling.pace import WholeChunks
+from pos2d.runtime.scheduling.scheduler import Limits, Progress, Scheduler
 from pos2d.runtime.text.artifact import LoadedArtifact
-from pos2d.runtime.text.completions import Completion, Event, collect
-from pos2d.runtime.text.requests import Request, stream_events
-from pos2d.runtime.text.text_decode import decode_text
+from pos2d.runtime.text.completions import Completion, Event, completion
+from pos2d.runtime.text.text_decode import ColumnEvents, text_samplers
 
-# Prompt tokens of lines that share a sequence: beyond it, masking each other's tokens costs more than sharing saves.
-SHARED_TOKENS = 2048
+# The share of the machine's memory that keys and values may take. All of it counts, not what happens to be free: which
+# lines run together, and so the rounding of their logits, must be the same when an interrupted run continues.
+KV_SHARE = 4
 
 
-class Prefixes:
-    """The KV cache of the context of the last group, which the next group may have as well."""
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """A running sequence of a line, whose first branch is prompt ``first`` of the line."""
 
-    def __init__(self) -> None:
-        self._prefix: PrefixCache | None = None
+    line: "_Answering"
+    state: SequenceState
+    events: ColumnEvents
+    first: int
 
-    def filled(self, artifact: LoadedArtifact, context: Sequence[int]) -> KVCache:
-        """A cache that holds exactly ``context``, alone and at the positions of an ordinary text."""
-        if self._prefix is None:
-            self._prefix = PrefixCache(artifact.backend, artifact.manifest.rope_2d, artifact.manifest.context_length)
-        self._prefix.fill(context)
-        cache: KVCache = self._prefix.cache
-        return cache
+
+@dataclass(slots=True, eq=False)
+class _Answering:
+    """A line with the events of its answers so far, by prompt."""
+
+    line: Line
+    unfinished: int
+    events: list[list[Event]] = field(default_factory=list)
 
 
 def records_in_order(
@@ -36,71 +43,80 @@ def records_in_order(
 ) -> Iterator[list[dict[str, Any]]]:
     """Answer the lines of one window; yield the records after the first ``done`` of the file, in the order of lines.
 
-    Groups that the file has whole are not decoded again.
+    All lines are decoded again, also those that the file has: what a line gives may depend, by rounding, on which lines
+    are decoded beside it.
     """
-    prefixes = Prefixes()
-    ready: dict[int, dict[str, Any]] = {}
-    following = max(done + 1, lines[0].number)
-    for group in _groups(lines, branches_per_sequence):
-        if group[-1].number <= done:
-            continue
-        for line, completions in zip(group, _answers(artifact, group, prefixes), strict=True):
-            ready[line.number] = _record(line, completions)
+    running = _Window(artifact, lines, branches_per_sequence)
+    ready = {line.number: _record(line, []) for line in lines if line.request is None}
+    following = lines[0].number
+    while True:
         records = []
         while following in ready:
             records.append(ready.pop(following))
             following += 1
-        if records:
-            yield records
+        new = records[max(0, done + len(records) + 1 - following) :]
+        if new:
+            yield new
+        if running.is_idle:
+            return
+        for line, completions in running.step():
+            ready[line.number] = _record(line, completions)
 
 
-def _groups(lines: Sequence[Line], size: int) -> list[list[Line]]:
-    """Groups of lines that are decoded together, in the order of their last lines."""
-    groups: list[list[Line]] = []
-    shared: dict[tuple[Any, ...], list[Line]] = {}
-    for line in lines:
-        if line.shares is None:
-            groups.append([line])
-            continue
-        group = shared.get(line.shares, [])
-        if group and (len(group) == size or _prompt_tokens([*group, line]) > SHARED_TOKENS):
-            groups.append(group)
-            group = []
-        shared[line.shares] = [*group, line]
-    return sorted([*groups, *shared.values()], key=lambda group: group[-1].number)
+class _Window:
+    """The lines of one window in a scheduler of their own."""
+
+    def __init__(self, artifact: LoadedArtifact, lines: Sequence[Line], branches: int) -> None:
+        sequences = [sequence for line in lines for sequence in _sequences(artifact, line)]
+        widest = max((len(sequence.state.live) for sequence in sequences), default=1)
+        longest = max((sequence.state.capacity for sequence in sequences), default=1)
+        room = psutil.virtual_memory().total // KV_SHARE // artifact.backend.kv_token_bytes
+        limits = Limits(max(branches, widest), max(room, longest))
+        self._scheduler = Scheduler(artifact.backend, limits, WholeChunks(artifact.backend.prefill_chunk))
+        self._sequences = {self._scheduler.add(sequence.state): sequence for sequence in sequences}
+
+    @property
+    def is_idle(self) -> bool:
+        return self._scheduler.is_idle
+
+    def step(self) -> Iterator[tuple[Line, list[Completion]]]:
+        """Run one step; yield the lines that are answered now, with their completions.
+
+        Raises:
+            InputError: logits that are not finite.
+        """
+        for progress in self._scheduler.step():
+            sequence = self._sequences[progress.number]
+            _note(sequence, progress)
+            answering = sequence.line
+            if not sequence.state.live:
+                answering.unfinished -= 1
+                if not answering.unfinished:
+                    yield answering.line, [completion("", events) for events in answering.events]
 
 
-def _prompt_tokens(lines: Sequence[Line]) -> int:
-    return sum(len(request.encoded.branches[0]) for request in _requests(lines))
+def _sequences(artifact: LoadedArtifact, line: Line) -> Iterator[_Sequence]:
+    """The sequences of a line, with the random numbers that its prompts have in a request of their own."""
+    request = line.request
+    if request is None:
+        return
+    answering = _Answering(line, len(request.layouts), [[] for _ in request.encoded.branches])
+    first = 0
+    for layout in request.layouts:
+        branches = range(first, first + len(layout.last))
+        samplers = text_samplers(artifact, layout, [request.sampling] * len(branches), [(k,) for k in branches])
+        state = SequenceState(layout, samplers, artifact.manifest.context_length)
+        yield _Sequence(answering, state, ColumnEvents(samplers), first)
+        first = branches.stop
 
 
-def _requests(lines: Sequence[Line]) -> list[Request]:
-    return [line.request for line in lines if line.request is not None]
-
-
-def _answers(artifact: LoadedArtifact, group: Sequence[Line], prefixes: Prefixes) -> list[list[Completion]]:
-    """The completions of every line of a group; a record does not repeat the prompts, so they are left empty here."""
-    requests = _requests(group)
-    if not requests:
-        return [[]]
-    if group[0].shares is None:
-        (request,) = requests
-        return [collect(stream_events(artifact, request), [""] * len(request.encoded.branches))]
-    events = _shared_events(artifact, requests, prefixes)
-    return [[completion] for completion in collect(events, [""] * len(group))]
-
-
-def _shared_events(artifact: LoadedArtifact, requests: Sequence[Request], prefixes: Prefixes) -> Iterator[Event]:
-    """Decode single prompts as branches of one isolated sequence: each is answered as if it were alone."""
-    prompts = [request.encoded.branches[0] for request in requests]
-    context = requests[0].encoded.context or []
-    spec = requests[0].spec if context else artifact.manifest.rope_2d
-    layout = build_layout(prompts, spec, context or None, visibility="isolated")
-    samplings = [request.sampling for request in requests]
-    random_streams = [(0,)] * len(requests)  # as if each were the only prompt
-    cache = prefixes.filled(artifact, context) if context else None
-    for events in decode_text(artifact, layout, samplings, random_streams, cache, len(context)):
-        yield from events
+def _note(sequence: _Sequence, progress: Progress) -> None:
+    """Add what a step gave to the events of the line."""
+    if progress.error is not None:
+        raise progress.error
+    assert progress.column is not None
+    for event in sequence.events.of(progress.column):
+        sequence.line.events[sequence.first + event.branch].append(event)
 
 
 def _record(line: Line, completions: Sequence[Completion]) -> dict[str, Any]:

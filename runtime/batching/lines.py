@@ -32,23 +32,12 @@ FORMS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Line:
-    """A line, counted from 1, with its ``request`` or an ``error``; ``echoed`` are the user's own keys.
-
-    ``shares`` is equal for lines that may share a sequence without being seen by each other, and None for others.
-    """
+    """A line, counted from 1, with its ``request`` or an ``error``; ``echoed`` are the user's own keys."""
 
     number: int
     echoed: Mapping[str, Any]
     request: Request | None = None
     error: str | None = None
-
-    @property
-    def shares(self) -> tuple[Any, ...] | None:
-        if self.request is None or len(self.request.encoded.branches) != 1:
-            return None
-        context = self.request.encoded.context
-        # Without a context the positions of one branch do not depend on the stride.
-        return (tuple(context), self.request.spec.branch_stride) if context else ()
 
 
 def parse_line(

@@ -10,7 +10,7 @@ from pos2d.errors import InputError
 from pos2d.layout import Layout
 from pos2d.runtime.engine.backend import Floats
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class BranchSampler(Protocol):
@@ -55,6 +55,9 @@ class SequenceState:
         self.live = list(range(len(layout.last)))
         self._samplers, self._context_length = samplers, context_length
         self._finished: list[FinishReason | None] = [None] * len(self.live)
+        # The layout before the newest column, and the tokens of that column which are to be fed.
+        self._before: Layout | None = None
+        self._newest: list[int | None] = []
         self._new_tokens = [0] * len(self.live)
 
     @property
@@ -91,8 +94,22 @@ class SequenceState:
         for branch in self._out_of_positions([branch for branch in self.live if not self._finished[branch]]):
             self._finished[branch] = "length"
         self.live = [branch for branch in self.live if not self._finished[branch]]
-        self.layout = self.layout.append([t if branch in self.live else None for branch, t in enumerate(tokens)])
+        self._before, self._newest = self.layout, [t if k in self.live else None for k, t in enumerate(tokens)]
+        self.layout = self._before.append(self._newest)
         return Column(tuple(tokens), tuple(self._finished), tuple(logprobs))
+
+    def cancel(self, branch: int) -> None:
+        """End a branch between two steps: its newest token is not fed, and those before it stay visible to the others.
+
+        A branch that has ended, or that does not exist, is left alone.
+        """
+        if branch not in self.live:
+            return
+        self._finished[branch] = "cancelled"
+        self.live.remove(branch)
+        if self._before is not None:
+            self._newest[branch] = None
+            self.layout = self._before.append(self._newest)
 
     def _out_of_positions(self, live: Sequence[int]) -> Sequence[int]:
         """The ``live`` branches whose next token has no position left."""

@@ -7,9 +7,9 @@ import numpy as np
 
 from pos2d.manifest import Manifest
 from pos2d.reference import Prediction, Reference
-from pos2d.runtime.engine.backend import BatchBackend, Floats
-from pos2d.runtime.engine.batch_decode import forward_spans
+from pos2d.runtime.engine.backend import Floats
 from pos2d.runtime.engine.decode import forward_slots
+from pos2d.runtime.engine.spans import batch_cache, forward_spans
 from pos2d.runtime.evaluation.parity import Doubles
 from pos2d.runtime.model.model import Model
 
@@ -64,10 +64,9 @@ def distance_in_sequence(model: Model, prediction: Prediction) -> CaseDistance:
 def distance_in_batch(model: Model, predictions: Sequence[Prediction]) -> CaseDistance:
     """Read the first :data:`BATCH_TOKENS` tokens of all sequences at the same time, in the batch graph."""
     backend = model.backend
-    assert isinstance(backend, BatchBackend)
     layouts = [prediction.held_out.layout(model.manifest.rope_2d) for prediction in predictions]
     lengths = [min(len(layout), BATCH_TOKENS) for layout in layouts]
-    cache = backend.new_batch_cache(len(layouts))
+    cache = batch_cache(backend, len(layouts))
     sums = np.zeros(2)
     for start, stop in _chunks(model, max(lengths), len(layouts)):
         spans = [(min(start, length), min(stop, length)) for length in lengths]

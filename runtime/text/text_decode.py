@@ -1,6 +1,6 @@
 """Decoding one sequence to text: end tokens, stop strings, and the events of every column."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from pos2d.layout import CONTEXT, Layout
@@ -41,6 +41,53 @@ class TextSampler(Sampler):
         return text
 
 
+class ColumnEvents:
+    """Turns the columns of one sequence into events; ``samplers`` are those of its branches."""
+
+    def __init__(self, samplers: Sequence[TextSampler]) -> None:
+        self._samplers = samplers
+        self._live = list(range(len(samplers)))
+
+    def of(self, column: Column) -> list[Event]:
+        """The events of a column, one for each branch that had not ended before it."""
+        events = [
+            Event(
+                branch,
+                column.tokens[branch],
+                self._samplers[branch].take_text(last=column.finished[branch] is not None),
+                column.logprobs[branch],
+                column.finished[branch],
+            )
+            for branch in self._live
+        ]
+        self._live = [branch for branch in self._live if column.finished[branch] is None]
+        return events
+
+    def cancelled(self) -> list[Event]:
+        """The last events of the branches that have not ended, with the text that was held back."""
+        live, self._live = self._live, []
+        return [Event(k, None, self._samplers[k].take_text(last=True), finish_reason="cancelled") for k in live]
+
+
+def text_samplers(
+    artifact: LoadedArtifact,
+    layout: Layout,
+    samplings: Sequence[Sampling],
+    random_streams: Sequence[Sequence[int]],
+) -> list[TextSampler]:
+    """The samplers of a sequence; every branch has its own sampling options and random numbers."""
+    return [
+        TextSampler(
+            artifact.tokenizer,
+            sampling,
+            random_stream,
+            end_tokens(artifact, sampling),
+            layout.ids[(layout.owners == branch) | (layout.owners == CONTEXT)].tolist(),
+        )
+        for branch, (sampling, random_stream) in enumerate(zip(samplings, random_streams, strict=True))
+    ]
+
+
 def decode_text(
     artifact: LoadedArtifact,
     layout: Layout,
@@ -51,19 +98,9 @@ def decode_text(
 ) -> Iterator[list[Event]]:
     """Decode one sequence; yield the events of every column.
 
-    Every branch has its own sampling options and random numbers. ``cache`` and ``start`` are those of
-    :func:`pos2d.runtime.engine.decode.decode`.
+    ``cache`` and ``start`` are those of :func:`pos2d.runtime.engine.decode.decode`.
     """
-    samplers = [
-        TextSampler(
-            artifact.tokenizer,
-            sampling,
-            random_stream,
-            end_tokens(artifact, sampling),
-            layout.ids[(layout.owners == branch) | (layout.owners == CONTEXT)].tolist(),
-        )
-        for branch, (sampling, random_stream) in enumerate(zip(samplings, random_streams, strict=True))
-    ]
+    samplers = text_samplers(artifact, layout, samplings, random_streams)
     columns = decode(
         artifact.backend,
         layout,
@@ -72,20 +109,4 @@ def decode_text(
         cache=cache,
         start=start,
     )
-    return _events(columns, samplers)
-
-
-def _events(columns: Iterable[Column], samplers: Sequence[TextSampler]) -> Iterator[list[Event]]:
-    live = list(range(len(samplers)))
-    for column in columns:
-        yield [
-            Event(
-                branch,
-                column.tokens[branch],
-                samplers[branch].take_text(last=column.finished[branch] is not None),
-                column.logprobs[branch],
-                column.finished[branch],
-            )
-            for branch in live
-        ]
-        live = [branch for branch in live if column.finished[branch] is None]
+    return map(ColumnEvents(samplers).of, columns)

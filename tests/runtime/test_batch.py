@@ -23,7 +23,7 @@ from tests.batch_files import FORMS, write_lines
 Call = Callable[..., Result]
 ROOT = Path(__file__).resolve().parents[2]
 batch_module: Any = importlib.import_module("pos2d.runtime.batch")
-answers_module: Any = importlib.import_module("pos2d.runtime.batching.answers")
+members: Any = importlib.import_module("pos2d.runtime.scheduling.members")
 OPTIONS: Any = {"max_new_tokens": 8}
 
 
@@ -79,21 +79,27 @@ def test_lines_win_over_flags(talker: runtime.Model, tmp_path: Path) -> None:
     assert texts(second) == [talker.generate("one", **OPTIONS)[0].text]
 
 
-def test_ordinary_lines_share_a_sequence(talker: runtime.Model, tmp_path: Path, monkeypatch: Any) -> None:
-    calls: list[int] = []
-    decode_text = answers_module.decode_text
+def test_lines_share_passes_and_never_a_sequence(
+    talker: runtime.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Single prompts, and lines with several branches; ``max_branches`` limits both together."""
+    shapes: list[tuple[int, int]] = []
+    forward_spans = members.forward_spans
 
-    def counting(artifact: Any, layout: Any, *rest: Any) -> Any:
-        calls.append(len(layout.last))
-        return decode_text(artifact, layout, *rest)
+    def counting(backend: Any, layouts: Any, *rest: Any) -> Any:
+        shapes.append((len(layouts), max(len(layout.last) for layout in layouts)))
+        return forward_spans(backend, layouts, *rest)
 
-    monkeypatch.setattr(answers_module, "decode_text", counting)
-    source = write(tmp_path / "in.jsonl", *({"prompt": f"question {k}"} for k in range(11)))
+    monkeypatch.setattr(members, "forward_spans", counting)
+    asked: list[dict[str, Any]] = [{"prompt": f"question {k}"} for k in range(7)]
+    asked += [{"prompts": [f"one {k}", f"two {k}"]} for k in range(4)]
+    source = write(tmp_path / "in.jsonl", *asked)
     runtime.batch(talker.path, source, tmp_path / "out.jsonl", max_branches=4, **OPTIONS)
-    assert calls == [4, 4, 3]
-    assert [texts(record)[0] for record in records(tmp_path / "out.jsonl")] == [
-        talker.generate(f"question {k}", **OPTIONS)[0].text for k in range(11)
-    ]
+    assert {(4, 1), (2, 2)} <= set(shapes)
+    assert max(sequences * branches for sequences, branches in shapes) == 4
+    for line, record in zip(asked, records(tmp_path / "out.jsonl"), strict=True):
+        prompts = line.get("prompts") or [line["prompt"]]
+        assert texts(record) == [answer.text for answer in talker.generate(prompts, **OPTIONS)]
 
 
 @pytest.mark.parametrize(

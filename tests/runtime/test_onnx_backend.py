@@ -14,11 +14,7 @@ from pos2d.layout import build_layout
 from pos2d.runtime.backends.onnx import cuda as onnx_cuda
 from pos2d.runtime.backends.onnx.backend import OnnxBackend
 from pos2d.runtime.backends.onnx.kv_cache import STEP
-from pos2d.runtime.engine.batch_decode import decode_batch
 from pos2d.runtime.engine.decode import forward, prefill
-from pos2d.runtime.engine.sampler import Sampler
-from pos2d.runtime.engine.sampling import Sampling
-from pos2d.runtime.engine.sequence import SequenceState
 from tests.bounds import logits_bound
 from tests.conftest import Golden
 
@@ -113,46 +109,6 @@ def test_steps_of_fixed_shapes_give_the_same(golden: Golden, model: runtime.Mode
         assert model.generate_ids(asked, max_new_tokens=8, ignore_eos=True) == expected
         backend.fixed_steps = False
     assert {key[2] for key in backend.graphs.steps._steps} >= {len(prompts)}
-
-
-@pytest.mark.parametrize("chunk", [3, 128])
-def test_sequences_of_a_batch_give_what_they_give_alone(
-    golden: Golden, model: runtime.Model, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Branches, contexts and lengths differ, and the sequences end at different steps."""
-    monkeypatch.setattr(OnnxBackend, "prefill_chunk", chunk)
-    spec, length = model.manifest.rope_2d, model.manifest.context_length
-    prompts = prompts_of(golden)
-    asked = [
-        (build_layout(prompts, spec), 12),
-        (build_layout([prompts[0][:2]], spec), 5),
-        (build_layout(prompts[::-1], spec, [3, 1, 4, 1, 5]), 9),
-    ]
-
-    def sequence(number: int) -> SequenceState:
-        layout, tokens = asked[number]
-        samplers = [Sampler(Sampling(max_new_tokens=tokens)) for _ in layout.last]
-        return SequenceState(layout, samplers, length)
-
-    sequences = [sequence(number) for number in range(len(asked))]
-    columns = list(decode_batch(backend_of(model), sequences))
-    assert backend_of(model).graphs.current == "batch"
-    assert len(columns) == 12
-    for number, (layout, tokens) in enumerate(asked):
-        found = [column[number] for column in columns if column[number] is not None]
-        assert len(found) == tokens
-        alone = sequence(number)
-        cache = backend_of(model).new_cache(alone.capacity)
-        logits = prefill(backend_of(model), layout, cache)
-        expected = []
-        while alone.live:
-            expected.append(alone.step(logits))
-            if alone.live:
-                logits = forward(backend_of(model), alone.layout, len(alone.live), cache)
-        assert found == expected
-    if golden.facts["branches"]:
-        first = [[c.tokens[k] for column in columns if (c := column[0])] for k in range(len(prompts))]
-        assert first == golden.facts["multi_generated"]
 
 
 def test_what_would_not_be_computed_on_the_gpu_is_named(golden: Golden, artifact_of: ArtifactOf) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pos2d.errors import InputError, UsageError
 from pos2d.layout import Bools, Ints
 from pos2d.manifest import Manifest
-from pos2d.memory_costs import GRAPH_PREFILL_CHUNK
+from pos2d.memory_costs import GRAPH_PREFILL_CHUNK, kv_cache_bytes
 from pos2d.onnx_io import (
     ATTENTION_MASK,
     CACHE_LENGTHS,
@@ -31,9 +31,11 @@ from pos2d.runtime.backends.memory import check_memory
 from pos2d.runtime.backends.onnx import cuda as onnx_cuda
 from pos2d.runtime.backends.onnx.fixed_steps import MAX_STEP_TOKENS, Arrays, without_capture
 from pos2d.runtime.backends.onnx.kv_cache import OnnxCache
+from pos2d.runtime.backends.onnx.rows import OnnxRows, OnnxRowsView
 from pos2d.runtime.backends.onnx.sessions import BATCH, CAUSAL, GENERAL, OnnxGraphs
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.backend import Floats
+from pos2d.runtime.engine.single_rows import SingleRows
 
 
 class OnnxBackend:
@@ -66,6 +68,7 @@ class OnnxBackend:
         self._dtype = manifest.dtype
         inputs = manifest.graph.graphs[BATCH].inputs
         self._cache_shapes = {i.name: i.shape for i in inputs if i.name.startswith(PAST_PREFIX)}
+        self.kv_token_bytes = kv_cache_bytes(manifest.graph.sizes, 1, manifest.dtype)
 
     def expect_branches(self, count: int) -> None:
         with self._lock:
@@ -78,14 +81,14 @@ class OnnxBackend:
         return backend
 
     def new_cache(self, capacity: int) -> OnnxCache:
-        return self._cache(capacity, 1)
+        return OnnxCache(self._cache_shapes, self._dtype, self.device, capacity)
 
-    def new_batch_cache(self, batch: int) -> OnnxCache:
-        # The batch graph reads whole buffers, so they start empty and grow as they fill.
-        return self._cache(0, batch)
-
-    def _cache(self, capacity: int, batch: int) -> OnnxCache:
-        return OnnxCache(self._cache_shapes, self._dtype, self.device, capacity, batch)
+    def new_rows(self) -> OnnxRows | SingleRows:
+        if self.device != "cpu":  # rows share the memory of numpy's arrays
+            return SingleRows(self.new_cache)
+        with self._lock:
+            self.graphs.expect(BATCH)
+        return OnnxRows(self._cache_shapes, self._dtype)
 
     def forward(
         self,
@@ -93,12 +96,12 @@ class OnnxBackend:
         position_ids: Ints,
         pos2d: Ints,
         mask: Bools,
-        cache: OnnxCache | None = None,
+        cache: OnnxCache | OnnxRowsView | None = None,
         rows: Ints | None = None,
         counts: Ints | None = None,
     ) -> Floats:
         batch, new = input_ids.shape
-        cache = self._cache(new, batch) if cache is None else cache
+        cache = self._one_pass(batch, new) if cache is None else cache
         self._check_positions(position_ids, pos2d)
         cache.reserve(cache.length + new)
         rows = np.arange(new) if rows is None else rows
@@ -114,14 +117,29 @@ class OnnxBackend:
         cache.lengths = cache.lengths + (new if counts is None else counts)
         return logits.astype(np.float32, copy=False)
 
-    def _run(self, feeds: Arrays, mask: Bools, cache: OnnxCache, logits: npt.NDArray[Any]) -> None:
+    def _one_pass(self, batch: int, new: int) -> OnnxCache | OnnxRowsView:
+        """A cache for a pass whose keys and values nobody keeps."""
+        if batch == 1:
+            return self.new_cache(new)
+        rows = OnnxRows(self._cache_shapes, self._dtype)
+        for _ in range(batch):
+            rows.add()
+        return rows.rows(0, batch)
+
+    def _run(self, feeds: Arrays, mask: Bools, cache: OnnxCache | OnnxRowsView, logits: npt.NDArray[Any]) -> None:
         """Fill ``logits`` with the cheapest graph; ``feeds`` are the inputs that every graph has."""
         variant, session = self.graphs.session(_cheapest_variant(mask, cache))
         new = feeds[INPUT_IDS].shape[1]
-        fixed = self.fixed_steps and variant != BATCH and logits.shape[1] == new <= MAX_STEP_TOKENS
+        fixed = (
+            isinstance(cache, OnnxCache)
+            and self.fixed_steps
+            and variant != BATCH
+            and logits.shape[1] == new <= MAX_STEP_TOKENS
+        )
         width = cache.capacity if fixed or variant == BATCH else cache.length + new
         feeds = {**feeds, **_attention_feeds(variant, mask, cache, new, width)}
         if fixed:
+            assert isinstance(cache, OnnxCache)
             self.graphs.steps.run(feeds, cache, logits)
             return
         binding = self.graphs.binding(cache)
@@ -163,7 +181,7 @@ def _check_options(directory: Path, manifest: Manifest, options: LoadOptions) ->
         )
 
 
-def _cheapest_variant(mask: Bools, cache: OnnxCache) -> GraphName:
+def _cheapest_variant(mask: Bools, cache: OnnxCache | OnnxRowsView) -> GraphName:
     """The cheapest graph variant that can compute a pass with this mask."""
     batch, new, total = mask.shape
     if batch > 1:
@@ -176,7 +194,7 @@ def _cheapest_variant(mask: Bools, cache: OnnxCache) -> GraphName:
 
 
 def _attention_feeds(
-    variant: GraphName, mask: Bools, cache: OnnxCache, new: int, width: int
+    variant: GraphName, mask: Bools, cache: OnnxCache | OnnxRowsView, new: int, width: int
 ) -> dict[str, npt.NDArray[Any]]:
     """The inputs that say what attention may read: lengths, and the mask padded to ``width`` slots."""
     feeds: dict[str, npt.NDArray[Any]] = {}

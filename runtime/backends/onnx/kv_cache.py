@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far, in buffers that ONNX Runtime reads and writes in place."""
+"""Keys and values of the tokens of one sequence, in buffers that ONNX Runtime reads and writes in place."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,29 +14,32 @@ STEP = 64
 
 
 class OnnxCache:
-    """Buffers ``[B, K, capacity, D]`` for the keys and the values of every layer, each bound as past and as present.
+    """Buffers ``[1, K, capacity, D]`` for the keys and the values of every layer, each bound as past and as present.
 
-    ``lengths`` ``[B]`` are the tokens of each row; slots beyond them are never read, or masked. On the CPU, reserved
-    slots cost no memory before they are written.
+    ``lengths`` ``[1]`` is the number of tokens; slots beyond them are never read, or masked. On the CPU, reserved slots
+    cost no memory before they are written.
     """
 
-    def __init__(
-        self, shapes: Mapping[str, Sequence[int | str]], dtype: str, device: str, capacity: int, batch: int
-    ) -> None:
-        self.lengths: Ints = np.zeros(batch, dtype=np.int64)
+    def __init__(self, shapes: Mapping[str, Sequence[int | str]], dtype: str, device: str, capacity: int) -> None:
+        self.lengths: Ints = np.zeros(1, dtype=np.int64)
         self.capacity = 0
-        self._shapes = {name: (batch, int(shape[1]), int(shape[3])) for name, shape in shapes.items()}
+        self._shapes = {name: (int(shape[1]), int(shape[3])) for name, shape in shapes.items()}
         self._dtype, self._device = dtype, device
         self._buffers: dict[str, ort.OrtValue] = {}
         self.reserve(capacity)
 
     @property
     def length(self) -> int:
-        """The number of tokens in the longest row."""
-        return int(self.lengths.max())
+        """The number of tokens."""
+        return int(self.lengths[0])
+
+    @property
+    def version(self) -> int:
+        """Changes whenever the buffers are replaced."""
+        return self.capacity
 
     def reserve(self, capacity: int) -> None:
-        """Make room for ``capacity`` tokens per row."""
+        """Make room for ``capacity`` tokens."""
         if capacity > self.capacity:
             self.capacity = max(-(-capacity // STEP) * STEP, self.capacity + self.capacity // 8)
             self._buffers = {name: self._enlarged(name) for name in self._shapes}
@@ -52,9 +55,9 @@ class OnnxCache:
 
     def _enlarged(self, name: str) -> ort.OrtValue:
         """A buffer of the new capacity with the content of the old one."""
-        batch, heads, head_dim = self._shapes[name]
+        heads, head_dim = self._shapes[name]
         # On the CPU the OrtValue shares this array's memory.
-        array = np.zeros((batch, heads, self.capacity, head_dim), dtype=self._dtype)
+        array = np.zeros((1, heads, self.capacity, head_dim), dtype=self._dtype)
         if name in self._buffers and self.length:
             array[:, :, : self.length] = self._buffers[name].numpy()[:, :, : self.length]
         return ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)

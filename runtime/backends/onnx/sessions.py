@@ -16,6 +16,7 @@ from pos2d.runtime.backends.onnx import cuda as onnx_cuda
 from pos2d.runtime.backends.onnx.fixed_steps import FixedSteps
 from pos2d.runtime.backends.onnx.float_activations import with_float_activations
 from pos2d.runtime.backends.onnx.kv_cache import OnnxCache
+from pos2d.runtime.backends.onnx.rows import OnnxRowsView
 from pos2d.threads import default_threads
 
 CAUSAL: GraphName = "causal"
@@ -56,8 +57,8 @@ class OnnxGraphs:
         # Indices in VARIANTS: of the session that is or was loaded last, and of what has been announced.
         self._variant = -1
         self._expected = 0
-        # By cache, with the capacity that was bound: buffers are bound once and not for every step.
-        self._bindings: WeakKeyDictionary[OnnxCache, tuple[int, Any]] = WeakKeyDictionary()
+        # By cache, with the version of its buffers: they are bound once and not for every step.
+        self._bindings: WeakKeyDictionary[OnnxCache | OnnxRowsView, tuple[int, Any]] = WeakKeyDictionary()
         self._steps: FixedSteps | None = None
 
     def with_float_activations(self, kinds: Collection[str]) -> "OnnxGraphs":
@@ -86,13 +87,13 @@ class OnnxGraphs:
         self._session, self._steps = None, None
         self._bindings.clear()
 
-    def binding(self, cache: OnnxCache) -> Any:
+    def binding(self, cache: OnnxCache | OnnxRowsView) -> Any:
         """An I/O binding of the loaded session to the buffers of ``cache``."""
         bound = self._bindings.get(cache)
-        if bound is None or bound[0] != cache.capacity:
+        if bound is None or bound[0] != cache.version:
             binding = self._loaded.io_binding()
             cache.bind(binding)
-            bound = self._bindings[cache] = (cache.capacity, binding)
+            bound = self._bindings[cache] = (cache.version, binding)
         return bound[1]
 
     @property

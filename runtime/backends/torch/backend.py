@@ -4,13 +4,15 @@ from contextlib import nullcontext
 from threading import Lock
 from typing import Self
 
+import numpy as np
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from pos2d.families import Dimensions
 from pos2d.layout import Bools, Ints
-from pos2d.memory_costs import TORCH_PREFILL_CHUNK
+from pos2d.memory_costs import TORCH_PREFILL_CHUNK, kv_cache_bytes
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.backends.torch.bitsandbytes_library import errors_only
 from pos2d.runtime.backends.torch.cuda_graphs import GraphedCache, Tensors
@@ -18,6 +20,7 @@ from pos2d.runtime.backends.torch.decoder import load_decoder
 from pos2d.runtime.backends.torch.devices import DeviceMap, device_lookup
 from pos2d.runtime.backends.torch.kv_cache import FixedCache, GrowingCache
 from pos2d.runtime.backends.torch.linears import bnb_layers
+from pos2d.runtime.backends.torch.rows import TorchRows, TorchRowsView
 from pos2d.runtime.engine.backend import Floats
 from pos2d.runtime.opening.opened_model import OpenedModel
 
@@ -34,6 +37,8 @@ class TorchBackend:
         self._device = device_lookup(device_map)("model.embed_tokens")
         self.device = self._device.type
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        sizes = Dimensions.from_config(model.config.to_dict(), "the model's configuration")
+        self.kv_token_bytes = kv_cache_bytes(sizes, 1, str(self.dtype).removeprefix("torch."))
         foreign = bnb_layers(model)
         self._uses_bitsandbytes = bool(foreign)
         # bitsandbytes' int8 layer branches on the values of its activations, which a CUDA graph cannot capture.
@@ -54,6 +59,9 @@ class TorchBackend:
     def new_cache(self, capacity: int) -> Cache:
         return GraphedCache(capacity) if self._uses_cuda_graphs else GrowingCache(capacity)
 
+    def new_rows(self) -> TorchRows:
+        return TorchRows(self._device)
+
     @torch.inference_mode()
     def forward(
         self,
@@ -63,23 +71,31 @@ class TorchBackend:
         mask: Bools,
         cache: Cache | None = None,
         rows: Ints | None = None,
+        counts: Ints | None = None,
     ) -> Floats:
+        # The model takes the same tokens of every sequence; those of several sequences are picked afterwards.
+        of_each = rows if rows is not None and rows.ndim == 2 and len(rows) > 1 else None
+        of_all = None if rows is None or of_each is not None else rows.reshape(-1)
         inputs = {
             "input_ids": input_ids,
             "position_ids": position_ids,
             "pos2d": pos2d,
             "attention_mask": mask[:, None],
-            **({} if rows is None else {"logits_to_keep": rows}),
+            **({} if of_all is None else {"logits_to_keep": of_all}),
         }
         tensors = {name: torch.tensor(values, device=self._device) for name, values in inputs.items()}
         # bitsandbytes logs every cast of every layer.
         with self._lock, errors_only() if self._uses_bitsandbytes else nullcontext():
+            if isinstance(cache, TorchRowsView):
+                cache.reserve(mask.shape[-1])
             if isinstance(cache, FixedCache):
                 logits = self._forward_fixed(cache, tensors)
             else:
                 logits = self._model(**tensors, past_key_values=cache, use_cache=cache is not None).logits
+        if isinstance(cache, TorchRowsView):
+            cache.lengths = cache.lengths + (input_ids.shape[1] if counts is None else counts)
         result: Floats = logits.float().cpu().numpy()
-        return result
+        return result if of_each is None else np.take_along_axis(result, of_each[..., None], axis=1)
 
     def _forward_fixed(self, cache: FixedCache, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """One pass over a cache whose unfilled slots are masked; on a GPU, decode steps run as CUDA graphs."""

@@ -1,0 +1,65 @@
+"""How many tokens of a prompt are read between two steps of the sequences that already write."""
+
+from typing import Protocol
+
+# A piece may take as long as this many steps, so that nobody's next token is late by more than that.
+STEPS_A_PIECE = 2.0
+LEAST, ROUNDED_TO, FIRST_PIECE = 8, 8, 32
+# Weight of the newest measurement in the running means.
+NEWEST = 0.2
+
+
+class Pace(Protocol):
+    """Decides the size of the pieces in which prompts are read."""
+
+    def piece(self, writers: int) -> int:
+        """Number of prompt tokens to read now, while ``writers`` sequences wait for their next token."""
+
+    def read(self, tokens: int, seconds: float) -> None:
+        """Note how long a piece took."""
+
+    def wrote(self, seconds: float) -> None:
+        """Note how long a step of the writers took."""
+
+
+class WholeChunks:
+    """Every piece is a whole chunk. What is computed then depends on nothing that was measured."""
+
+    def __init__(self, chunk: int) -> None:
+        self._chunk = chunk
+
+    def piece(self, writers: int) -> int:
+        return self._chunk
+
+    def read(self, tokens: int, seconds: float) -> None:
+        pass
+
+    def wrote(self, seconds: float) -> None:
+        pass
+
+
+class MeasuredPieces:
+    """Whole chunks while nobody writes, else as many tokens as are read in about two steps of the writers."""
+
+    def __init__(self, chunk: int) -> None:
+        self._chunk = chunk
+        self._token_seconds: float | None = None
+        self._step_seconds: float | None = None
+
+    def piece(self, writers: int) -> int:
+        if not writers:
+            return self._chunk
+        if self._token_seconds is None or self._step_seconds is None:
+            return min(FIRST_PIECE, self._chunk)
+        tokens = int(STEPS_A_PIECE * self._step_seconds / self._token_seconds)
+        return max(LEAST, min(self._chunk, tokens - tokens % ROUNDED_TO))
+
+    def read(self, tokens: int, seconds: float) -> None:
+        self._token_seconds = _mean(self._token_seconds, seconds / tokens)
+
+    def wrote(self, seconds: float) -> None:
+        self._step_seconds = _mean(self._step_seconds, seconds)
+
+
+def _mean(before: float | None, newest: float) -> float:
+    return newest if before is None else before + NEWEST * (newest - before)
