@@ -2,111 +2,206 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
 
-from pos2d.layout import CONTEXT
-from pos2d.runtime.engine.sequence import check_length
-from pos2d.runtime.serving.jobs import BusyError, EngineLoad, Job, PromptScores
+from pos2d.runtime.engine.sequence import SequenceState
+from pos2d.runtime.scheduling.pace import MeasuredPieces
+from pos2d.runtime.scheduling.scheduler import Limits, Progress, Scheduler
+from pos2d.runtime.serving.jobs import BusyError, EngineLoad, Job
+from pos2d.runtime.serving.streams import Item, Stream
 from pos2d.runtime.text.artifact import LoadedArtifact
-from pos2d.runtime.text.completions import Event
-from pos2d.runtime.text.text_decode import decode_text
+from pos2d.runtime.text.text_decode import ColumnEvents, text_samplers
+
+# Branches that decode at the same time unless the caller says otherwise.
+MAX_BRANCHES = 32
+# Weight of the newest interval between the ends of two jobs in their running mean, and bounds of what clients are told.
+NEWEST, LEAST_RETRY, MOST_RETRY = 0.2, 1.0, 60.0
+# Items for streams, in their order.
+Deliveries = list[tuple[Stream, Item]]
 
 
-class Stream:
-    """The events of one job: an asynchronous iterator of the events of each step.
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A job that has not ended; ``number`` is the scheduler's, once it has the job."""
 
-    ``cached_tokens`` is the number of prompt tokens that were in the KV cache already, and ``prompt_scores`` what a job
-    with ``scores_prompt`` asked for; both hold from the first event on. A reader that leaves early must call
-    :meth:`cancel`.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, branches: int) -> None:
-        self.cached_tokens = 0
-        self.prompt_scores: PromptScores | None = None
-        self._loop = loop
-        self._items: asyncio.Queue[Sequence[Event] | BaseException | None] = asyncio.Queue()
-        self._cancelled: set[int] = set()
-        self._branches = branches
-
-    def cancel(self, branch: int | None = None) -> None:
-        """End one branch, or the whole job; what was generated so far stays."""
-        self._cancelled |= set(range(self._branches)) if branch is None else {branch}
-
-    async def __aiter__(self) -> AsyncIterator[Sequence[Event]]:
-        while (item := await self._items.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def put(self, item: Sequence[Event] | BaseException | None) -> None:
-        """Hand over an item from another thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
-
-    @property
-    def is_cancelled(self) -> bool:
-        return len(self._cancelled) == self._branches
+    stream: Stream
+    sequence: SequenceState
+    events: ColumnEvents
+    number: int = -1
+    is_running: bool = False
 
 
 class Engine:
     """Decodes the jobs that :meth:`submit` accepts.
 
-    ``max_waiting`` jobs may wait; ``kv_budget`` is the number of tokens whose keys and values running jobs may have.
+    At most ``branches`` decode at the same time, running jobs have at most ``kv_budget`` tokens of KV cache, and at
+    most ``max_waiting`` jobs wait for room.
     """
 
-    def __init__(self, artifact: LoadedArtifact, *, max_waiting: int = 64, kv_budget: int | None = None) -> None:
+    def __init__(
+        self,
+        artifact: LoadedArtifact,
+        *,
+        branches: int = MAX_BRANCHES,
+        kv_budget: int | None = None,
+        max_waiting: int = 64,
+    ) -> None:
         self.artifact = artifact
-        self.kv_budget = kv_budget or 16 * artifact.manifest.context_length
-        self._max_waiting = max_waiting
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pos2d")
-        self._open: set[Stream] = set()
+        self.kv_budget = kv_budget or default_kv_budget(artifact, branches)
+        self._branches, self._max_waiting = branches, max_waiting
+        self._scheduler = Scheduler(
+            artifact.backend,
+            Limits(branches, self.kv_budget),
+            MeasuredPieces(artifact.backend.prefill_chunk),
+            keeps_prompts=True,
+        )
+        self._commands: SimpleQueue[Callable[[], Deliveries] | None] = SimpleQueue()
+        self._open: dict[Stream, _Open] = {}
+        self._by_number: dict[int, _Open] = {}
         self._lock = threading.Lock()
+        self._load = EngineLoad(0, 0, 0, 0, self.kv_budget)  # replaced as a whole by the engine's thread
+        self._last_end: float | None = None
+        self._end_interval = LEAST_RETRY
+        self._thread = threading.Thread(target=self._run, name="pos2d-engine", daemon=True)
+        self._thread.start()
 
-    def check(self, job: Job) -> None:
-        """Check that a job can run at all, before anything is allocated for it.
-
-        Raises:
-            InputError: it has more tokens than the model has positions, or than the KV budget.
-        """
-        check_length(job.layout, self.artifact.manifest.context_length)
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
 
     async def submit(self, job: Job) -> Stream:
         """Queue a job.
 
         Raises:
-            InputError: as :meth:`check`.
+            InputError: it has more tokens than the model has positions, or it does not fit in the KV budget alone.
+            UsageError: options that this artifact cannot use.
             BusyError: too many jobs wait.
         """
-        self.check(job)
+        samplers = text_samplers(self.artifact, job.layout, job.samplings, job.random_streams)
+        sequence = SequenceState(job.layout, samplers, self.artifact.manifest.context_length)
+        self._scheduler.check(sequence)
+        stream = Stream(asyncio.get_running_loop(), self._cancel)
+        opened = _Open(stream, sequence, ColumnEvents(samplers))
         with self._lock:
-            if len(self._open) > self._max_waiting:
-                raise BusyError(f"{len(self._open)} requests are waiting; try again later", 1.0)
-            stream = Stream(asyncio.get_running_loop(), len(job.layout.last))
-            self._open.add(stream)
-        self._worker.submit(self._answer, job, stream)
+            if self._waiting(opened.sequence) > self._max_waiting:
+                wait = f"{self._max_waiting} requests are waiting already; try again later"
+                raise BusyError(wait, self._retry_after())
+            self._open[stream] = opened
+        self._commands.put(lambda: self._add(opened))
         return stream
 
     def load(self) -> EngineLoad:
         """What the engine is doing now."""
         with self._lock:
-            count = len(self._open)
-        return EngineLoad(min(count, 1), max(count - 1, 0), min(count, 1), 0, self.kv_budget)
+            return replace(self._load, waiting=self._waiting())
 
     def close(self) -> None:
         """Finish the jobs that were accepted, and stop."""
-        self._worker.shutdown(wait=True)
+        self._commands.put(None)
+        self._thread.join()
 
-    def _answer(self, job: Job, stream: Stream) -> None:
+    def _waiting(self, *new: SequenceState) -> int:
+        """The number of jobs, of those that have not begun and ``new`` ones, that have to wait for room."""
+        branches, tokens = self._load.branches, self._load.kv_tokens
+        queued = [*(opened.sequence for opened in self._open.values() if not opened.is_running), *new]
+        for number, sequence in enumerate(queued):
+            branches += len(sequence.live)
+            tokens += sequence.capacity
+            if branches > self._branches or tokens > self.kv_budget:
+                return len(queued) - number
+        return 0
+
+    def _cancel(self, stream: Stream, branch: int | None) -> None:
+        self._commands.put(lambda: self._end_early(stream, branch))
+
+    def _run(self) -> None:
         try:
-            assert (job.layout.owners >= CONTEXT).all()
-            for events in decode_text(self.artifact, job.layout, job.samplings, job.random_streams):
-                stream.put(events)
-                if stream.is_cancelled:
-                    break
-            stream.put(None)
-        except BaseException as error:
-            stream.put(error)
-        finally:
-            with self._lock:
-                self._open.discard(stream)
+            self._serve()
+        except Exception as error:  # a defect of the engine itself: its users must not wait for ever
+            self._deliver([item for opened in list(self._open.values()) for item in self._failed(opened, error)])
+            raise
+
+    def _serve(self) -> None:
+        """Carry out commands and run steps, until the engine is closed and all jobs have ended."""
+        closing = False
+        while not (closing and self._scheduler.is_idle):
+            while not closing and (self._scheduler.is_idle or not self._commands.empty()):
+                command = self._commands.get()
+                closing = command is None
+                self._deliver(command() if command is not None else [])
+            self._deliver([item for progress in self._scheduler.step() for item in self._items(progress)])
+
+    def _add(self, opened: _Open) -> Deliveries:
+        opened.number = self._scheduler.add(opened.sequence)
+        self._by_number[opened.number] = opened
+        return []
+
+    def _end_early(self, stream: Stream, branch: int | None) -> Deliveries:
+        opened = self._open.get(stream)
+        if opened is None:
+            return []
+        self._scheduler.cancel(opened.number, branch)
+        if branch is not None and opened.sequence.live:
+            return []
+        return [(stream, opened.events.cancelled()), *self._ended(opened)]
+
+    def _items(self, progress: Progress) -> Deliveries:
+        """What the stream of a job gets after a step."""
+        opened = self._by_number[progress.number]
+        opened.stream.cached_tokens = progress.cached_tokens
+        if progress.error is not None:
+            return self._failed(opened, progress.error)
+        assert progress.column is not None
+        items: Deliveries = [(opened.stream, opened.events.of(progress.column))]
+        return items if opened.sequence.live else [*items, *self._ended(opened)]
+
+    def _failed(self, opened: _Open, error: Exception) -> Deliveries:
+        return [(opened.stream, error), *self._ended(opened)]
+
+    def _ended(self, opened: _Open) -> Deliveries:
+        with self._lock:
+            del self._open[opened.stream]
+            self._by_number.pop(opened.number, None)
+            now = time.monotonic()
+            if self._last_end is not None:
+                self._end_interval += NEWEST * (now - self._last_end - self._end_interval)
+            self._last_end = now
+        return [(opened.stream, None)]
+
+    def _retry_after(self) -> float:
+        """Seconds after which half of those that wait will have begun."""
+        return min(MOST_RETRY, max(LEAST_RETRY, self._max_waiting / 2 * self._end_interval))
+
+    def _deliver(self, deliveries: Deliveries) -> None:
+        """Publish what the engine is doing, and hand over items to the event loops of their readers, once for each."""
+        running = self._scheduler.running
+        for member in running:
+            self._by_number[member.number].is_running = True
+        self._load = EngineLoad(
+            running=len(running),
+            waiting=0,
+            branches=sum(len(member.sequence.live) for member in running),
+            kv_tokens=sum(member.reserved for member in running),
+            kv_budget=self.kv_budget,
+        )
+        for loop in {stream.loop for stream, _ in deliveries}:
+            with suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(_put_all, [pair for pair in deliveries if pair[0].loop is loop])
+
+
+def default_kv_budget(artifact: LoadedArtifact, branches: int) -> int:
+    """Tokens of KV cache that half of the free memory holds, but no more than so many branches can use."""
+    import psutil
+
+    room = psutil.virtual_memory().available // 2 // artifact.backend.kv_token_bytes
+    return min(room, branches * artifact.manifest.context_length)
+
+
+def _put_all(deliveries: Deliveries) -> None:
+    for stream, item in deliveries:
+        stream.items.put_nowait(item)

@@ -1,0 +1,153 @@
+"""The engine: streams of events from a thread of its own, for several users at once."""
+
+import asyncio
+import gc
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pos2d import runtime
+from pos2d.errors import InputError
+from pos2d.layout import build_layout
+from pos2d.runtime.engine.sampling import Sampling
+from pos2d.runtime.serving.engine import Engine
+from pos2d.runtime.serving.jobs import BusyError, Job
+from pos2d.runtime.serving.streams import Stream
+from pos2d.runtime.text.completions import Completion, Event, collect
+from pos2d.runtime.text.options import request_options
+from pos2d.runtime.text.requests import prepare_request
+
+LONG = 400
+
+
+@pytest.fixture
+def engine(talker: runtime.Model) -> Iterator[Engine]:
+    engine = Engine(talker, branches=16, max_waiting=4)
+    yield engine
+    engine.close()
+    assert not engine.is_alive
+
+
+def job_of(model: runtime.Model, prompts: list[str], context: str | None = None, **options: object) -> Job:
+    request = prepare_request(model, prompts, context, request_options(model.path, options))
+    count = len(prompts)
+    return Job(request.layouts[0], (request.sampling,) * count, tuple((k,) for k in range(count)))
+
+
+async def read(stream: Stream) -> list[Event]:
+    return [event async for events in stream for event in events]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_users_get_what_they_get_alone(talker: runtime.Model, engine: Engine) -> None:
+    asked = [([f"question {k}", "and another"][: 1 + k % 2], [None, "a context for both"][k % 2]) for k in range(8)]
+
+    async def all_of_them() -> list[list[Completion]]:
+        async def one(prompts: list[str], context: str | None) -> list[Completion]:
+            stream = await engine.submit(job_of(talker, prompts, context, max_new_tokens=12, temperature=1.0))
+            return collect(await read(stream), prompts)
+
+        return await asyncio.gather(*(one(*request) for request in asked))
+
+    for (prompts, context), found in zip(asked, asyncio.run(all_of_them()), strict=True):
+        assert found == talker.generate(prompts, context, max_new_tokens=12, temperature=1.0)
+    load = engine.load()
+    assert (load.running, load.waiting, load.branches, load.kv_tokens) == (0, 0, 0, 0)
+
+
+def test_a_cancelled_branch_ends_and_the_others_go_on(talker: runtime.Model, engine: Engine) -> None:
+    async def ask() -> list[Event]:
+        events: list[Event] = []
+        stream = await engine.submit(job_of(talker, ["a", "b", "c"], max_new_tokens=30))
+        async for step in stream:
+            events += step
+            if len(events) == 9:
+                stream.cancel(1)
+        return events
+
+    completions = collect(asyncio.run(ask()), ["a", "b", "c"])
+    assert [completion.finish_reason for completion in completions] == ["length", "cancelled", "length"]
+    assert len(completions[0].token_ids) == 30 > len(completions[1].token_ids) >= 3
+
+
+def test_a_cancelled_job_ends_wherever_it_is(talker: runtime.Model, engine: Engine) -> None:
+    """Before its first step, while its prompt is read, and while it writes."""
+
+    async def ask(steps: int) -> list[Event]:
+        stream = await engine.submit(job_of(talker, ["word " * 40, "b"], max_new_tokens=LONG))
+        events: list[Event] = []
+        if not steps:
+            stream.cancel()
+        async for step in stream:
+            events += step
+            steps -= 1
+            if steps == 0:
+                stream.cancel()
+                stream.cancel()
+        return events
+
+    for steps in (0, 1, 5):
+        events = asyncio.run(ask(steps))
+        assert [event.finish_reason for event in events[-2:]] == ["cancelled", "cancelled"]
+        assert len(events) < 60
+    assert engine.load().kv_tokens == 0
+
+
+def test_too_many_wait_and_what_never_fits_is_refused_at_once(talker: runtime.Model, engine: Engine) -> None:
+    async def ask() -> None:
+        with pytest.raises(InputError, match="at most 16 run at once"):
+            await engine.submit(
+                Job(build_layout([[1]] * 17, talker.manifest.rope_2d), (Sampling(),) * 17, ((0,),) * 17)
+            )
+        streams = []
+        for _ in range(6):  # two of them run
+            streams.append(await engine.submit(job_of(talker, ["q"] * 8, max_new_tokens=LONG)))
+        with pytest.raises(BusyError, match="4 requests are waiting") as refused:
+            await engine.submit(job_of(talker, ["q"] * 8, max_new_tokens=LONG))
+        assert 1 <= refused.value.retry_after <= 60
+        await until(lambda: engine.load().running == 2)
+        assert engine.load().branches == 16
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*map(read, streams))
+
+    asyncio.run(ask())
+
+
+def test_an_error_of_one_step_ends_the_jobs_of_that_step_alone(
+    talker: runtime.Model, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask() -> Completion:
+        stream = await engine.submit(job_of(talker, ["a"], max_new_tokens=5))
+        return collect(await read(stream), ["a"])[0]
+
+    expected = asyncio.run(ask())
+    forward = type(talker.backend).forward
+    with monkeypatch.context() as patch:
+        patch.setattr(type(talker.backend), "forward", lambda *_args, **_kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(ask())
+    assert type(talker.backend).forward is forward
+    assert asyncio.run(ask()) == expected
+
+
+def test_closing_finishes_what_was_accepted(talker: runtime.Model) -> None:
+    engine = Engine(talker)
+
+    async def ask() -> list[Event]:
+        stream = await engine.submit(job_of(talker, ["a"], max_new_tokens=40))
+        closing = asyncio.get_running_loop().run_in_executor(None, engine.close)
+        events = await read(stream)
+        await closing
+        return events
+
+    assert len(asyncio.run(ask())) >= 1
+    assert not engine.is_alive
+    assert not [thread for thread in threading.enumerate() if thread.name == "pos2d-engine"]
+    gc.collect()
