@@ -94,7 +94,7 @@ def batch(
 ) -> BatchReport:
     """Write ``output`` with a record for every line of ``input``, in the same order.
 
-    Lines with one prompt are decoded as isolated branches of shared sequences. The branches of one line see each
+    Every line is a sequence of its own, and many lines share each forward pass. The branches of one line see each
     other as the artifact was trained. A line that cannot be answered has an ``error``. ``context`` is the context, or
     the system message, of every line that has none. The ``input`` ``-`` is standard input.
 

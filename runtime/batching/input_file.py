@@ -11,8 +11,8 @@ from pathlib import Path
 from pos2d.errors import InputError
 from pos2d.text_files import LONGEST_MARK, check_encoding
 
-# Lines are grouped into sequences within such a window and nowhere else, so that a run that was interrupted computes
-# the remaining lines exactly as it would have.
+# Lines are decoded together within such a window and nowhere else, so that a run that was interrupted computes the
+# remaining lines exactly as it would have.
 WINDOW = 64
 # In files with these names a line that is not JSON is an error; in others it is a prompt.
 JSON_SUFFIXES = (".jsonl", ".json")
