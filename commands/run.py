@@ -55,8 +55,9 @@ def run(mode: str, prompt: tuple[str, ...], as_json: bool, jsonl: bool, **flags:
     from standard input unless that is a terminal. Defaults that are "the artifact's" come
     from its generation_config.json and from its training.
     """
-    if flags["logprobs"] and not (as_json or jsonl):
-        raise UsageError("`logprobs` are printed with --json and --jsonl; add one of them")
+    for name in ("logprobs", "top_logprobs"):
+        if flags[name] and not (as_json or jsonl):
+            raise UsageError(f"`{name}` are printed with --json and --jsonl; add one of them")
     if mode == "chat":
         if prompt or as_json or jsonl or flags.pop("ignore_chat_template"):
             raise UsageError(

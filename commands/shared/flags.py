@@ -22,6 +22,7 @@ QUOTES = "'\""
 ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 ESCAPE = re.compile(r"\\([ntr\\]|u[0-9a-fA-F]{4})")
 ESCAPES_HELP = r" \n, \t, \r and \u followed by four digits are read as in JSON, and \\ as a backslash."
+LONGEST_QUOTE = 200
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 
@@ -70,13 +71,15 @@ def flag_of(option: Option, section: str, *, required: bool = False) -> Decorato
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Read a JSON object, such as ``{"enable_thinking": false}``."""
+    """Read a JSON object, such as ``{"enable_thinking": false}``, or the file that ``@FILE`` names."""
+    text = content_of(text)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        raise click.BadParameter(f"{text!r} must be a JSON object, such as '{{\"enable_thinking\": false}}'")
+        shown = text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}..."
+        raise click.BadParameter(f"{shown!r} must be a JSON object, such as '{{\"enable_thinking\": false}}'")
     return values
 
 
@@ -129,7 +132,16 @@ def unescaped(_context: click.Context, option: click.Parameter, values: tuple[st
 
 def text_or_file(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
     """Read the file that ``@FILE`` names; other texts stand for themselves."""
-    if value is None or not value.startswith("@"):
+    return None if value is None else content_of(value)
+
+
+def content_of(value: str) -> str:
+    """The text of the file that ``@FILE`` names; other texts stand for themselves.
+
+    Raises:
+        InputError: a file that cannot be read, or that is empty.
+    """
+    if not value.startswith("@"):
         return value
     try:
         text = read_text(Path(value[1:])).rstrip("\n")

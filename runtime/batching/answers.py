@@ -132,4 +132,7 @@ def _completion(completion: Completion) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "new_tokens": len(completion.token_ids),
     }
-    return facts if completion.logprobs is None else facts | {"logprobs": list(completion.logprobs)}
+    for name in ("logprobs", "top_logprobs"):
+        if getattr(completion, name) is not None:
+            facts[name] = list(getattr(completion, name))
+    return facts

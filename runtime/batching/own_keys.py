@@ -30,7 +30,7 @@ OTHER_NAMES = {
     STOP_KEY: "stop",
 }
 # Settings of other programs that we do not have, so that none of them is taken for the user's own data.
-OTHER_SETTINGS = {*READERS, *UNUSED_KEYS, "do_sample", "frequency_penalty", "presence_penalty", "logit_bias", "best_of"}
+OTHER_SETTINGS = {*READERS, *UNUSED_KEYS, "do_sample", "best_of"}
 # Keys of data sets that are not misspelt options, though they look like it.
 IDENTIFIERS = ("prompt_id", "context_id")
 # How similar a key must be to an option to count as misspelt.

@@ -27,6 +27,23 @@ def penalise_repetition(logits: Floats, tokens: Collection[int], penalty: float)
     return processed
 
 
+def penalise_frequency(logits: Floats, counts: Mapping[int, int], penalty: float) -> Floats:
+    """Subtract ``penalty`` times its count from the logit of every token in ``counts``."""
+    ids = np.fromiter(counts, dtype=np.int64, count=len(counts))
+    times = np.fromiter(counts.values(), dtype=np.float32, count=len(counts))
+    processed = logits.copy()
+    processed[ids] -= np.float32(penalty) * times
+    return processed
+
+
+def penalise_presence(logits: Floats, tokens: Collection[int], penalty: float) -> Floats:
+    """Subtract ``penalty`` from the logits of ``tokens``."""
+    ids = np.fromiter(tokens, dtype=np.int64, count=len(tokens))
+    processed = logits.copy()
+    processed[ids] -= np.float32(penalty)
+    return processed
+
+
 def suppress(logits: Floats, tokens: Collection[int]) -> Floats:
     """Set the logits of ``tokens`` to -inf."""
     processed = logits.copy()
@@ -70,8 +87,23 @@ def probabilities(logits: Floats) -> "np.ndarray[tuple[int, ...], np.dtype[np.fl
 
 def log_probability(logits: Floats, token: int) -> float:
     """Log softmax of one token, in float64."""
+    return log_probabilities(logits, [token])[0]
+
+
+def log_probabilities(logits: Floats, tokens: Sequence[int]) -> list[float]:
+    """Log softmax of some tokens, in float64; ``logits`` are ``[V]``."""
     shifted = logits.astype(np.float64) - logits.max()
-    return float(shifted[token] - np.log(np.exp(shifted).sum()))
+    found: list[float] = (shifted[tokens] - np.log(np.exp(shifted).sum())).tolist()
+    return found
+
+
+def most_likely(logits: Floats, count: int) -> list[int]:
+    """The ``count`` tokens with the largest logits, best first; of equal ones, the token with the smaller id."""
+    count = min(count, len(logits))
+    smallest = np.partition(logits, -count)[-count]
+    above, equal = np.flatnonzero(logits > smallest), np.flatnonzero(logits == smallest)
+    best: list[int] = [*above[np.argsort(-logits[above], kind="stable")].tolist(), *equal.tolist()]
+    return best[:count]
 
 
 def keep_top_h(logits: Floats, share: float) -> Floats:

@@ -1,5 +1,6 @@
 """Sampling the tokens of one branch: which logits processors run, in which order, and the random numbers."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,8 @@ from pos2d.options import options_of
 from pos2d.runtime.engine import logits_processors as processors
 from pos2d.runtime.engine.backend import Floats
 from pos2d.runtime.engine.generation_settings import NO_SETTINGS
-from pos2d.runtime.engine.sampling import Sampling
+from pos2d.runtime.engine.sampling import Sampling, token_biases
+from pos2d.runtime.engine.sequence import Choice
 
 # Changes logits ``[V]``, given the value of its option and the branch's sampler.
 Processor = Callable[[Floats, Any, "Sampler"], Floats]
@@ -70,16 +72,20 @@ def _known(tokens: Collection[int], logits: Floats) -> Collection[int]:
     return tokens
 
 
-# The processor of each option or generation setting, in the order in which transformers applies them. One whose value
-# is at its default is left out. Greedy decoding applies the first table only.
+# The processor of each option or generation setting, in the order in which transformers applies them. Those that it
+# does not have stand where vLLM has them: biases before penalties, and the penalties of frequency and presence after
+# that of repetition. One whose value is at its default is left out. Greedy decoding applies the first table only.
 PENALTIES: Mapping[str, Processor] = {
     "sequence_bias": _add_biases,
+    "logit_bias": lambda logits, _, branch: processors.add_biases(logits, branch.tokens, branch.logit_biases),
     "encoder_repetition_penalty": lambda logits, penalty, branch: processors.penalise_repetition(
         logits, set(branch.prompt), 1 / penalty
     ),
     "repetition_penalty": lambda logits, penalty, branch: processors.penalise_repetition(
         logits, branch.seen_tokens, penalty
     ),
+    "frequency_penalty": lambda logits, penalty, branch: processors.penalise_frequency(logits, branch.counts, penalty),
+    "presence_penalty": lambda logits, penalty, branch: processors.penalise_presence(logits, branch.counts, penalty),
     "no_repeat_ngram_size": _no_repetition,
     "encoder_no_repeat_ngram_size": _no_repetition_of_prompt,
     "bad_words_ids": _no_bad_words,
@@ -108,7 +114,8 @@ class Sampler:
 
     ``random_stream`` identifies the branch's random numbers under the seed, so what is sampled depends neither on the
     other branches nor on their number. ``prompt`` are the tokens that the branch would have before its answer if it
-    were alone, in their order: the context's and its own. ``tokens`` has those of the answer as well.
+    were alone, in their order: the context's and its own. ``tokens`` has those of the answer as well, and ``counts``
+    how often each of them is in the answer.
     """
 
     def __init__(
@@ -123,8 +130,9 @@ class Sampler:
         self.max_new_tokens = new_token_limit(sampling, len(prompt_ids))
         self.new_tokens = 0
         self.prompt: Sequence[int] = prompt_ids
-        self.tokens = list(prompt_ids)
+        self.tokens: list[int] = list(prompt_ids)
         self.seen_tokens: set[int] = set(prompt_ids)
+        self.counts: Counter[int] = Counter()
         self._random_stream = tuple(random_stream)
         self._greedy = sampling.temperature == 0.0
         self._processors = _active(sampling, PENALTIES if self._greedy else {**PENALTIES, **WARPERS})
@@ -133,6 +141,10 @@ class Sampler:
     def _random(self) -> "np.random.Generator":
         # Only when sampling: numpy loads numpy.random on first use, which greedy decoding does without.
         return np.random.default_rng(np.random.SeedSequence(self.sampling.seed, spawn_key=self._random_stream))
+
+    @cached_property
+    def logit_biases(self) -> processors.Biases:
+        return processors.biases_of(((token,), bias) for token, bias in token_biases(self.sampling.logit_bias).items())
 
     @cached_property
     def biases(self) -> processors.Biases:
@@ -144,16 +156,22 @@ class Sampler:
         words = self.sampling.generation.bad_words_ids
         return processors.biases_of((ids, -np.inf) for ids in words if len(ids) > 1 or ids[0] not in self.end_tokens)
 
-    def choose(self, logits: Floats) -> tuple[int, float | None]:
-        """A token id from logits ``[V]``, and its log probability if the options record it."""
+    def choose(self, logits: Floats) -> Choice:
+        """A token id from logits ``[V]``, with the log probabilities that the options record."""
         token = self._sample(self.processed(logits))
         self.add(token)
-        return token, processors.log_probability(logits, token) if self.sampling.logprobs else None
+        count = self.sampling.top_logprobs
+        if not self.sampling.logprobs and not count:
+            return Choice(token)
+        top = processors.most_likely(logits, count) if count else []
+        logprob, *others = processors.log_probabilities(logits, [token, *top])
+        return Choice(token, logprob, tuple(zip(top, others, strict=True)) if count else None)
 
     def add(self, token: int) -> None:
         """Count a token as one of the answer, for the processors that look at it."""
         self.new_tokens += 1
         self.tokens.append(token)
+        self.counts[token] += 1
         self.seen_tokens.add(token)
 
     def append(self, token: int) -> bool:

@@ -1,6 +1,7 @@
 """Sampling options, presets, and the order in which options, presets and an artifact's settings apply."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -34,8 +35,11 @@ GENERATION_CONFIG = "generation_config.json"
 DO_SAMPLE_DEFAULTS = {"temperature": 1.0, "top_k": 50}
 # Options that greedy decoding does not use, and the values at which they ask for nothing else.
 NARROWING: Mapping[str, tuple[float, ...]] = {"top_k": (0, 1), "top_p": (1,), "min_p": (0,)}
+PENALTY_NAMES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 DEFAULT_MAX_NEW_TOKENS = 256
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 100
+MAX_BIAS = 100
+TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 # Sizes that no model and no random number generator takes.
 TOO_MANY_TOKENS, TOO_LARGE_SEED = 2**32, 2**64
 
@@ -92,6 +96,21 @@ class Sampling:
         maximum=100,
         default_text="the artifact's, else 1",
     )
+    frequency_penalty: float = option(
+        0.0,
+        "Subtract this from the logit of a token for every time that the answer has it already.",
+        minimum=-2,
+        maximum=2,
+    )
+    presence_penalty: float = option(
+        0.0, "Subtract this once from the logit of every token that the answer has already.", minimum=-2, maximum=2
+    )
+    logit_bias: Mapping[Any, Any] | None = option(
+        None,
+        'Numbers from -100 to 100 that are added to the logits of tokens, by token id, such as {"198": -100}.',
+        metavar="JSON|@FILE",
+        default_text="none",
+    )
     stop: tuple[str, ...] = option(
         (),
         "End the answer before this text, or at this special token. Repeat the option for several texts.",
@@ -105,6 +124,12 @@ class Sampling:
     )
     seed: int = option(0, "Random seed for sampling.", minimum=0)
     logprobs: bool = option(False, "Add the log probability of every token to the JSON output.")
+    top_logprobs: int = option(
+        0,
+        "Add the log probabilities of this many most likely tokens at every place, and that of the token itself.",
+        minimum=0,
+        maximum=20,
+    )
     generation: GenerationSettings = field(default=NO_SETTINGS)  # the artifact's, where no option has them
 
     def __post_init__(self) -> None:
@@ -126,15 +151,17 @@ class Sampling:
         ):
             if not fits:
                 raise UsageError(f"`{name}` {getattr(self, name)} {rule}")
+        token_biases(self.logit_bias)
         if not all(self.stop):
             raise UsageError("`stop` has an empty text, which would end every answer at once; leave it out")
 
     def summary(self) -> str:
         """The options that are not at their defaults, in words."""
         named = [f"temperature {self.temperature:g}, seed {self.seed}" if self.temperature else "greedy"]
-        for name in (*(NARROWING if self.temperature else ()), "repetition_penalty"):
+        for name in (*(NARROWING if self.temperature else ()), *PENALTY_NAMES):
             if getattr(self, name) != options_of(Sampling)[name].default:
                 named.append(f"{name} {getattr(self, name):g}")
+        named += [name for name in ("logit_bias",) if getattr(self, name)]
         return ", ".join([*named, *self.generation.names()])
 
     def warnings(self, directory: Path) -> list[str]:
@@ -184,6 +211,23 @@ def resolve_sampling(
             f"greedy decoding (temperature 0) does not use {', '.join(unused)}; give a `temperature` above 0"
         )
     return sampling
+
+
+def token_biases(logit_bias: Mapping[Any, Any] | None) -> dict[int, float]:
+    """The biases of ``logit_bias`` by token id; the keys may be texts, as JSON writes them.
+
+    Raises:
+        UsageError: a key that is no token id, or a bias that is no number or out of range.
+    """
+    biases: dict[int, float] = {}
+    for key, bias in (logit_bias or {}).items():
+        text = key if isinstance(key, str) else str(key) if type(key) is int else ""
+        if not TOKEN_ID.fullmatch(text) or int(text) in biases:
+            raise UsageError(f"`logit_bias` has the key {key!r}, which is not the id of a token, or is there twice")
+        if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise UsageError(f"`logit_bias` of token {text} is {bias!r}; it must be a number from -100 to 100")
+        biases[int(text)] = float(bias)
+    return biases
 
 
 def values_of(sampling: Sampling) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,14 +13,26 @@ from pos2d.runtime.engine.backend import Floats
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
+# Token ids with their log probabilities, the most likely first.
+TopTokens = tuple[tuple[int, float], ...]
+
+
+class Choice(NamedTuple):
+    """A token that was chosen; ``logprob`` and ``top_logprobs`` are None unless the options record them."""
+
+    token: int
+    logprob: float | None = None
+    top_logprobs: TopTokens | None = None
+
+
 class BranchSampler(Protocol):
     """Chooses the tokens of one branch, and decides where its answer ends."""
 
     end_tokens: Collection[int]
     max_new_tokens: int
 
-    def choose(self, logits: Floats) -> tuple[int, float | None]:
-        """A token from logits ``[V]``, and its log probability if that is recorded."""
+    def choose(self, logits: Floats) -> Choice:
+        """A token from logits ``[V]``, with the log probabilities that are recorded."""
 
     def append(self, token: int) -> bool:
         """Add a token to the answer; return whether the answer ends with it."""
@@ -36,6 +48,7 @@ class Column:
     tokens: tuple[int | None, ...]
     finished: tuple[FinishReason | None, ...]
     logprobs: tuple[float | None, ...]
+    top_logprobs: tuple[TopTokens | None, ...]
 
 
 class SequenceState:
@@ -79,13 +92,14 @@ class SequenceState:
         _check_finite(logits)
         tokens: list[int | None] = [None] * len(self._finished)
         logprobs: list[float | None] = [None] * len(self._finished)
+        top_logprobs: list[TopTokens | None] = [None] * len(self._finished)
         for branch, row in zip(self.live, logits, strict=True):
             sampler = self._samplers[branch]
-            token, logprob = sampler.choose(row)
+            token, logprob, top = sampler.choose(row)
             if token in sampler.end_tokens:
                 self._finished[branch] = "stop"
                 continue
-            tokens[branch], logprobs[branch] = token, logprob
+            tokens[branch], logprobs[branch], top_logprobs[branch] = token, logprob, top
             self._new_tokens[branch] += 1
             if sampler.append(token):
                 self._finished[branch] = "stop"
@@ -96,7 +110,7 @@ class SequenceState:
         self.live = [branch for branch in self.live if not self._finished[branch]]
         self._before, self._newest = self.layout, [t if k in self.live else None for k, t in enumerate(tokens)]
         self.layout = self._before.append(self._newest)
-        return Column(tuple(tokens), tuple(self._finished), tuple(logprobs))
+        return Column(tuple(tokens), tuple(self._finished), tuple(logprobs), tuple(top_logprobs))
 
     def cancel(self, branch: int) -> None:
         """End a branch between two steps: its newest token is not fed, and those before it stay visible to the others.

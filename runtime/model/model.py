@@ -26,6 +26,7 @@ from pos2d.runtime.text.completions import Completion, Event, collect
 from pos2d.runtime.text.conversation import Conversation
 from pos2d.runtime.text.options import LayoutOptions, PromptOptions, RequestOptions, request_options
 from pos2d.runtime.text.requests import prepare_request, stream_events
+from pos2d.runtime.text.sampling_checks import check_biases
 from pos2d.spec import Visibility
 
 
@@ -197,6 +198,7 @@ class Model(LoadedArtifact):
         sampling = resolve_sampling(self.path, options, defaults={})
         if sampling.stop or sampling.end_token:
             raise UsageError("`stop` and `end_token` are texts; use stream() or generate(), or `eos_token_ids`")
+        check_biases(self, sampling)
         layout = build_layout(branches, self.manifest.rope_2d, context_ids, visibility)
         self.check_ids(layout.ids)
         end_tokens = self._end_tokens(eos_token_ids)

@@ -18,9 +18,9 @@ from pos2d.runtime.text.chat_template import (
     require_chat_template,
 )
 from pos2d.runtime.text.completions import Event
-from pos2d.runtime.text.end_tokens import end_token_ids
 from pos2d.runtime.text.options import RequestOptions
 from pos2d.runtime.text.requests import lay_out, stream_events
+from pos2d.runtime.text.sampling_checks import check_sampling
 from pos2d.runtime.text.text_decode import decode_text
 from pos2d.runtime.text.tokenization import EncodedText, encode_longer, encode_text, share_context
 
@@ -48,7 +48,7 @@ class Conversation:
         check_arguments(artifact.tokenizer, options.chat_template_kwargs, uses_template=True)
         spec = artifact.manifest.rope_2d
         options.layout.check_effect(spec)
-        end_token_ids(artifact.tokenizer, options.sampling)
+        check_sampling(artifact, options.sampling)
         self._artifact = artifact
         self._spec = options.layout.apply_to(spec)
         self._branches_per_sequence = options.layout.branches_per_sequence

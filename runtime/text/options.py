@@ -102,7 +102,7 @@ class PromptOptions:
     chat_template_kwargs: Mapping[str, Any] | None = option(
         None,
         'Variables of the chat template, such as {"enable_thinking": false}.',
-        metavar="JSON",
+        metavar="JSON|@FILE",
         default_text="those of the template",
     )
 

@@ -12,8 +12,8 @@ from pos2d.runtime.engine.sequence import check_length
 from pos2d.runtime.text.artifact import LoadedArtifact
 from pos2d.runtime.text.chat_template import check_arguments
 from pos2d.runtime.text.completions import Event
-from pos2d.runtime.text.end_tokens import end_token_ids
 from pos2d.runtime.text.options import RequestOptions
+from pos2d.runtime.text.sampling_checks import check_sampling
 from pos2d.runtime.text.text_decode import decode_text
 from pos2d.runtime.text.tokenization import EncodedPrompts, encode_prompts
 from pos2d.spec import Rope2DSpec
@@ -84,9 +84,9 @@ def lay_out(
     Raises:
         InputError: token ids outside the vocabulary, a sequence that is longer than the model, or a prompt that leaves
             no room below the artifact's ``max_length``.
-        UsageError: an end token that the tokenizer does not have.
+        UsageError: an end token that the tokenizer does not have, or a biased token that the model does not have.
     """
-    end_token_ids(artifact.tokenizer, sampling)
+    check_sampling(artifact, sampling)
     for branch in encoded.branches:
         new_token_limit(sampling, len(encoded.context or ()) + len(branch))
     size = branches_per_sequence

@@ -57,6 +57,7 @@ class ColumnEvents:
                 self._samplers[branch].take_text(last=column.finished[branch] is not None),
                 column.logprobs[branch],
                 column.finished[branch],
+                column.top_logprobs[branch],
             )
             for branch in self._live
         ]

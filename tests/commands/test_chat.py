@@ -276,6 +276,8 @@ def test_chat_needs_a_template(call: Call, tmp_path: Path) -> None:
         (("--mode", "chat", "--ignore-chat-template"), "do not apply to --mode chat"),
         (("-p", "x", "--json", "--jsonl"), "give one of them"),
         (("-p", "x", "--logprobs"), "with --json and --jsonl"),
+        (("-p", "x", "--top-logprobs", "2"), "--top-logprobs are printed with --json"),
+        (("-p", "x", "--logit-bias", '{"300": 1}'), "--logit-bias has token 300, which is outside the vocabulary"),
         (("-p", "-", "-p", "-"), "give it once"),
         (("-p", "x", "--max-branches", "0"), "--max-branches 0"),
         (("-p", "x", "--top-p", "0.5"), "does not use --top-p"),

@@ -136,7 +136,7 @@ def test_log_probabilities_are_the_models_own() -> None:
     """Whatever narrows the draw, they are those of softmax(logits)."""
     sampler = Sampler(Sampling(temperature=0.3, top_k=2, logprobs=True))
     for _ in range(10):
-        token, logprob = sampler.choose(LOGITS)
+        token, logprob, _ = sampler.choose(LOGITS)
         expected = float(torch.log_softmax(torch.tensor(LOGITS).double(), 0)[token])
         # Four exponentials, their sum, its logarithm and a difference, of values up to 4.
         assert logprob == pytest.approx(expected, abs=2 * gamma(12, torch.float64))
@@ -165,6 +165,18 @@ def test_log_probabilities_are_the_models_own() -> None:
         ({"max_new_tokens": True}, "`max_new_tokens` True"),
         ({"min_new_tokens": 300}, "`min_new_tokens` 300"),
         ({"stop": ("",)}, "empty text"),
+        ({"frequency_penalty": 2.1}, "`frequency_penalty` 2.1 must be -2 to 2"),
+        ({"presence_penalty": -2.1}, "`presence_penalty` -2.1 must be -2 to 2"),
+        ({"top_logprobs": 21}, "`top_logprobs` 21 must be 0 to 20"),
+        ({"logit_bias": [5]}, "must be a JSON object"),
+        ({"logit_bias": {"five": 1}}, "`logit_bias` has the key 'five'"),
+        ({"logit_bias": {"-1": 1}}, "`logit_bias` has the key '-1'"),
+        ({"logit_bias": {True: 1}}, "`logit_bias` has the key True"),
+        ({"logit_bias": {"5": 1, 5: 1}}, "`logit_bias` has the key 5, .* is there twice"),
+        ({"logit_bias": {"5": 100.5}}, "`logit_bias` of token 5 is 100.5; it must be a number from -100 to 100"),
+        ({"logit_bias": {"5": "1"}}, "`logit_bias` of token 5 is '1'"),
+        ({"logit_bias": {"5": float("nan")}}, "`logit_bias` of token 5 is nan"),
+        ({"logit_bias": {"5": True}}, "`logit_bias` of token 5 is True"),
         ({"stop": "x"}, "must be a text or several"),
     ],
     ids=str,
