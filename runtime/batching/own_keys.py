@@ -27,6 +27,8 @@ OTHER_NAMES = {
     "system_prompt": "context",
     "tools": "chat_template_kwargs",
     "enable_thinking": "chat_template_kwargs",
+    "response_format": "json_schema",
+    "guided_json": "json_schema",
     STOP_KEY: "stop",
 }
 # Settings of other programs that we do not have, so that none of them is taken for the user's own data.

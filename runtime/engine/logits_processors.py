@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pos2d.layout import Bools
 from pos2d.runtime.engine.backend import Floats
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
@@ -191,6 +192,12 @@ def force(logits: Floats, tokens: Collection[int]) -> Floats:
     forced = np.full_like(logits, -np.inf)
     forced[list(tokens)] = 0
     return forced
+
+
+def keep_allowed(logits: Floats, allowed: Bools, unchanged: Floats) -> Floats:
+    """Keep ``allowed`` tokens ``[V]``; where ``logits`` have none of them, those of ``unchanged``."""
+    kept = np.where(allowed, logits, -np.inf)
+    return kept if kept.max() > -np.inf else np.where(allowed, unchanged, -np.inf)
 
 
 def _only(logits: Floats, ids: Array) -> Floats:

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from pos2d.errors import InputError
+from pos2d.errors import InputError, UsageError
+from pos2d.layout import Bools
 from pos2d.options import options_of
 from pos2d.runtime.engine import logits_processors as processors
 from pos2d.runtime.engine.backend import Floats
@@ -109,13 +110,31 @@ WARPERS: Mapping[str, Processor] = {
 }
 
 
+class Constraint(Protocol):
+    """What the text of one answer may be; it follows the answer token by token."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer is whole and nothing can follow it."""
+
+    def allowed(self, size: int) -> Bools:
+        """The tokens ``[size]`` that may come next."""
+
+    def accept(self, token: int) -> None:
+        """Add a token to the answer."""
+
+
 class Sampler:
     """Chooses the tokens of one branch; a :class:`pos2d.runtime.engine.sequence.BranchSampler`.
 
     ``random_stream`` identifies the branch's random numbers under the seed, so what is sampled depends neither on the
     other branches nor on their number. ``prompt`` are the tokens that the branch would have before its answer if it
     were alone, in their order: the context's and its own. ``tokens`` has those of the answer as well, and ``counts``
-    how often each of them is in the answer.
+    how often each of them is in the answer. A ``constraint`` holds whatever the options say: they choose among the
+    tokens that it allows, and where they forbid all of those, the model's own logits do.
+
+    Raises:
+        UsageError: options with a schema, without its constraint.
     """
 
     def __init__(
@@ -124,7 +143,10 @@ class Sampler:
         random_stream: Sequence[int] = (0,),
         end_tokens: Collection[int] = (),
         prompt_ids: Sequence[int] = (),
+        constraint: Constraint | None = None,
     ) -> None:
+        if sampling.json_schema is not None and constraint is None:
+            raise UsageError("`json_schema` is about texts; use stream() or generate()")
         self.sampling = sampling
         self.end_tokens = end_tokens
         self.max_new_tokens = new_token_limit(sampling, len(prompt_ids))
@@ -135,7 +157,9 @@ class Sampler:
         self.counts: Counter[int] = Counter()
         self._random_stream = tuple(random_stream)
         self._greedy = sampling.temperature == 0.0
-        self._processors = _active(sampling, PENALTIES if self._greedy else {**PENALTIES, **WARPERS})
+        self._constraint = constraint
+        self._penalties = _active(sampling, PENALTIES)
+        self._warpers = [] if self._greedy else _active(sampling, WARPERS)
 
     @cached_property
     def _random(self) -> "np.random.Generator":
@@ -175,14 +199,22 @@ class Sampler:
         self.seen_tokens.add(token)
 
     def append(self, token: int) -> bool:
-        """Whether the answer ends with ``token``: never, since only text can hold a stop string."""
-        return False
+        """Whether the answer ends with ``token``, since its constraint allows nothing after it."""
+        if self._constraint is None:
+            return False
+        self._constraint.accept(token)
+        return self._constraint.is_complete
 
     def processed(self, logits: Floats) -> Floats:
         """Logits ``[V]`` after all processors."""
-        for processor, value in self._processors:
-            logits = processor(logits, value, self)
-        return logits
+        processed = logits
+        for processor, value in self._penalties:
+            processed = processor(processed, value, self)
+        if self._constraint is not None:
+            processed = processors.keep_allowed(processed, self._constraint.allowed(len(logits)), logits)
+        for processor, value in self._warpers:
+            processed = processor(processed, value, self)
+        return processed
 
     def _sample(self, logits: Floats) -> int:
         likeliest = int(logits.argmax())

@@ -111,6 +111,12 @@ class Sampling:
         metavar="JSON|@FILE",
         default_text="none",
     )
+    json_schema: Mapping[str, Any] | None = option(
+        None,
+        'Write nothing but JSON that fits this JSON schema, such as {"type": "object"} for any object.',
+        metavar="JSON|@FILE",
+        default_text="none",
+    )
     stop: tuple[str, ...] = option(
         (),
         "End the answer before this text, or at this special token. Repeat the option for several texts.",
@@ -161,7 +167,7 @@ class Sampling:
         for name in (*(NARROWING if self.temperature else ()), *PENALTY_NAMES):
             if getattr(self, name) != options_of(Sampling)[name].default:
                 named.append(f"{name} {getattr(self, name):g}")
-        named += [name for name in ("logit_bias",) if getattr(self, name)]
+        named += [name for name in ("logit_bias", "json_schema") if getattr(self, name) is not None]
         return ", ".join([*named, *self.generation.names()])
 
     def warnings(self, directory: Path) -> list[str]:

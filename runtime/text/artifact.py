@@ -11,6 +11,7 @@ from pos2d.layout import Ints
 from pos2d.manifest import Manifest
 from pos2d.runtime.engine.backend import Backend
 from pos2d.runtime.opening.opened_model import TemporaryFolder
+from pos2d.runtime.text.json_schema import JsonSchemas
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,11 @@ class LoadedArtifact:
     def tokenizer(self) -> Any:
         """The artifact's tokenizer, loaded on first use: work with token ids needs none."""
         return load_tokenizer(self.path)
+
+    @cached_property
+    def json_schemas(self) -> JsonSchemas:
+        """Compiles the schemas of answers for the tokenizer."""
+        return JsonSchemas(self.tokenizer)
 
     def check_ids(self, ids: Ints) -> None:
         """Check token ids of any shape.

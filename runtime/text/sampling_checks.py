@@ -10,10 +10,17 @@ def check_sampling(artifact: LoadedArtifact, sampling: Sampling) -> None:
     """Check that ``artifact`` can heed the options.
 
     Raises:
-        UsageError: a token that the tokenizer or the model does not have.
+        UsageError: a token that the tokenizer or the model does not have, a schema that cannot be enforced, or end
+            tokens that a schema's JSON may need.
+        InputError: a schema for a tokenizer that llguidance cannot read.
     """
-    end_token_ids(artifact.tokenizer, sampling)
+    ends = end_token_ids(artifact.tokenizer, sampling)
     check_biases(artifact, sampling)
+    if sampling.json_schema is not None:
+        added = artifact.tokenizer.added_tokens_decoder
+        if not all(token in added and added[token].special for token in ends):
+            raise UsageError("`json_schema` goes with an `end_token` that is a special token, not with one of text")
+        artifact.json_schemas.check(sampling.json_schema)
 
 
 def check_biases(artifact: LoadedArtifact, sampling: Sampling) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from pos2d.layout import CONTEXT, Layout
 from pos2d.runtime.engine.backend import KVCache
 from pos2d.runtime.engine.decode import decode
-from pos2d.runtime.engine.sampler import Sampler
+from pos2d.runtime.engine.sampler import Constraint, Sampler
 from pos2d.runtime.engine.sampling import Sampling
 from pos2d.runtime.engine.sequence import Column
 from pos2d.runtime.text.artifact import LoadedArtifact
@@ -16,7 +16,7 @@ from pos2d.runtime.text.end_tokens import end_tokens
 
 
 class TextSampler(Sampler):
-    """A sampler that also detokenizes its answer, which may therefore end at a stop string."""
+    """A sampler that also detokenizes its answer, which may therefore end at a stop string or follow a schema."""
 
     def __init__(
         self,
@@ -25,15 +25,17 @@ class TextSampler(Sampler):
         random_stream: Sequence[int],
         end_tokens: Collection[int],
         prompt_ids: Sequence[int],
+        constraint: Constraint | None = None,
     ) -> None:
-        super().__init__(sampling, random_stream, end_tokens, prompt_ids)
+        super().__init__(sampling, random_stream, end_tokens, prompt_ids, constraint)
         self._detokenizer = StreamDetokenizer(tokenizer, sampling.stop)
         self._new_text = ""
 
     def append(self, token: int) -> bool:
-        """Add a token to the answer; return whether it completes a stop string."""
+        """Add a token to the answer; return whether it completes a stop string, or what the constraint allows."""
+        is_complete = super().append(token)
         self._new_text += self._detokenizer.append(token)
-        return self._detokenizer.stopped
+        return is_complete or self._detokenizer.stopped
 
     def take_text(self, last: bool) -> str:
         """The text since the last call; with ``last``, also the text that was held back."""
@@ -71,22 +73,17 @@ class ColumnEvents:
 
 
 def text_samplers(
-    artifact: LoadedArtifact,
-    layout: Layout,
-    samplings: Sequence[Sampling],
-    random_streams: Sequence[Sequence[int]],
+    artifact: LoadedArtifact, layout: Layout, samplings: Sequence[Sampling], random_streams: Sequence[Sequence[int]]
 ) -> list[TextSampler]:
-    """The samplers of a sequence; every branch has its own sampling options and random numbers."""
-    return [
-        TextSampler(
-            artifact.tokenizer,
-            sampling,
-            random_stream,
-            end_tokens(artifact, sampling),
-            layout.ids[(layout.owners == branch) | (layout.owners == CONTEXT)].tolist(),
-        )
-        for branch, (sampling, random_stream) in enumerate(zip(samplings, random_streams, strict=True))
-    ]
+    """The samplers of a layout's branches, each with its own options, random numbers and schema."""
+    samplers = []
+    for branch, (sampling, random_stream) in enumerate(zip(samplings, random_streams, strict=True)):
+        ends = end_tokens(artifact, sampling)
+        prompt_ids = layout.ids[(layout.owners == branch) | (layout.owners == CONTEXT)].tolist()
+        schema = sampling.json_schema
+        constraint = None if schema is None else artifact.json_schemas.constraint(schema, ends)
+        samplers.append(TextSampler(artifact.tokenizer, sampling, random_stream, ends, prompt_ids, constraint))
+    return samplers
 
 
 def decode_text(
