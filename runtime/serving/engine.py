@@ -12,6 +12,7 @@ from pos2d.runtime.engine.sequence import SequenceState
 from pos2d.runtime.scheduling.pace import MeasuredPieces
 from pos2d.runtime.scheduling.scheduler import Limits, Progress, Scheduler
 from pos2d.runtime.serving.jobs import BusyError, EngineLoad, Job
+from pos2d.runtime.serving.prompt_scorer import PromptScorer
 from pos2d.runtime.serving.streams import Item, Stream
 from pos2d.runtime.text.artifact import LoadedArtifact
 from pos2d.runtime.text.text_decode import ColumnEvents, text_samplers
@@ -31,6 +32,7 @@ class _Open:
     stream: Stream
     sequence: SequenceState
     events: ColumnEvents
+    scorer: PromptScorer | None
     number: int = -1
     is_running: bool = False
 
@@ -86,7 +88,9 @@ class Engine:
         sequence = SequenceState(job.layout, samplers, self.artifact.manifest.context_length)
         self._scheduler.check(sequence)
         stream = Stream(asyncio.get_running_loop(), self._cancel)
-        opened = _Open(stream, sequence, ColumnEvents(samplers))
+        top = max(sampling.top_logprobs for sampling in job.samplings)
+        scorer = PromptScorer(job.layout, top) if job.scores_prompt else None
+        opened = _Open(stream, sequence, ColumnEvents(samplers), scorer)
         with self._lock:
             if self._waiting(opened.sequence) > self._max_waiting:
                 wait = f"{self._max_waiting} requests are waiting already; try again later"
@@ -137,7 +141,7 @@ class Engine:
             self._deliver([item for progress in self._scheduler.step() for item in self._items(progress)])
 
     def _add(self, opened: _Open) -> Deliveries:
-        opened.number = self._scheduler.add(opened.sequence)
+        opened.number = self._scheduler.add(opened.sequence, opened.scorer)
         self._by_number[opened.number] = opened
         return []
 
@@ -157,6 +161,8 @@ class Engine:
         if progress.error is not None:
             return self._failed(opened, progress.error)
         assert progress.column is not None
+        if opened.scorer is not None and opened.stream.prompt_scores is None:
+            opened.stream.prompt_scores = opened.scorer.scores()
         items: Deliveries = [(opened.stream, opened.events.of(progress.column))]
         return items if opened.sequence.live else [*items, *self._ended(opened)]
 

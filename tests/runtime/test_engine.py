@@ -4,12 +4,15 @@ import asyncio
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from pos2d import runtime
 from pos2d.errors import InputError
 from pos2d.layout import build_layout
+from pos2d.runtime.engine.prompt_scores import score_tokens
 from pos2d.runtime.engine.sampling import Sampling
 from pos2d.runtime.serving.engine import Engine
 from pos2d.runtime.serving.jobs import BusyError, Job
@@ -97,6 +100,27 @@ def test_a_cancelled_job_ends_wherever_it_is(talker: runtime.Model, engine: Engi
         assert [event.finish_reason for event in events[-2:]] == ["cancelled", "cancelled"]
         assert len(events) < 60
     assert engine.load().kv_tokens == 0
+
+
+def test_a_scored_prompt_has_what_the_model_gives_its_tokens(talker: runtime.Model, engine: Engine) -> None:
+    text = "the wind is strong " * 20
+    job = job_of(talker, [text], ignore_chat_template=True, max_new_tokens=1, top_logprobs=2)
+
+    async def ask() -> Stream:
+        stream = await engine.submit(replace(job, scores_prompt=True))
+        await read(stream)
+        return stream
+
+    scores = asyncio.run(ask()).prompt_scores
+    assert scores is not None
+    ids = job.layout.ids
+    expected = score_tokens(talker.logits(ids)[0, :-1], ids[1:].tolist(), top=2)
+    assert scores.logprobs[0] is None
+    np.testing.assert_allclose(scores.logprobs[1:], expected.logprobs, atol=1e-4)  # type: ignore[arg-type]
+    assert [[token for token, _ in best] for best in scores.top[1:]] == [
+        [token for token, _ in best] for best in expected.top
+    ]
+    assert len(scores.logprobs) == len(scores.top) == len(ids)
 
 
 def test_too_many_wait_and_what_never_fits_is_refused_at_once(talker: runtime.Model, engine: Engine) -> None:
