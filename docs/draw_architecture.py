@@ -38,6 +38,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "evaluation",
         "layout_view",
         "serving",
+        "http",
         VERBS,
     ),
     "commands": ("shared", "terminal", VERBS),

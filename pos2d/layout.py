@@ -119,6 +119,30 @@ def build_layout(
     )
 
 
+def build_continuations(ids: Sequence[int], count: int, spec: Rope2DSpec) -> Layout:
+    """Lay out one prompt that has ``count`` answers, each of which has the positions of a single one.
+
+    The last token stands in every branch, and all tokens before it are the context. The branches are isolated, and all
+    of them have the branch value 0, as ordinary text has.
+
+    Raises:
+        InputError: no tokens.
+    """
+    if count == 1 or not ids:
+        return build_layout([ids], spec)
+    shared = len(ids) - 1
+    times = np.array([*range(shared), *[shared] * count], dtype=np.int64)
+    return Layout(
+        ids=np.array([*ids[:-1], *[ids[-1]] * count], dtype=np.int64),
+        positions=times,
+        branches=np.zeros_like(times),
+        times=times,
+        owners=np.array([*[CONTEXT] * shared, *range(count)], dtype=np.int64),
+        last=tuple(range(shared, shared + count)),
+        visibility="isolated",
+    )
+
+
 def _branch_value(branch: int, has_context: bool, spec: Rope2DSpec, visibility: Visibility) -> int:
     """Branch index times stride; the context, where there is one, is branch 0 and the prompts count from 1."""
     if not spec.is_2d:

@@ -68,7 +68,7 @@ class ByteLevelText:
 
     def append(self, token: int) -> str:
         text = self._token_text(token)
-        return "" if text is None else self._utf8.decode(_bytes_of(text))
+        return "" if text is None else self._utf8.decode(bytes_of_entry(text))
 
     def peek(self) -> str:
         return REPLACEMENT if self._utf8.getstate()[0] else ""
@@ -139,7 +139,7 @@ class WindowedText:
         return (count > 8 and count & (count - 1) > 0) or self.peek().endswith(REPLACEMENT)
 
 
-def _bytes_of(text: str) -> bytes:
+def bytes_of_entry(text: str) -> bytes:
     """The bytes that an entry of a byte-level vocabulary stands for; another text, as added tokens have, is UTF-8."""
     table = _byte_of_letter()
     try:

@@ -1,0 +1,1 @@
+"""The HTTP server: its routes, and what they accept and return."""

@@ -1,0 +1,66 @@
+"""``/generate`` of the trainer's guide, ``/tokenize``, and ending a request that is being answered."""
+
+import json
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from pos2d.runtime.http.answers import start
+from pos2d.runtime.http.choices import collected
+from pos2d.runtime.http.connections import whole
+from pos2d.runtime.http.errors import RequestError
+from pos2d.runtime.http.plans import plan_text, plan_tokens
+from pos2d.runtime.http.routes.documented import responses
+from pos2d.runtime.http.schemas.small import (
+    Cancelled,
+    CancelRequest,
+    Generated,
+    GenerateRequest,
+    Tokenized,
+    TokenizeRequest,
+)
+from pos2d.runtime.http.service import Service
+
+
+def small_routes(service: Service) -> APIRouter:
+    """The other routes."""
+    router = APIRouter()
+
+    @router.post("/generate", response_model=Generated, responses=responses(400, 401, 413, 422, 429, 500, 503))
+    async def generate(body: GenerateRequest, request: Request) -> Response:
+        """Continue a text as it is; the response has the text and its continuation."""
+        given = {"max_new_tokens": body.max_new_tokens, "temperature": body.temperature}
+        answer = await start(service, await service.in_worker(plan_text, service, body.prompt, given), "gen-")
+        prompt_ids = answer.plan.jobs[0].layout.ids.tolist()
+
+        async def response() -> bytes:
+            (events,) = await collected(answer)
+            ids = [*prompt_ids, *(event.token for event in events if event.token is not None)]
+            return json.dumps({"response": await service.in_worker(_decoded, service, ids)}).encode()
+
+        return await whole(request, answer, response)
+
+    @router.post("/tokenize", responses=responses(400, 401, 404, 413, 422))
+    async def tokenize(body: TokenizeRequest) -> Tokenized:
+        """The token ids of a text, or of messages in the chat template."""
+        ids = await service.in_worker(plan_tokens, service, body)
+        texts = service.artifact.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+        length = service.artifact.manifest.context_length
+        return Tokenized(count=len(ids), max_model_len=length, tokens=ids, token_strs=texts)
+
+    @router.post("/v1/requests/{name}/cancel", responses=responses(400, 401, 404, 413))
+    async def cancel(name: str, body: CancelRequest) -> Cancelled:
+        """End a request that is being answered, or one branch of it; what was written so far stays."""
+        answer = service.running.get(name)
+        if answer is None:
+            raise RequestError(404, "no request with this id is being answered; it may be complete", "id")
+        if body.branch is not None and body.branch >= answer.choices:
+            raise RequestError(400, f"`branch` {body.branch} does not exist; there are {answer.choices}", "branch")
+        answer.cancel(body.branch)
+        return Cancelled(id=name, branch=body.branch)
+
+    return router
+
+
+def _decoded(service: Service, ids: list[int]) -> Any:
+    return service.artifact.tokenizer.decode(ids, skip_special_tokens=True)

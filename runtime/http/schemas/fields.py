@@ -1,0 +1,127 @@
+"""What the bodies of all requests share: strict types with bounds, and fields that are refused unless they are off."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+MAX_TEXT = 2**20
+MAX_COUNT = 2**20
+MAX_CHOICES = 1024
+MAX_TOKEN = 2**31 - 1
+
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+SomeText = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+Label = Annotated[str, Field(max_length=512)]
+Stop = Annotated[str, Field(min_length=1, max_length=512)]
+Labels = Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_COUNT)]
+TemplateVariables = Annotated[dict[Name, Any], Field(max_length=64)]
+VisibilityName = Literal["columnar", "isolated"]
+
+
+class Body(BaseModel):
+    """A body with no other keys than its fields, whose values have exactly the declared types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Answer(BaseModel):
+    """A body of a response; it describes the response and checks nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Off:
+    """A field that the server does not support: only null, and ``values`` that ask for nothing, are accepted."""
+
+    def __init__(self, *values: Any) -> None:
+        self._values = (None, *values)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": list(self._values), "description": "Not supported; only a value that asks for nothing."}
+
+    def _check(self, value: Any) -> Any:
+        # The type is compared as well, since False equals 0.
+        if not any(type(value) is type(off) and value == off for off in self._values):
+            raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
+        return value
+
+
+class StreamOptions(Body):
+    """What a stream has besides the answers."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[object, Off(False)] = None
+
+
+class AnyText(Body):
+    """An answer of any form."""
+
+    type: Literal["text"]
+
+
+class JsonObject(Body):
+    """An answer that is a JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Body):
+    """A JSON schema; whether it is ``strict`` makes no difference, since it is always enforced."""
+
+    name: Name
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    description: Text | None = None
+    strict: bool | None = None
+
+
+class JsonSchema(Body):
+    """An answer that a JSON schema accepts."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[AnyText | JsonObject | JsonSchema, Field(discriminator="type")]
+
+
+class Sampled(Body):
+    """The fields of all requests that say how answers are sampled."""
+
+    model: Name | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stream: bool | None = None
+    user: Label | None = None
+
+
+class Extended(Sampled):
+    """The fields of chat completions and completions alike; those from ``top_k`` on are not OpenAI's."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=1024),
+        ]
+        | None
+    ) = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    min_new_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
+    branches: Annotated[list[SomeText], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    visibility: VisibilityName | None = None

@@ -1,0 +1,82 @@
+"""A server over the tiny model, in a thread of this process, and the clients that drive it."""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from pos2d import runtime
+from pos2d.runtime.http.app import create_app
+from pos2d.runtime.http.settings import ServerSettings
+from pos2d.runtime.serving.engine import Engine, Stream
+from pos2d.runtime.serving.jobs import Job, PromptScores
+
+
+class ScoringEngine(Engine):
+    """The engine, with the scores of prompts from one forward pass where it has none itself."""
+
+    async def submit(self, job: Job) -> Stream:
+        stream = await super().submit(job)
+        if job.scores_prompt:
+            stream.prompt_scores = scores_of(self.artifact, job)  # type: ignore[arg-type]
+        return stream
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    wide = wide - wide.max(axis=-1, keepdims=True)
+    return np.asarray(wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True)))
+
+
+def scores_of(model: runtime.Model, job: Job) -> PromptScores:
+    ids = job.layout.ids
+    likely = log_softmax(model.logits(ids)[0])[:-1]
+    logprobs = [None, *(float(row[token]) for row, token in zip(likely, ids[1:], strict=True))]
+    best = [int(row.argmax()) for row in likely]
+    top = [(), *(((token, float(row[token])),) for token, row in zip(best, likely, strict=True))]
+    return PromptScores(logprobs, top)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Server:
+    """A running server: its application, its address, and the model and engine behind it."""
+
+    app: FastAPI
+    url: str
+    model: runtime.Model
+    engine: Engine
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="session")
+def server(talking: Path) -> Iterator[Server]:
+    model = runtime.load(talking / "onnx")
+    engine = ScoringEngine(model)
+    app = create_app(engine, ServerSettings(model="tiny", max_branches=8))
+    running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    port = running.servers[0].sockets[0].getsockname()[1]
+    yield Server(app, f"http://127.0.0.1:{port}", model, engine)
+    running.should_exit = True
+    thread.join()
+    engine.close()
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client

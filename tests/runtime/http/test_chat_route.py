@@ -1,0 +1,119 @@
+"""Chat completions over HTTP are the answers that the library gives in process."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.runtime.http.conftest import Server
+
+ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}]
+QUESTIONS = ["one", "and two", "a third", "the fourth question"]
+
+
+def events_of(text: str) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_a_stream_an_answer_and_the_library_say_the_same(server: Server) -> None:
+    expected = server.model.chat(ASKED, max_new_tokens=12)
+    create: Any = server.client.chat.completions.create
+    asked: Any = {"model": "tiny", "messages": ASKED, "max_tokens": 12}
+    whole = create(**asked)
+    assert whole.choices[0].message.content == expected.text
+    assert whole.choices[0].finish_reason == expected.finish_reason
+    assert whole.usage.completion_tokens == len(expected.token_ids)
+    chunks = list(create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected.text
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == expected.finish_reason
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("visibility", [None, "columnar", "isolated"])
+def test_branches_are_those_of_the_library(server: Server, http: httpx.Client, visibility: Any) -> None:
+    expected = server.model.generate(QUESTIONS, "Be brief.", max_new_tokens=9, visibility=visibility)
+    body = {"messages": ASKED[:1], "branches": QUESTIONS, "max_tokens": 9, "visibility": visibility}
+    whole = http.post("/v1/chat/completions", json=body).json()
+    assert [choice["message"]["content"] for choice in whole["choices"]] == [answer.text for answer in expected]
+    usage = http.post("/v1/chat/completions", json=body | {"branches": QUESTIONS[:1]}).json()["usage"]
+    info = whole["pos2d"]
+    assert len(info["branches"]) == len(QUESTIONS)
+    assert info["visibility"] == (visibility or "columnar")
+    own = sum(branch["tokens"] for branch in info["branches"])
+    assert whole["usage"]["prompt_tokens"] == own + len(QUESTIONS) * info["context_tokens"]
+    assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 3 * info["context_tokens"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    streamed = events_of(http.post("/v1/chat/completions", json=body | {"stream": True}).text)
+    assert streamed[0]["pos2d"] == info
+    assert not any("pos2d" in chunk for chunk in streamed[1:])
+    texts = [""] * len(QUESTIONS)
+    for chunk in streamed:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["delta"].get("content", "")
+    assert texts == [answer.text for answer in expected]
+
+
+def test_branches_need_no_messages(server: Server, http: httpx.Client) -> None:
+    expected = server.model.generate(QUESTIONS[:2], max_new_tokens=5)
+    whole = http.post("/v1/chat/completions", json={"messages": [], "branches": QUESTIONS[:2], "max_tokens": 5}).json()
+    assert [choice["message"]["content"] for choice in whole["choices"]] == [answer.text for answer in expected]
+
+
+def test_several_answers_of_one_seed_differ_and_are_the_same_next_time(server: Server) -> None:
+    """The first of them is the single answer of that seed."""
+    create: Any = server.client.chat.completions.create
+    asked: Any = {"model": "tiny", "messages": ASKED, "max_tokens": 12, "temperature": 1, "seed": 5}
+    texts = [choice.message.content for choice in create(**asked, n=4).choices]
+    assert len(set(texts)) == 4
+    assert [choice.message.content for choice in create(**asked, n=4).choices] == texts
+    assert create(**asked).choices[0].message.content == texts[0]
+    assert server.model.chat(ASKED, max_new_tokens=12, temperature=1.0, seed=5).text == texts[0]
+    assert create(**asked | {"seed": 6}, n=4).choices[0].message.content != texts[0]
+
+
+def test_without_a_seed_answers_differ(server: Server) -> None:
+    create: Any = server.client.chat.completions.create
+    asked: Any = {"model": "tiny", "messages": ASKED, "max_tokens": 12, "temperature": 1}
+    assert create(**asked).choices[0].message.content != create(**asked).choices[0].message.content
+
+
+def test_log_probabilities_are_those_of_the_library(server: Server) -> None:
+    expected = server.model.chat(ASKED, max_new_tokens=12, logprobs=True)
+    asked: Any = {"model": "tiny", "messages": ASKED, "max_tokens": 12, "logprobs": True}
+    create: Any = server.client.chat.completions.create
+    entries = create(**asked).choices[0].logprobs.content
+    assert tuple(entry.logprob for entry in entries) == expected.logprobs
+    assert bytes(sum((entry.bytes for entry in entries), [])).decode(errors="replace") == expected.text
+    streamed = [
+        entry
+        for chunk in create(**asked, stream=True)
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content
+    ]
+    assert streamed == entries
+
+
+def test_a_stop_string_ends_an_answer(server: Server) -> None:
+    text = server.model.chat(ASKED, max_new_tokens=12).text
+    create: Any = server.client.chat.completions.create
+    choice = create(model="tiny", messages=ASKED, max_tokens=12, stop=[text[4:6], "\0"]).choices[0]
+    assert choice.message.content == text[: text.index(text[4:6])]
+    assert choice.finish_reason == "stop"
+
+
+def test_messages_of_parts_and_of_developers_are_read(server: Server, http: httpx.Client) -> None:
+    plain = {"messages": ASKED, "max_tokens": 5}
+    parts = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": "one", "name": None},
+    ]
+    texts = [
+        http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+        for body in (plain, plain | {"messages": parts, "tools": [], "tool_choice": "auto", "n": 1, "store": False})
+    ]
+    assert texts[0] == texts[1]
