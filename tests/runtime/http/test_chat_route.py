@@ -88,7 +88,7 @@ def test_log_probabilities_are_those_of_the_library(server: Server) -> None:
     create: Any = server.client.chat.completions.create
     entries = create(**asked).choices[0].logprobs.content
     assert tuple(entry.logprob for entry in entries) == expected.logprobs
-    assert bytes(sum((entry.bytes for entry in entries), [])).decode(errors="replace") == expected.text
+    assert bytes(byte for entry in entries for byte in entry.bytes).decode(errors="replace") == expected.text
     streamed = [
         entry
         for chunk in create(**asked, stream=True)
