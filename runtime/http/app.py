@@ -4,6 +4,7 @@ from fastapi import FastAPI
 
 from pos2d.runtime.http.errors import add_error_handlers
 from pos2d.runtime.http.routes.openai import openai_routes
+from pos2d.runtime.http.routes.responses import response_routes
 from pos2d.runtime.http.routes.small import small_routes
 from pos2d.runtime.http.service import Service
 from pos2d.runtime.http.settings import ServerSettings
@@ -24,5 +25,6 @@ def create_app(engine: Engine, settings: ServerSettings, renderer: Renderer | No
     app.state.service = service
     add_error_handlers(app)
     app.include_router(openai_routes(service))
+    app.include_router(response_routes(service))
     app.include_router(small_routes(service))
     return app

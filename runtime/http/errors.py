@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -45,7 +46,7 @@ def error_response(error: RequestError, headers: Mapping[str, str] | None = None
     """The response to a refused request."""
     fields = dict(headers or {})
     if error.retry_after is not None:
-        fields["Retry-After"] = str(max(1, round(error.retry_after)))
+        fields["Retry-After"] = str(max(1, ceil(error.retry_after)))
     body = error_body(error.status, error.message, error.param, error.code)
     return Response(body, error.status, fields, "application/json")
 
@@ -118,6 +119,7 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return error_response(RequestError(error.status_code, str(error.detail)), error.headers)
 
+    app.add_exception_handler(Exception, refused)
     app.add_exception_handler(RequestError, refused)
     app.add_exception_handler(Pos2DError, refused)
     app.add_exception_handler(RequestValidationError, not_valid)

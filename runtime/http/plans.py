@@ -10,9 +10,10 @@ from pos2d.layout import CONTEXT, Layout, build_continuations, build_layout
 from pos2d.runtime.engine.sampler import new_token_limit
 from pos2d.runtime.engine.sampling import Sampling
 from pos2d.runtime.http.errors import RequestError, refusal
-from pos2d.runtime.http.sampling import chat_sampling, completion_sampling, resolve
+from pos2d.runtime.http.sampling import chat_sampling, completion_sampling, resolve, response_sampling
 from pos2d.runtime.http.schemas.chat import ChatRequest
 from pos2d.runtime.http.schemas.completions import CompletionRequest
+from pos2d.runtime.http.schemas.responses import ResponseRequest
 from pos2d.runtime.http.schemas.small import TokenizeRequest
 from pos2d.runtime.http.service import Service
 from pos2d.runtime.http.texts import encode_plain, encode_questions, turns
@@ -114,6 +115,24 @@ def plan_completion(service: Service, body: CompletionRequest) -> Plan:
             service.artifact.check_ids(layout.ids)
         echoes = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
         return _plan(service, layouts, options.sampling, scores=scores, echoes=echoes if body.echo else ())
+
+
+def plan_response(service: Service, body: ResponseRequest) -> Plan:
+    """The plan of a request to ``/v1/responses``; its instructions are a message of the system.
+
+    Raises:
+        RequestError: anything that is wrong with it.
+    """
+    service.check_model(body.model)
+    names = {"max_new_tokens": "max_output_tokens"}
+    sampling = resolve(service, response_sampling(body), names).sampling
+    tokenizer = service.artifact.tokenizer
+    messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    with _refusing("input", names):
+        require_chat_template(tokenizer)
+        asked = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else turns(body.input)
+        ids = encode_plain(tokenizer, service.renderer.answer([*messages, *asked], None), special=False)
+        return _plan(service, [build_layout([ids], service.spec)], sampling)
 
 
 def plan_text(service: Service, prompt: str, given: Mapping[str, Any]) -> Plan:

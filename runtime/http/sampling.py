@@ -12,6 +12,7 @@ from pos2d.runtime.http.errors import RequestError, refusal
 from pos2d.runtime.http.schemas.chat import ChatRequest
 from pos2d.runtime.http.schemas.completions import CompletionRequest
 from pos2d.runtime.http.schemas.fields import Extended, JsonObject, JsonSchema, ResponseFormat
+from pos2d.runtime.http.schemas.responses import LOGPROBS, ResponseRequest, TextSchema
 from pos2d.runtime.http.service import Service
 from pos2d.runtime.text.options import RequestOptions, request_options
 
@@ -54,6 +55,22 @@ def completion_sampling(body: CompletionRequest) -> dict[str, Any]:
         "logprobs": None if body.logprobs is None else True,
         "top_logprobs": body.logprobs or None,
         "ignore_chat_template": True,
+    }
+
+
+def response_sampling(body: ResponseRequest) -> dict[str, Any]:
+    """The options of a request to ``/v1/responses``."""
+    wants_logprobs = bool(body.include)
+    if body.top_logprobs and not wants_logprobs:
+        raise RequestError(400, f"`top_logprobs` has no effect without `include` {[LOGPROBS]}", "top_logprobs")
+    form = body.text.format if body.text else None
+    return {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "max_new_tokens": body.max_output_tokens,
+        "logprobs": wants_logprobs or None,
+        "top_logprobs": body.top_logprobs or None,
+        "json_schema": form.json_schema if isinstance(form, TextSchema) else json_schema_of(form),
     }
 
 

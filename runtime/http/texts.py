@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from pos2d.errors import InputError
 from pos2d.messages import text_messages
 from pos2d.runtime.http.schemas.chat import Message
+from pos2d.runtime.http.schemas.responses import InputMessage
 from pos2d.runtime.text.chat_template import render_for_answer, render_messages, render_questions
 from pos2d.runtime.text.tokenization import EncodedPrompts, encode, encode_longer, encode_text, share_context
 
@@ -42,14 +43,14 @@ class DirectRenderer:
         return render_messages(self._tokenizer, messages, arguments, add_generation_prompt=False)
 
 
-def turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def turns(messages: Sequence[Message | InputMessage]) -> list[dict[str, Any]]:
     """The messages as chat templates know them; a developer's message is the system's."""
     named = [
         {
             "role": "system" if message.role == "developer" else message.role,
             "content": message.content
             if isinstance(message.content, str)
-            else [part.model_dump() for part in message.content],
+            else [{"type": "text", "text": part.text} for part in message.content],
         }
         for message in messages
     ]
