@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from pydantic import BaseModel
-
 from pos2d.runtime.http.schemas.common import ErrorBody
 
 ERRORS = {
@@ -18,14 +16,14 @@ ERRORS = {
 }
 
 
-def responses(*statuses: int, chunk: type[BaseModel] | None = None) -> dict[int | str, dict[str, Any]]:
-    """The responses of a route besides its answer; ``chunk`` is the form of the events of its streams."""
+def responses(*statuses: int, streams: bool = False) -> dict[int | str, dict[str, Any]]:
+    """The responses of a route besides its answer; ``streams``: it may be a stream of events."""
     found: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorBody, "description": ERRORS[status]} for status in statuses or ERRORS
     }
-    if chunk is not None:
+    if streams:
         found[200] = {
-            "description": f"The answer, or with `stream` a stream of server-sent events; each is a {chunk.__name__}.",
+            "description": "The answer, or with `stream` server-sent events.",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         }
     return found

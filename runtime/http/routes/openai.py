@@ -8,7 +8,7 @@ from pos2d.runtime.http.completion_format import CompletionChunks
 from pos2d.runtime.http.connections import EventStream, whole
 from pos2d.runtime.http.plans import plan_chat, plan_completion
 from pos2d.runtime.http.routes.documented import responses
-from pos2d.runtime.http.schemas.chat import ChatChunk, ChatCompletion, ChatRequest
+from pos2d.runtime.http.schemas.chat import ChatCompletion, ChatRequest
 from pos2d.runtime.http.schemas.common import ModelFacts, ModelList
 from pos2d.runtime.http.schemas.completions import Completion, CompletionRequest
 from pos2d.runtime.http.service import Service
@@ -26,7 +26,7 @@ def openai_routes(service: Service) -> APIRouter:
         max_model_len=service.artifact.manifest.context_length,
     )
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=responses(chunk=ChatChunk))
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=responses(streams=True))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer messages, or several questions after them: `branches`."""
         answer = await start(service, await service.in_worker(plan_chat, service, body), "chatcmpl-")
@@ -35,7 +35,7 @@ def openai_routes(service: Service) -> APIRouter:
             return EventStream(answer, ChatChunks(answer, model, tokens, include_usage))
         return await whole(request, answer, lambda: chat_completion(answer, model, tokens))
 
-    @router.post("/v1/completions", response_model=Completion, responses=responses(chunk=Completion))
+    @router.post("/v1/completions", response_model=Completion, responses=responses(streams=True))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts or token ids as they are."""
         answer = await start(service, await service.in_worker(plan_completion, service, body), "cmpl-")
@@ -53,7 +53,7 @@ def openai_routes(service: Service) -> APIRouter:
         """The model of this server."""
         return ModelList(object="list", data=[facts])
 
-    @router.get("/v1/models/{name:path}", responses=responses(401, 404))
+    @router.get("/v1/models/{name:path}", responses=responses(401, 404, 422))
     async def model_of(name: str) -> ModelFacts:
         """The model with a name."""
         service.check_model(name)

@@ -15,7 +15,7 @@ def response_routes(service: Service) -> APIRouter:
     """The route of OpenAI's newer clients."""
     router = APIRouter()
 
-    @router.post("/v1/responses", response_model=ResponseBody, responses=responses(chunk=ResponseBody))
+    @router.post("/v1/responses", response_model=ResponseBody, responses=responses(streams=True))
     async def create_response(body: ResponseRequest, request: Request) -> Response:
         """Answer a text or messages; nothing is stored."""
         answer = await start(service, await service.in_worker(plan_response, service, body), "resp_")

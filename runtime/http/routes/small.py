@@ -48,7 +48,7 @@ def small_routes(service: Service) -> APIRouter:
         length = service.artifact.manifest.context_length
         return Tokenized(count=len(ids), max_model_len=length, tokens=ids, token_strs=texts)
 
-    @router.post("/v1/requests/{name}/cancel", responses=responses(400, 401, 404, 413))
+    @router.post("/v1/requests/{name}/cancel", responses=responses(400, 401, 404, 413, 422))
     async def cancel(name: str, body: CancelRequest) -> Cancelled:
         """End a request that is being answered, or one branch of it; what was written so far stays."""
         answer = service.running.get(name)

@@ -7,6 +7,7 @@ from pydantic import Field
 from pos2d.runtime.http.schemas.common import BranchInfo, Usage
 from pos2d.runtime.http.schemas.fields import (
     MAX_COUNT,
+    WHOLE,
     Answer,
     Body,
     Extended,
@@ -47,10 +48,10 @@ class ChatRequest(Extended):
     """Messages that are answered; the last field that is supported is ``chat_template_kwargs``."""
 
     messages: Annotated[list[Message], Field(max_length=4096)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), WHOLE] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     metadata: Labels | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None

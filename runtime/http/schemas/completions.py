@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pos2d.runtime.http.schemas.common import BranchInfo, Usage
-from pos2d.runtime.http.schemas.fields import MAX_CHOICES, Answer, Extended, Off, SomeText, Text, TokenIds
+from pos2d.runtime.http.schemas.fields import MAX_CHOICES, WHOLE, Answer, Extended, Off, SomeText, Text, TokenIds
 
 Several = Field(min_length=1, max_length=MAX_CHOICES)
 
@@ -15,7 +15,7 @@ class CompletionRequest(Extended):
 
     prompt: Text | TokenIds | Annotated[list[SomeText], Several] | Annotated[list[TokenIds], Several] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     best_of: Annotated[object, Off(1)] = None
     suffix: Annotated[object, Off("")] = None
 

@@ -2,14 +2,23 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 MAX_TEXT = 2**20
 MAX_COUNT = 2**20
 MAX_CHOICES = 1024
 MAX_TOKEN = 2**31 - 1
+# The largest number below 2**63 that is the same as a float, as which JSON schemas have it.
+MAX_SEED = 2**63 - 1024
 
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number, so 2.0 is a whole number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 SomeText = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
@@ -104,24 +113,24 @@ class Sampled(Body):
 class Extended(Sampled):
     """The fields of chat completions and completions alike; those from ``top_k`` on are not OpenAI's."""
 
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT), WHOLE] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=1024),
+            Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
         ]
         | None
     ) = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    min_new_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
+    min_new_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT), WHOLE] | None = None
     branches: Annotated[list[SomeText], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
     visibility: VisibilityName | None = None

@@ -7,6 +7,7 @@ from pydantic import Field
 from pos2d.runtime.http.schemas.chat import TokenLogprob
 from pos2d.runtime.http.schemas.fields import (
     MAX_COUNT,
+    WHOLE,
     Answer,
     AnyText,
     Body,
@@ -62,9 +63,9 @@ class ResponseRequest(Sampled):
 
     input: SomeText | Annotated[list[InputMessage], Field(min_length=1, max_length=4096)]
     instructions: Text | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), WHOLE] | None = None
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     text: TextOptions | None = None
     metadata: Labels | None = None
     safety_identifier: Label | None = None

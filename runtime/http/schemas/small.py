@@ -8,6 +8,7 @@ from pos2d.runtime.http.schemas.chat import Message
 from pos2d.runtime.http.schemas.fields import (
     MAX_CHOICES,
     MAX_COUNT,
+    WHOLE,
     Answer,
     Body,
     Name,
@@ -21,7 +22,7 @@ class GenerateRequest(Body):
     """The request of the trainer's guide."""
 
     prompt: SomeText
-    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 512
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), WHOLE] = 512
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.7
 
 
@@ -55,7 +56,7 @@ class Tokenized(Answer):
 class CancelRequest(Body):
     """Which branch of a request to end; without one, all of them."""
 
-    branch: Annotated[int, Field(ge=0, le=MAX_CHOICES)] | None = None
+    branch: Annotated[int, Field(ge=0, le=MAX_CHOICES), WHOLE] | None = None
 
 
 class Cancelled(Answer):

@@ -6,6 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
+from pos2d.runtime.http.schemas.chat import ChatChunk, ChatCompletion
+from pos2d.runtime.http.schemas.completions import Completion
 from tests.runtime.http.conftest import Server
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}]
@@ -15,6 +17,9 @@ QUESTIONS = ["one", "and two", "a third", "the fourth question"]
 def events_of(text: str) -> list[Any]:
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
     assert lines[-1] == "[DONE]"
+    form = ChatChunk if '"chat.completion.chunk"' in lines[0] else Completion
+    for line in lines[:-1]:
+        form.model_validate_json(line)
     return [json.loads(line) for line in lines[:-1]]
 
 
@@ -41,6 +46,7 @@ def test_branches_are_those_of_the_library(server: Server, http: httpx.Client, v
     body = {"messages": ASKED[:1], "branches": QUESTIONS, "max_tokens": 9, "visibility": visibility}
     whole = http.post("/v1/chat/completions", json=body).json()
     assert [choice["message"]["content"] for choice in whole["choices"]] == [answer.text for answer in expected]
+    ChatCompletion.model_validate(whole)
     usage = http.post("/v1/chat/completions", json=body | {"branches": QUESTIONS[:1]}).json()["usage"]
     info = whole["pos2d"]
     assert len(info["branches"]) == len(QUESTIONS)
@@ -114,6 +120,6 @@ def test_messages_of_parts_and_of_developers_are_read(server: Server, http: http
     ]
     texts = [
         http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
-        for body in (plain, plain | {"messages": parts, "tools": [], "tool_choice": "auto", "n": 1, "store": False})
+        for body in (plain, plain | {"messages": parts, "tools": [], "tool_choice": "auto", "n": 1.0, "store": False})
     ]
     assert texts[0] == texts[1]

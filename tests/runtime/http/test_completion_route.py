@@ -5,6 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
+from pos2d.runtime.http.schemas.completions import Completion
 from tests.runtime.http.conftest import Server, log_softmax
 from tests.runtime.http.test_chat_route import QUESTIONS, events_of
 
@@ -14,6 +15,7 @@ PROMPTS = ["one and ", "another one, longer, "]
 def complete(http: httpx.Client, **body: Any) -> Any:
     response = http.post("/v1/completions", json={"max_tokens": 8} | body)
     assert response.status_code == 200, response.text
+    Completion.model_validate_json(response.content)
     return response.json()
 
 

@@ -8,7 +8,7 @@ from openai.types.responses import response_create_params
 from openai.types.responses.response_stream_event import ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from pos2d.runtime.http.schemas.responses import ResponseRequest
+from pos2d.runtime.http.schemas.responses import ResponseBody, ResponseRequest
 from tests.runtime.http.conftest import Server
 
 ASKED: dict[str, Any] = {"model": "tiny", "input": "one", "instructions": "Be brief.", "max_output_tokens": 12}
@@ -22,6 +22,7 @@ def expected_text(server: Server, *, turns: Any = (), **options: Any) -> str:
 def test_an_answer_is_the_librarys_and_goes_back_as_input(server: Server) -> None:
     create: Any = server.client.responses.create
     first = create(**ASKED)
+    ResponseBody.model_validate(first.model_dump(exclude_unset=True))
     assert first.output_text == expected_text(server)
     assert first.status == "incomplete"
     assert first.incomplete_details.reason == "max_output_tokens"
