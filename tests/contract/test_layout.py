@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pos2d.errors import InputError
-from pos2d.layout import CONTEXT, build_layout, columnar_mask
+from pos2d.layout import CONTEXT, build_continuations, build_layout, columnar_mask
 from pos2d.spec import Rope2DSpec, pair_indices_for_ratio
 from tests.conftest import Golden
 
@@ -103,3 +103,26 @@ def test_empty_prompts_are_refused_by_number() -> None:
         build_layout([[1], []], SPEC)
     with pytest.raises(InputError, match="no prompt"):
         build_layout([], SPEC)
+
+
+@pytest.mark.parametrize("ids", [[7], [7, 8, 9, 10]])
+@pytest.mark.parametrize("spec", [SPEC, Rope2DSpec(8, (), 128, visibility="isolated")])
+def test_every_answer_of_one_prompt_has_the_tokens_and_positions_of_a_single_one(
+    ids: list[int], spec: Rope2DSpec
+) -> None:
+    single = build_layout([ids], spec).append([20]).append([21])
+    made = build_continuations(ids, 3, spec).append([20, None, 20]).append([21, None, 21])
+    assert len(made) == len(ids) - 1 + 3 + 4
+    for branch in (0, 2):
+        seen = made.mask()[made.last[branch]].nonzero()[0]
+        for name in ("ids", "positions", "pos2d", "times"):
+            np.testing.assert_array_equal(getattr(made, name)[seen], getattr(single, name))
+    assert made.ids[made.last[1]] == ids[-1]
+
+
+def test_one_answer_of_one_prompt_is_a_single_sequence() -> None:
+    made = build_continuations([7, 8], 1, SPEC)
+    assert made.visibility == SPEC.visibility
+    assert CONTEXT not in made.owners
+    with pytest.raises(InputError):
+        build_continuations([], 2, SPEC)
