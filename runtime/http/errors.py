@@ -75,6 +75,8 @@ def invalid(error: RequestValidationError) -> RequestError:
     deepest = max(faults, key=lambda found: len(found[0]))[0]
     reasons = dict.fromkeys(_reason(fault) for path, fault in faults if path == deepest)
     name = ".".join(map(str, deepest))
+    if not name and faults[0][1]["type"] != "json_invalid":
+        return RequestError(400, "the body is not a JSON object; send one with `Content-Type: application/json`")
     return RequestError(400, f"`{name}` {' or '.join(reasons)}" if name else " or ".join(reasons), name or None)
 
 
@@ -101,6 +103,8 @@ def _reason(fault: Mapping[str, Any]) -> str:
         return "the body is not JSON"
     if fault["type"] == "missing":
         return "is missing"
+    if fault["type"] == "union_tag_not_found":
+        return "needs a `type`"
     message = str(fault["msg"])
     return re.sub(r"^(Input|Value|String|List|Dictionary) should ", "should ", message)
 

@@ -23,6 +23,9 @@ from pos2d.runtime.text.end_tokens import end_token_ids
 from pos2d.runtime.text.options import LayoutOptions, PromptOptions
 from pos2d.runtime.text.tokenization import EncodedPrompts, encode, encode_prompts
 
+# What completion requests call options that have other names in the library.
+COMPLETION_NAMES = {"max_new_tokens": "max_tokens", "top_logprobs": "logprobs", "json_schema": "response_format"}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
@@ -68,7 +71,8 @@ def plan_chat(service: Service, body: ChatRequest) -> Plan:
     """
     service.check_model(body.model)
     count = _count(service, body.n, body.branches)
-    names = {"max_new_tokens": "max_completion_tokens" if body.max_completion_tokens else "max_tokens"}
+    limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+    names = {"max_new_tokens": limit, "json_schema": "response_format"}
     options = resolve(service, chat_sampling(body), names, body.n or 1)
     sampling, arguments, tokenizer = options.sampling, options.chat_template_kwargs, service.artifact.tokenizer
     if not body.messages and not body.branches:
@@ -95,8 +99,7 @@ def plan_completion(service: Service, body: CompletionRequest) -> Plan:
     """
     service.check_model(body.model)
     count = _count(service, body.n, body.branches)
-    names = {"max_new_tokens": "max_tokens"}
-    options = resolve(service, completion_sampling(body), names, body.n or 1)
+    options = resolve(service, completion_sampling(body), COMPLETION_NAMES, body.n or 1)
     if body.branches:
         return _plan_branches(service, body, body.branches, options.layout, options.sampling)
     scores = bool(body.echo) and body.logprobs is not None
@@ -108,7 +111,7 @@ def plan_completion(service: Service, body: CompletionRequest) -> Plan:
             422, f"`prompt` has {len(prompts)} prompts, a request may have {service.settings.max_prompts}", "prompt"
         )
     tokenizer = service.artifact.tokenizer
-    with _refusing("prompt", names):
+    with _refusing("prompt", COMPLETION_NAMES):
         ids = [encode_plain(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         layouts = [build_continuations(prompt, count, service.spec) for prompt in ids]
         for layout in layouts:
@@ -124,7 +127,7 @@ def plan_response(service: Service, body: ResponseRequest) -> Plan:
         RequestError: anything that is wrong with it.
     """
     service.check_model(body.model)
-    names = {"max_new_tokens": "max_output_tokens"}
+    names = {"max_new_tokens": "max_output_tokens", "json_schema": "text", "logprobs": "include"}
     sampling = resolve(service, response_sampling(body), names).sampling
     tokenizer = service.artifact.tokenizer
     messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
@@ -154,7 +157,7 @@ def _plan_branches(
         raise RequestError(400, "`prompt` must be one text where `branches` continue it", "prompt")
     if body.echo:
         raise RequestError(400, "`echo` is not supported with `branches`; leave one of them out", "echo")
-    with _refusing("branches", {"max_new_tokens": "max_tokens"}):
+    with _refusing("branches", COMPLETION_NAMES):
         _check_questions(branches)
         visibility = layout.apply_to(service.spec).visibility
         encoded = encode_prompts(
