@@ -10,7 +10,7 @@ from pos2d.errors import Pos2DError
 from pos2d.runtime.http.errors import refusal
 from pos2d.runtime.http.plans import Plan
 from pos2d.runtime.http.service import Service
-from pos2d.runtime.serving.engine import Stream
+from pos2d.runtime.serving.streams import Stream
 from pos2d.runtime.text.completions import Event
 
 

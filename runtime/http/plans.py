@@ -17,6 +17,7 @@ from pos2d.runtime.http.schemas.responses import ResponseRequest
 from pos2d.runtime.http.schemas.small import TokenizeRequest
 from pos2d.runtime.http.service import Service
 from pos2d.runtime.http.texts import encode_plain, encode_questions, turns
+from pos2d.runtime.serving.engine import PreparedJob
 from pos2d.runtime.serving.jobs import Job
 from pos2d.runtime.text.chat_template import check_arguments, require_chat_template
 from pos2d.runtime.text.end_tokens import end_token_ids
@@ -34,7 +35,7 @@ class Plan:
     ``echoes`` are the texts of the prompts, where the request wants them back.
     """
 
-    jobs: tuple[Job, ...]
+    jobs: tuple[PreparedJob, ...]
     sampling: Sampling
     has_branches: bool = False
     echoes: tuple[str, ...] = ()
@@ -191,8 +192,7 @@ def _plan(
         for branch in range(count):
             new_token_limit(sampling, context_size(layout) + int((layout.owners == branch).sum()))
         job = Job(layout, (sampling,) * count, tuple((branch,) for branch in range(count)), scores)
-        service.engine.check(job)
-        jobs.append(job)
+        jobs.append(service.engine.prepare(job))
     return Plan(tuple(jobs), sampling, has_branches, tuple(echoes))
 
 

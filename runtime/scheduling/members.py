@@ -43,9 +43,9 @@ class Member:
 
     @property
     def prompt(self) -> Ints:
-        """The tokens of the prompt that may be copied; at least one token of it is always read."""
+        """The tokens of the prompt that may be copied; the last token of every branch is read, for its logits."""
         layout = self.sequence.layout
-        return layout.ids[: 0 if self.is_scored else min(self.plain, len(layout) - 1)]
+        return layout.ids[: 0 if self.is_scored else min(self.plain, *layout.last)]
 
     @property
     def held(self) -> Ints:

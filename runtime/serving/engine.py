@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
+from pos2d.layout import Layout
 from pos2d.runtime.engine.sequence import SequenceState
 from pos2d.runtime.scheduling.pace import MeasuredPieces
 from pos2d.runtime.scheduling.scheduler import Limits, Progress, Scheduler
@@ -25,14 +26,22 @@ NEWEST, LEAST_RETRY, MOST_RETRY = 0.2, 1.0, 60.0
 Deliveries = list[tuple[Stream, Item]]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedJob:
+    """A job that was checked, with the state that decoding it changes."""
+
+    layout: Layout
+    sequence: SequenceState
+    events: ColumnEvents
+    scorer: PromptScorer | None
+
+
 @dataclass(slots=True, eq=False)
 class _Open:
     """A job that has not ended; ``number`` is the scheduler's, once it has the job."""
 
     stream: Stream
-    sequence: SequenceState
-    events: ColumnEvents
-    scorer: PromptScorer | None
+    job: PreparedJob
     number: int = -1
     is_running: bool = False
 
@@ -66,6 +75,7 @@ class Engine:
         self._by_number: dict[int, _Open] = {}
         self._lock = threading.Lock()
         self._load = EngineLoad(0, 0, 0, 0, self.kv_budget)  # replaced as a whole by the engine's thread
+        self._defect: Exception | None = None
         self._last_end: float | None = None
         self._end_interval = LEAST_RETRY
         self._thread = threading.Thread(target=self._run, name="pos2d-engine", daemon=True)
@@ -76,23 +86,33 @@ class Engine:
         """Whether the engine's thread runs."""
         return self._thread.is_alive()
 
-    async def submit(self, job: Job) -> Stream:
-        """Queue a job.
+    def prepare(self, job: Job) -> PreparedJob:
+        """Check a job, before anything is allocated for it; any thread may call this.
 
         Raises:
             InputError: it has more tokens than the model has positions, or it does not fit in the KV budget alone.
             UsageError: options that this artifact cannot use.
-            BusyError: too many jobs wait.
         """
         samplers = text_samplers(self.artifact, job.layout, job.samplings, job.random_streams)
         sequence = SequenceState(job.layout, samplers, self.artifact.manifest.context_length)
         self._scheduler.check(sequence)
-        stream = Stream(asyncio.get_running_loop(), self._cancel)
         top = max(sampling.top_logprobs for sampling in job.samplings)
         scorer = PromptScorer(job.layout, top) if job.scores_prompt else None
-        opened = _Open(stream, sequence, ColumnEvents(samplers), scorer)
+        return PreparedJob(job.layout, sequence, ColumnEvents(samplers), scorer)
+
+    async def submit(self, job: PreparedJob) -> Stream:
+        """Queue a job, once.
+
+        Raises:
+            BusyError: too many jobs wait.
+            Exception: what ended the engine's thread, if that has ended.
+        """
+        stream = Stream(asyncio.get_running_loop(), self._cancel)
+        opened = _Open(stream, job)
         with self._lock:
-            if self._waiting(opened.sequence) > self._max_waiting:
+            if self._defect is not None:
+                raise self._defect
+            if self._waiting(job.sequence) > self._max_waiting:
                 wait = f"{self._max_waiting} requests are waiting already; try again later"
                 raise BusyError(wait, self._retry_after())
             self._open[stream] = opened
@@ -112,7 +132,7 @@ class Engine:
     def _waiting(self, *new: SequenceState) -> int:
         """The number of jobs, of those that have not begun and ``new`` ones, that have to wait for room."""
         branches, tokens = self._load.branches, self._load.kv_tokens
-        queued = [*(opened.sequence for opened in self._open.values() if not opened.is_running), *new]
+        queued = [*(opened.job.sequence for opened in self._open.values() if not opened.is_running), *new]
         for number, sequence in enumerate(queued):
             branches += len(sequence.live)
             tokens += sequence.capacity
@@ -127,7 +147,11 @@ class Engine:
         try:
             self._serve()
         except Exception as error:  # a defect of the engine itself: its users must not wait for ever
-            self._deliver([item for opened in list(self._open.values()) for item in self._failed(opened, error)])
+            with self._lock:
+                self._defect = error
+                opened, self._open = list(self._open), {}
+            self._load = EngineLoad(0, 0, 0, 0, self.kv_budget)
+            _hand_over([(stream, item) for stream in opened for item in (error, None)])
             raise
 
     def _serve(self) -> None:
@@ -141,7 +165,7 @@ class Engine:
             self._deliver([item for progress in self._scheduler.step() for item in self._items(progress)])
 
     def _add(self, opened: _Open) -> Deliveries:
-        opened.number = self._scheduler.add(opened.sequence, opened.scorer)
+        opened.number = self._scheduler.add(opened.job.sequence, opened.job.scorer)
         self._by_number[opened.number] = opened
         return []
 
@@ -150,9 +174,9 @@ class Engine:
         if opened is None:
             return []
         self._scheduler.cancel(opened.number, branch)
-        if branch is not None and opened.sequence.live:
+        if branch is not None and opened.job.sequence.live:
             return []
-        return [(stream, opened.events.cancelled()), *self._ended(opened)]
+        return [(stream, opened.job.events.cancelled()), *self._ended(opened)]
 
     def _items(self, progress: Progress) -> Deliveries:
         """What the stream of a job gets after a step."""
@@ -161,10 +185,10 @@ class Engine:
         if progress.error is not None:
             return self._failed(opened, progress.error)
         assert progress.column is not None
-        if opened.scorer is not None and opened.stream.prompt_scores is None:
-            opened.stream.prompt_scores = opened.scorer.scores()
-        items: Deliveries = [(opened.stream, opened.events.of(progress.column))]
-        return items if opened.sequence.live else [*items, *self._ended(opened)]
+        if opened.job.scorer is not None and opened.stream.prompt_scores is None:
+            opened.stream.prompt_scores = opened.job.scorer.scores()
+        items: Deliveries = [(opened.stream, opened.job.events.of(progress.column))]
+        return items if opened.job.sequence.live else [*items, *self._ended(opened)]
 
     def _failed(self, opened: _Open, error: Exception) -> Deliveries:
         return [(opened.stream, error), *self._ended(opened)]
@@ -184,7 +208,7 @@ class Engine:
         return min(MOST_RETRY, max(LEAST_RETRY, self._max_waiting / 2 * self._end_interval))
 
     def _deliver(self, deliveries: Deliveries) -> None:
-        """Publish what the engine is doing, and hand over items to the event loops of their readers, once for each."""
+        """Publish what the engine is doing, and hand over items to the readers of the streams."""
         running = self._scheduler.running
         for member in running:
             self._by_number[member.number].is_running = True
@@ -195,9 +219,7 @@ class Engine:
             kv_tokens=sum(member.reserved for member in running),
             kv_budget=self.kv_budget,
         )
-        for loop in {stream.loop for stream, _ in deliveries}:
-            with suppress(RuntimeError):  # the loop was closed
-                loop.call_soon_threadsafe(_put_all, [pair for pair in deliveries if pair[0].loop is loop])
+        _hand_over(deliveries)
 
 
 def default_kv_budget(artifact: LoadedArtifact, branches: int) -> int:
@@ -206,6 +228,13 @@ def default_kv_budget(artifact: LoadedArtifact, branches: int) -> int:
 
     room = psutil.virtual_memory().available // 2 // artifact.backend.kv_token_bytes
     return min(room, branches * artifact.manifest.context_length)
+
+
+def _hand_over(deliveries: Deliveries) -> None:
+    """Put items into the queues of their streams, with one call for each event loop."""
+    for loop in {stream.loop for stream, _ in deliveries}:
+        with suppress(RuntimeError):  # the loop was closed
+            loop.call_soon_threadsafe(_put_all, [pair for pair in deliveries if pair[0].loop is loop])
 
 
 def _put_all(deliveries: Deliveries) -> None:

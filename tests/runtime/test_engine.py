@@ -1,7 +1,6 @@
 """The engine: streams of events from a thread of its own, for several users at once."""
 
 import asyncio
-import gc
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -38,6 +37,10 @@ def job_of(model: runtime.Model, prompts: list[str], context: str | None = None,
     return Job(request.layouts[0], (request.sampling,) * count, tuple((k,) for k in range(count)))
 
 
+async def submit(engine: Engine, job: Job) -> Stream:
+    return await engine.submit(engine.prepare(job))
+
+
 async def read(stream: Stream) -> list[Event]:
     return [event async for events in stream for event in events]
 
@@ -53,7 +56,9 @@ def test_users_get_what_they_get_alone(talker: runtime.Model, engine: Engine) ->
 
     async def all_of_them() -> list[list[Completion]]:
         async def one(prompts: list[str], context: str | None) -> list[Completion]:
-            stream = await engine.submit(job_of(talker, prompts, context, max_new_tokens=12, temperature=1.0))
+            stream = await engine.submit(
+                engine.prepare(job_of(talker, prompts, context, max_new_tokens=12, temperature=1.0))
+            )
             return collect(await read(stream), prompts)
 
         return await asyncio.gather(*(one(*request) for request in asked))
@@ -67,7 +72,7 @@ def test_users_get_what_they_get_alone(talker: runtime.Model, engine: Engine) ->
 def test_a_cancelled_branch_ends_and_the_others_go_on(talker: runtime.Model, engine: Engine) -> None:
     async def ask() -> list[Event]:
         events: list[Event] = []
-        stream = await engine.submit(job_of(talker, ["a", "b", "c"], max_new_tokens=30))
+        stream = await submit(engine, job_of(talker, ["a", "b", "c"], max_new_tokens=30))
         async for step in stream:
             events += step
             if len(events) == 9:
@@ -83,7 +88,7 @@ def test_a_cancelled_job_ends_wherever_it_is(talker: runtime.Model, engine: Engi
     """Before its first step, while its prompt is read, and while it writes."""
 
     async def ask(steps: int) -> list[Event]:
-        stream = await engine.submit(job_of(talker, ["word " * 40, "b"], max_new_tokens=LONG))
+        stream = await submit(engine, job_of(talker, ["word " * 40, "b"], max_new_tokens=LONG))
         events: list[Event] = []
         if not steps:
             stream.cancel()
@@ -107,7 +112,7 @@ def test_a_scored_prompt_has_what_the_model_gives_its_tokens(talker: runtime.Mod
     job = job_of(talker, [text], ignore_chat_template=True, max_new_tokens=1, top_logprobs=2)
 
     async def ask() -> Stream:
-        stream = await engine.submit(replace(job, scores_prompt=True))
+        stream = await submit(engine, replace(job, scores_prompt=True))
         await read(stream)
         return stream
 
@@ -126,14 +131,12 @@ def test_a_scored_prompt_has_what_the_model_gives_its_tokens(talker: runtime.Mod
 def test_too_many_wait_and_what_never_fits_is_refused_at_once(talker: runtime.Model, engine: Engine) -> None:
     async def ask() -> None:
         with pytest.raises(InputError, match="at most 16 run at once"):
-            await engine.submit(
-                Job(build_layout([[1]] * 17, talker.manifest.rope_2d), (Sampling(),) * 17, ((0,),) * 17)
-            )
+            engine.prepare(Job(build_layout([[1]] * 17, talker.manifest.rope_2d), (Sampling(),) * 17, ((0,),) * 17))
         streams = []
         for _ in range(6):  # two of them run
-            streams.append(await engine.submit(job_of(talker, ["q"] * 8, max_new_tokens=LONG)))
+            streams.append(await submit(engine, job_of(talker, ["q"] * 8, max_new_tokens=LONG)))
         with pytest.raises(BusyError, match="4 requests are waiting") as refused:
-            await engine.submit(job_of(talker, ["q"] * 8, max_new_tokens=LONG))
+            await submit(engine, job_of(talker, ["q"] * 8, max_new_tokens=LONG))
         assert 1 <= refused.value.retry_after <= 60
         await until(lambda: engine.load().running == 2)
         assert engine.load().branches == 16
@@ -148,7 +151,7 @@ def test_an_error_of_one_step_ends_the_jobs_of_that_step_alone(
     talker: runtime.Model, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def ask() -> Completion:
-        stream = await engine.submit(job_of(talker, ["a"], max_new_tokens=5))
+        stream = await submit(engine, job_of(talker, ["a"], max_new_tokens=5))
         return collect(await read(stream), ["a"])[0]
 
     expected = asyncio.run(ask())
@@ -161,11 +164,30 @@ def test_an_error_of_one_step_ends_the_jobs_of_that_step_alone(
     assert asyncio.run(ask()) == expected
 
 
+def test_a_defect_of_the_engine_reaches_all_its_users(talker: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(talker)
+
+    async def ask() -> None:
+        jobs = [engine.prepare(job_of(talker, ["a"], max_new_tokens=LONG)) for _ in range(3)]
+        streams = [await engine.submit(job) for job in jobs[:2]]
+        monkeypatch.setattr(engine._scheduler, "step", lambda: 1 / 0)
+        for stream in streams:
+            with pytest.raises(ZeroDivisionError):
+                await read(stream)
+        with pytest.raises(ZeroDivisionError):
+            await engine.submit(jobs[2])
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    asyncio.run(ask())
+    engine.close()
+    assert not engine.is_alive
+
+
 def test_closing_finishes_what_was_accepted(talker: runtime.Model) -> None:
     engine = Engine(talker)
 
     async def ask() -> list[Event]:
-        stream = await engine.submit(job_of(talker, ["a"], max_new_tokens=40))
+        stream = await submit(engine, job_of(talker, ["a"], max_new_tokens=40))
         closing = asyncio.get_running_loop().run_in_executor(None, engine.close)
         events = await read(stream)
         await closing
@@ -173,5 +195,3 @@ def test_closing_finishes_what_was_accepted(talker: runtime.Model) -> None:
 
     assert len(asyncio.run(ask())) >= 1
     assert not engine.is_alive
-    assert not [thread for thread in threading.enumerate() if thread.name == "pos2d-engine"]
-    gc.collect()

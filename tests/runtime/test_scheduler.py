@@ -9,7 +9,7 @@ import pytest
 
 from pos2d import runtime
 from pos2d.errors import InputError
-from pos2d.layout import Layout, build_layout
+from pos2d.layout import Layout, build_continuations, build_layout
 from pos2d.runtime.engine.backend import Floats
 from pos2d.runtime.engine.decode import decode, forward_slots
 from pos2d.runtime.engine.sampler import Sampler
@@ -131,6 +131,21 @@ def test_a_context_is_read_once(qwen2: Golden, model_of: ModelOf) -> None:
     assert run(scheduler, model, [Asked(other, (3,), 0)]).cached == {0: 0}
     shorter = build_layout([[40]], model.manifest.rope_2d, document[:12])
     assert run(scheduler, model, [Asked(shorter, (3,), 0)]).cached == {0: 12}
+
+
+def test_several_answers_of_one_prompt_find_it_in_the_cache(qwen2: Golden, model_of: ModelOf) -> None:
+    """All of it but the last token of every answer, whose logits are needed."""
+    model = model_of(qwen2, "onnx")
+    scheduler = Scheduler(model.backend, ROOM, WholeChunks(8), keeps_prompts=True)
+    prompt = list(range(1, 31))
+    found = []
+    for count in (3, 1, 2):
+        layout = build_continuations(prompt, count, model.manifest.rope_2d)
+        asked = Asked(layout, (4,) * count, 0)
+        result = run(scheduler, model, [asked])
+        assert same(result.columns[0], asked.alone(model))
+        found.append(result.cached[0])
+    assert found == [0, 29, 29]
 
 
 def test_what_was_written_is_not_read_again_in_the_next_turn(qwen2: Golden, model_of: ModelOf) -> None:

@@ -16,18 +16,8 @@ from fastapi import FastAPI
 from pos2d import runtime
 from pos2d.runtime.http.app import create_app
 from pos2d.runtime.http.settings import ServerSettings
-from pos2d.runtime.serving.engine import Engine, Stream
+from pos2d.runtime.serving.engine import Engine
 from pos2d.runtime.serving.jobs import Job, PromptScores
-
-
-class ScoringEngine(Engine):
-    """The engine, with the scores of prompts from one forward pass where it has none itself."""
-
-    async def submit(self, job: Job) -> Stream:
-        stream = await super().submit(job)
-        if job.scores_prompt:
-            stream.prompt_scores = scores_of(self.artifact, job)  # type: ignore[arg-type]
-        return stream
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -62,7 +52,7 @@ class Server:
 @pytest.fixture(scope="session")
 def server(talking: Path) -> Iterator[Server]:
     model = runtime.load(talking / "onnx")
-    engine = ScoringEngine(model)
+    engine = Engine(model)
     app = create_app(engine, ServerSettings(model="tiny", max_branches=8))
     running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=running.run, daemon=True)

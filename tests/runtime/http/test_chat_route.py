@@ -35,7 +35,9 @@ def test_a_stream_an_answer_and_the_library_say_the_same(server: Server) -> None
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected.text
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == expected.finish_reason
     assert chunks[-1].choices == []
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    # Of a prompt that was answered before, its last token alone is read again.
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens - 1
     assert chunks[0].choices[0].delta.role == "assistant"
     assert len({chunk.id for chunk in chunks}) == 1
 
@@ -47,14 +49,15 @@ def test_branches_are_those_of_the_library(server: Server, http: httpx.Client, v
     whole = http.post("/v1/chat/completions", json=body).json()
     assert [choice["message"]["content"] for choice in whole["choices"]] == [answer.text for answer in expected]
     ChatCompletion.model_validate(whole)
-    usage = http.post("/v1/chat/completions", json=body | {"branches": QUESTIONS[:1]}).json()["usage"]
     info = whole["pos2d"]
     assert len(info["branches"]) == len(QUESTIONS)
     assert info["visibility"] == (visibility or "columnar")
     own = sum(branch["tokens"] for branch in info["branches"])
     assert whole["usage"]["prompt_tokens"] == own + len(QUESTIONS) * info["context_tokens"]
-    assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 3 * info["context_tokens"]
-    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    usage = http.post("/v1/chat/completions", json=body | {"branches": QUESTIONS[:1]}).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == info["context_tokens"]
+    usage = http.post("/v1/chat/completions", json=body).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 4 * info["context_tokens"]
     streamed = events_of(http.post("/v1/chat/completions", json=body | {"stream": True}).text)
     assert streamed[0]["pos2d"] == info
     assert not any("pos2d" in chunk for chunk in streamed[1:])
@@ -93,7 +96,8 @@ def test_log_probabilities_are_those_of_the_library(server: Server) -> None:
     asked: Any = {"model": "tiny", "messages": ASKED, "max_tokens": 12, "logprobs": True}
     create: Any = server.client.chat.completions.create
     entries = create(**asked).choices[0].logprobs.content
-    assert tuple(entry.logprob for entry in entries) == expected.logprobs
+    assert expected.logprobs is not None
+    assert [entry.logprob for entry in entries] == pytest.approx(expected.logprobs, abs=1e-4)
     assert bytes(byte for entry in entries for byte in entry.bytes).decode(errors="replace") == expected.text
     streamed = [
         entry
