@@ -1,5 +1,8 @@
 """Ten questions about one document: side by side over its cache, and one by one with it cached and without.
 
+``--cache-file`` measures a new process instead: how long it takes to the first token of one answer, with the keys and
+values of the document in a file and without.
+
 Every way answers the same questions with the same number of tokens in the same run, interleaved, and the median is
 taken. Isolated columns must give the very tokens that the questions get alone; the share that does stands beside the
 speed, as does the largest logit difference of the artifact to the merged float32 model.
@@ -7,10 +10,12 @@ speed, as does the largest logit difference of the artifact to the merged float3
 
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -38,6 +43,20 @@ class Row:
     times_cached: float
     times_uncached: float
     same_tokens: float
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A new process: seconds from its start to the first token, and without imports and loading; ``token`` is that one.
+
+    ``cached_tokens`` of the document's were read from the file.
+    """
+
+    way: str
+    process_seconds: float
+    first_seconds: float
+    cached_tokens: int
+    token: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,9 +116,17 @@ def ways(asking: Asking) -> dict[str, Callable[[], tuple[float, Ids]]]:
 @click.option("-g", "--new-tokens", type=int, default=48, show_default=True, help="Of every answer.")
 @click.option("-r", "--repeats", type=int, default=3, show_default=True)
 @click.option("--torch", "on_torch", is_flag=True, help="The merged model on torch instead of the ONNX graph.")
+@click.option("--cache-file", is_flag=True, help="Time a new process with the document's keys and values in a file.")
 @click.option("--json", "as_json", is_flag=True)
 def bench(
-    base_model: str, context_tokens: int, questions: int, new_tokens: int, repeats: int, on_torch: bool, as_json: bool
+    base_model: str,
+    context_tokens: int,
+    questions: int,
+    new_tokens: int,
+    repeats: int,
+    on_torch: bool,
+    cache_file: bool,
+    as_json: bool,
 ) -> None:
     """Merge, export and time; everything is made in a temporary directory."""
     with tempfile.TemporaryDirectory() as directory:
@@ -107,7 +134,11 @@ def bench(
         exporter.merge(base_model, ROOT / "examples" / "demo_adapter" / "lora.pth", merged, rope_2d_ratio=1.0)
         exporter.export(merged, onnx, no_verify=True)
         parity = 0.0 if on_torch else runtime.verify(onnx, merged).max_rel_diff
-        asking = ask(runtime.load(merged if on_torch else onnx), context_tokens, questions, new_tokens)
+        artifact = merged if on_torch else onnx
+        asking = ask(runtime.load(artifact), context_tokens, questions, new_tokens)
+        if cache_file:
+            show_starts(measure_starts(artifact, asking, Path(directory), repeats), as_json)
+            return
         rows = measure(asking, repeats)
     if as_json:
         click.echo(json.dumps({"max_rel_diff": parity, "rows": [asdict(row) for row in rows]}, indent=2))
@@ -153,6 +184,59 @@ def measure(asking: Asking, repeats: int) -> list[Row]:
         )
         for way, median in medians.items()
     ]
+
+
+def measure_starts(artifact: Path, asking: Asking, directory: Path, repeats: int) -> list[Start]:
+    """Medians over new processes that take turns; the file is written by one of their own before."""
+    document = directory / "document.txt"
+    document.write_text(asking.model.tokenizer.decode(asking.context), encoding="utf-8")
+    question = asking.model.tokenizer.decode(asking.questions[0])
+    command = ["run", str(artifact), "--context", f"@{document}", "-p", question, "-n", "1", "--ignore-chat-template"]
+    store = ["--cache-context", str(directory / "document.safetensors")]
+    written = start("file written", [*command, *store])
+    pairs = [(start("without a file", command), start("with the file", [*command, *store])) for _ in range(repeats)]
+    return [written, *(_median(starts) for starts in zip(*pairs, strict=True))]
+
+
+def start(way: str, command: list[str]) -> Start:
+    """Run our command for one token; its report comes right after that."""
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "cli.py"), *command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        seconds = time.perf_counter() - started
+        report = json.loads(line + process.stdout.read())
+    text = report["completions"][0]["text"]
+    return Start(way, seconds, report["first_seconds"], report["cached_tokens"], text)
+
+
+def _median(starts: Sequence[Start]) -> Start:
+    """The medians of the times; the tokens must be the same."""
+    assert len({(one.way, one.cached_tokens, one.token) for one in starts}) == 1
+    return replace(
+        starts[0],
+        process_seconds=statistics.median(one.process_seconds for one in starts),
+        first_seconds=statistics.median(one.first_seconds for one in starts),
+    )
+
+
+def show_starts(rows: list[Start], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    click.echo(f"{'new process':16} {'start to token':>15} {'loaded to token':>16} {'cached':>7} {'token':>10}")
+    for row in rows:
+        click.echo(
+            f"{row.way:16} {row.process_seconds:13.2f} s {row.first_seconds:14.3f} s {row.cached_tokens:7d} "
+            f"{row.token!r:>10}"
+        )
+    _, without, stored = rows
+    click.echo(
+        f"with the file, the first token comes {without.process_seconds / stored.process_seconds:.2f} times sooner, "
+        f"once the model is loaded {without.first_seconds / stored.first_seconds:.2f} times"
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pos2d.commands.shared.report import show, warn
 from pos2d.errors import InputError
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.sampling import SamplingOptions
-from pos2d.runtime.text.options import LayoutOptions, PromptOptions
+from pos2d.runtime.text.options import ContextOptions, LayoutOptions, PromptOptions
 
 
 @click.command(cls=SectionedCommand)
@@ -27,6 +27,7 @@ from pos2d.runtime.text.options import LayoutOptions, PromptOptions
     "-o", "--output", required=True, metavar="OUT.jsonl", help="File to write: one record for each line, in order."
 )
 @context_flag
+@flags_of(ContextOptions, "Options")
 @flags_of(SamplingOptions, "Sampling")
 @list_presets_flag
 @flags_of(LayoutOptions, "Branches")

@@ -20,7 +20,7 @@ from pos2d.commands.shared.streams import has_piped_input, print_json, read_inpu
 from pos2d.errors import UsageError
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.sampling import SamplingOptions
-from pos2d.runtime.text.options import LayoutOptions, PromptOptions
+from pos2d.runtime.text.options import ContextOptions, LayoutOptions, PromptOptions
 from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.positions import TrainedFrequencies
 
@@ -36,6 +36,7 @@ from pos2d.sources.positions import TrainedFrequencies
 )
 @prompt_flag(callback=text_or_standard_input)
 @context_flag
+@flags_of(ContextOptions, "Options")
 @flags_of(SamplingOptions, "Sampling")
 @list_presets_flag
 @flags_of(LayoutOptions, "Branches")

@@ -17,13 +17,13 @@ from pos2d.progress import Progress
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.batching.answers import records_in_order
 from pos2d.runtime.batching.input_file import JSON_SUFFIXES, STANDARD_INPUT, count_lines, input_file, windows
-from pos2d.runtime.batching.lines import parse_line
+from pos2d.runtime.batching.lines import context_of_line, parse_line
 from pos2d.runtime.batching.output import BatchOutput, write_records
 from pos2d.runtime.engine.sampling import SamplingOptions
 from pos2d.runtime.load import load_opened
 from pos2d.runtime.model.model import Model
 from pos2d.runtime.opening.opened_model import OpenedModel, open_model
-from pos2d.runtime.text.options import LayoutOptions, PromptOptions, RequestOptions, request_options
+from pos2d.runtime.text.options import ContextOptions, LayoutOptions, PromptOptions, RequestOptions, request_options
 from pos2d.sources.checkpoints.weight_files import CONFIG
 
 # Files of an artifact, besides its manifest, that determine how a prompt is encoded.
@@ -82,7 +82,7 @@ class BatchReport:
         return f"{self.output}: {lines}{resumed}; {rate}"
 
 
-@takes_options(SamplingOptions, LayoutOptions, PromptOptions, LoadOptions)
+@takes_options(SamplingOptions, LayoutOptions, PromptOptions, ContextOptions, LoadOptions)
 def batch(
     model: str | Path,
     input: str | Path,
@@ -120,6 +120,8 @@ def batch(
         if result.is_finished(force):
             return _report(result.path, lines, lines, 0, 0.0, warnings)
         answering.layout.check_effect(opened.manifest.rope_2d)
+        if answering.cache_context is not None:
+            _check_cache(answering, source, context)
         loaded = load_opened(opened, loading)
         _ = loaded.tokenizer  # a model without one is refused before the output is opened
         started = time.monotonic()
@@ -148,6 +150,22 @@ def _answer_lines(
                 new_tokens += sum(map(_token_count, records))
                 progress.advance(len(records), f"{new_tokens / (time.monotonic() - started):.0f} tokens/s")
     return done, new_tokens
+
+
+def _check_cache(options: RequestOptions, source: Path, context: str | None) -> None:
+    """Check ``cache_context`` against the contexts of all lines; ``context`` is that of lines without one.
+
+    Raises:
+        UsageError: no line has a context by itself, there are several for one file, or something else is in its place.
+    """
+    plain = source.suffix not in JSON_SUFFIXES
+    lines = (line for window in windows(source, 0) for line in window)
+    contexts = {context_of_line(number, raw, plain, context) for number, raw in lines}
+    if contexts == {None} and context is not None:
+        raise UsageError(
+            "`cache_context` stores a context before prompts, and every line has messages or an error; leave it out"
+        )
+    options.check_cache(*contexts)
 
 
 def _token_count(record: Mapping[str, Any]) -> int:

@@ -44,4 +44,9 @@ def load_opened(opened: OpenedModel, options: LoadOptions) -> Model:
         from pos2d.runtime.backends.torch.backend import TorchBackend
 
         backend = TorchBackend.load(opened, options)
-    return Model(opened.directory, opened.manifest, backend, opened.temporary)
+    stamp = None
+    if opened.source is not None:
+        from pos2d.runtime.opening.identity import weights_stamp
+
+        stamp = weights_stamp(opened.source)
+    return Model(opened.directory, opened.manifest, backend, opened.temporary, stamp)

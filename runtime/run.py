@@ -8,11 +8,12 @@ from typing import Any
 
 from pos2d.options import read_options, split_options, takes_options
 from pos2d.runtime.backends.options import LoadOptions
+from pos2d.runtime.engine.prefix_cache import PrefixCache
 from pos2d.runtime.engine.sampling import SamplingOptions
 from pos2d.runtime.load import load_opened
 from pos2d.runtime.opening.opened_model import open_model
 from pos2d.runtime.text.completions import Completion, Event, collect
-from pos2d.runtime.text.options import LayoutOptions, PromptOptions, request_options
+from pos2d.runtime.text.options import ContextOptions, LayoutOptions, PromptOptions, request_options
 from pos2d.runtime.text.requests import prepare_request, stream_columns
 from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.positions import TrainedFrequencies, TrainedPositions
@@ -26,7 +27,8 @@ class RunReport:
     """Completions and times.
 
     ``first_seconds`` covers prefill and the first column, ``decode_seconds`` all later columns. ``tokens_per_second``
-    is the rate of the later columns over all branches, 0 if there were none. ``sampling`` has the sampling options in
+    is the rate of the later columns over all branches, 0 if there were none. ``cached_tokens`` are those of
+    ``prompt_tokens`` whose keys and values were read from a file. ``sampling`` has the sampling options in
     force; ``settings`` says them in words. ``warnings`` name generation settings of the model that are not used, and
     positions that may be wrong; ``notes`` say what was decided by default.
     """
@@ -36,6 +38,7 @@ class RunReport:
     settings: str
     completions: tuple[Completion, ...]
     prompt_tokens: int
+    cached_tokens: int
     new_tokens: int
     load_seconds: float
     first_seconds: float
@@ -45,7 +48,9 @@ class RunReport:
     notes: tuple[str, ...] = ()
 
 
-@takes_options(SamplingOptions, LayoutOptions, PromptOptions, LoadOptions, BaseOptions, TrainedFrequencies)
+@takes_options(
+    SamplingOptions, LayoutOptions, PromptOptions, ContextOptions, LoadOptions, BaseOptions, TrainedFrequencies
+)
 def run(
     model: str | Path | None = None,
     prompt: str | Sequence[str] = (),
@@ -62,8 +67,10 @@ def run(
     has one. The options are those of :meth:`pos2d.runtime.Model.stream` and of :func:`pos2d.load`.
 
     Raises:
-        InputError: no model, no tokenizer, an empty prompt, prompts longer than the model.
+        InputError: no model, no tokenizer, an empty prompt, prompts longer than the model, a ``cache_context`` of
+            something else.
         UsageError: a value, device or type that cannot be used.
+        StorageError: a ``cache_context`` that cannot be read or written.
     """
     started = time.monotonic()
     prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -71,12 +78,15 @@ def run(
     (trained,) = split_options(options, TrainedFrequencies)
     opened = open_model(model, base, TrainedPositions(**trained))
     answering = request_options(opened.directory, options)  # before loading, which takes longer
+    answering.check_cache(context)
     loaded_model = load_opened(opened, loading)
     request = prepare_request(loaded_model, prompts, context, answering)
+    loaded_model.backend.load_for(request.most_branches)
+    prefix = PrefixCache(loaded_model.backend, request.spec, loaded_model.manifest.context_length)
     loaded = time.monotonic()
     columns: list[list[Event]] = []
     first: float | None = None
-    for events in stream_columns(loaded_model, request):
+    for events in stream_columns(loaded_model, request, prefix):
         first = first or time.monotonic()
         columns.append(events)
         if on_event is not None:
@@ -92,6 +102,7 @@ def run(
         settings=request.sampling.summary(),
         completions=tuple(collect((event for events in columns for event in events), prompts)),
         prompt_tokens=request.encoded.prompt_tokens,
+        cached_tokens=max(0, len(request.encoded.context or ()) - prefix.prefilled_tokens),
         new_tokens=first_column + later_tokens,
         load_seconds=loaded - started,
         first_seconds=first - loaded,

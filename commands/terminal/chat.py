@@ -20,7 +20,7 @@ from pos2d.runtime.load import load_opened
 from pos2d.runtime.opening.opened_model import open_model
 from pos2d.runtime.text.completions import Event, completion
 from pos2d.runtime.text.conversation import Conversation, Message
-from pos2d.runtime.text.options import LayoutOptions, PromptOptions, request_options
+from pos2d.runtime.text.options import ContextOptions, LayoutOptions, PromptOptions, request_options
 from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.positions import TrainedFrequencies, TrainedPositions
 
@@ -34,7 +34,9 @@ HELP = """\
 quit, exit, Ctrl-D                  leave; Ctrl-C stops an answer"""
 
 
-@takes_options(SamplingOptions, LayoutOptions, PromptOptions, LoadOptions, BaseOptions, TrainedFrequencies)
+@takes_options(
+    SamplingOptions, LayoutOptions, PromptOptions, ContextOptions, LoadOptions, BaseOptions, TrainedFrequencies
+)
 def chat(model: str | Path | None = None, *, context: str | None = None, **options: Any) -> None:
     """Hold a conversation with a model on standard input and output; ``context`` is the system message.
 
@@ -48,6 +50,7 @@ def chat(model: str | Path | None = None, *, context: str | None = None, **optio
     (trained,) = split_options(options, TrainedFrequencies)
     opened = open_model(model, base, TrainedPositions(**trained))
     answering = request_options(opened.directory, options)
+    answering.check_cache(context)
     loaded = load_opened(opened, loading)
     warn([*opened.warnings, *answering.sampling.warnings(opened.place)], opened.notes)
     system: list[Message] = [{"role": "system", "content": context}] if context is not None else []

@@ -4,14 +4,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import psutil
 
 from pos2d.runtime.batching.lines import Line
+from pos2d.runtime.engine.prefix_cache import PrefixCache
 from pos2d.runtime.engine.sequence import SequenceState
 from pos2d.runtime.scheduling.pace import WholeChunks
 from pos2d.runtime.scheduling.scheduler import Limits, Progress, Scheduler
 from pos2d.runtime.text.artifact import LoadedArtifact
 from pos2d.runtime.text.completions import Completion, Event, completion
+from pos2d.runtime.text.requests import fill_from_store
 from pos2d.runtime.text.text_decode import ColumnEvents, text_samplers
 
 # The share of the machine's memory that keys and values may take. All of it counts, not what happens to be free: which
@@ -70,10 +73,22 @@ class _Window:
         sequences = [sequence for line in lines for sequence in _sequences(artifact, line)]
         widest = max((len(sequence.state.live) for sequence in sequences), default=1)
         longest = max((sequence.state.capacity for sequence in sequences), default=1)
-        room = psutil.virtual_memory().total // KV_SHARE // artifact.backend.kv_token_bytes
+        room = psutil.virtual_memory().total // KV_SHARE // artifact.backend.kv_format.token_bytes
         limits = Limits(max(branches, widest), max(room, longest))
         self._scheduler = Scheduler(artifact.backend, limits, WholeChunks(artifact.backend.prefill_chunk))
+        self._fill_from_store(artifact, lines)
         self._sequences = {self._scheduler.add(sequence.state): sequence for sequence in sequences}
+
+    def _fill_from_store(self, artifact: LoadedArtifact, lines: Sequence[Line]) -> None:
+        """Give the scheduler the contexts that lines have in files, and write the files that do not exist."""
+        for line in lines:
+            request = line.request
+            if request is None or request.cache_context is None or not request.encoded.context:
+                continue
+            if not self._scheduler.store.holds(np.array(request.encoded.context)):
+                prefix = PrefixCache(artifact.backend, request.spec, artifact.manifest.context_length)
+                fill_from_store(artifact, prefix, request)
+                self._scheduler.store.add(np.array(prefix.ids), prefix.cache.take(len(prefix.ids)))
 
     @property
     def is_idle(self) -> bool:

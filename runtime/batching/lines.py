@@ -54,11 +54,24 @@ def parse_line(
     """
     echoed: dict[str, Any] = {}
     try:
-        block = _block(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, plain)
+        block = _block(_without_mark(number, raw), plain)
         echoed = own_keys(block, KNOWN_KEYS)
         return Line(number, echoed, request=_request(_with_context(block, context), artifact, options))
     except Pos2DError as error:
         return Line(number, echoed, error=" ".join(str(error).split()))
+
+
+def context_of_line(number: int, raw: bytes, plain: bool, context: str | None) -> str | None:
+    """The context that :func:`parse_line` would encode by itself; a line with an error has none."""
+    try:
+        return _context(_with_context(_block(_without_mark(number, raw), plain), context))
+    except Pos2DError:
+        return None
+
+
+def _without_mark(number: int, raw: bytes) -> bytes:
+    """The bytes of a line without the mark with which some programs begin a file."""
+    return raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
 
 
 def _block(raw: bytes, plain: bool) -> dict[str, Any]:
@@ -120,7 +133,8 @@ def _request(block: Mapping[str, Any], artifact: LoadedArtifact, options: Reques
         PromptOptions(ignore_chat_template=options.ignore_chat_template, chat_template_kwargs=arguments)
         options = replace(options, chat_template_kwargs=arguments)
     encoded = _encoded(block, artifact, spec, options)
-    return lay_out(artifact, encoded, spec, sampling, layout.branches_per_sequence)
+    request = lay_out(artifact, encoded, spec, sampling, layout.branches_per_sequence)
+    return replace(request, cache_context=options.cache_context)
 
 
 def _encoded(

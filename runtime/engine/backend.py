@@ -1,17 +1,48 @@
 """The protocol of a backend: one forward pass with explicit positions and an explicit mask."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from pos2d.dtypes import ITEM_BYTES
 from pos2d.layout import Bools, Ints
 
 Floats = npt.NDArray[np.float32]
-# Keys and values of a sequence, ``[K, T, D]``, by the names ``layer.{i}.key`` and ``layer.{i}.value``; arrays of numpy
-# or torch, as the backend computes.
-KeysValues = Mapping[str, Any]
+# Keys and values ``[K, T, D]`` of one sequence outside a cache, by the names of :func:`kv_name`.
+KVArrays = Mapping[str, Any]
+KV_PARTS = ("key", "value")
+
+
+def kv_name(layer: int, part: str) -> str:
+    """The name of the keys or the values (``part``) of a layer."""
+    return f"layer.{layer}.{part}"
+
+
+@dataclass(frozen=True, slots=True)
+class KVFormat:
+    """The form of a model's keys and values outside a cache: arrays of numpy, or torch tensors on the CPU.
+
+    ``dtype`` is torch's name for their type.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    dtype: str
+    framework: Literal["np", "pt"]
+
+    def shapes(self, length: int) -> dict[str, tuple[int, int, int]]:
+        """Name and shape of every array for ``length`` tokens."""
+        shape = (self.heads, length, self.head_dim)
+        return {kv_name(layer, part): shape for layer in range(self.layers) for part in KV_PARTS}
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        return len(KV_PARTS) * self.layers * self.heads * self.head_dim * ITEM_BYTES[self.dtype]
 
 
 class KVCache(Protocol):
@@ -22,6 +53,12 @@ class KVCache(Protocol):
 
     def rewind(self, length: int) -> None:
         """Drop every token from slot ``length`` on."""
+
+    def take(self, length: int) -> KVArrays:
+        """Copies of the keys and values of the first ``length`` tokens."""
+
+    def put(self, arrays: KVArrays) -> None:
+        """Hold exactly the tokens whose keys and values :meth:`take` returned for the same model."""
 
 
 class BatchCache(KVCache, Protocol):
@@ -54,10 +91,10 @@ class RowCache(Protocol):
     def rows(self, first: int, stop: int) -> Any:
         """Rows ``first`` to ``stop`` as a :class:`BatchCache`, which is valid until rows are added."""
 
-    def take(self, row: int, length: int) -> KeysValues:
+    def take(self, row: int, length: int) -> KVArrays:
         """A copy of the keys and values of the first ``length`` tokens of a row."""
 
-    def put(self, row: int, arrays: KeysValues) -> None:
+    def put(self, row: int, arrays: KVArrays) -> None:
         """Make a row hold exactly these keys and values."""
 
 
@@ -65,16 +102,25 @@ class Backend(Protocol):
     """One loaded decoder. Each backend has its own kinds of caches.
 
     ``device`` is the type of device that computes, by torch's names (``cpu``, ``cuda``). ``prefill_chunk`` is the
-    number of prompt tokens that a forward pass best takes at once. ``kv_token_bytes`` are the bytes of the keys and
-    values of one token.
+    number of prompt tokens that a forward pass best takes at once. ``arithmetic`` says how it computes, as far as that
+    changes keys and values by more than rounding in another order: the keys and values that one backend computed serve
+    another if their ``arithmetic`` is equal.
     """
 
     device: str
     prefill_chunk: int
-    kv_token_bytes: int
+
+    @property
+    def arithmetic(self) -> Mapping[str, str]: ...
+
+    @property
+    def kv_format(self) -> KVFormat: ...
 
     def expect_branches(self, count: int) -> None:
         """Prepare for ``count`` branches in one sequence; called before the prefix that they share is prefilled."""
+
+    def load_for(self, count: int) -> None:
+        """Load now what the first pass over ``count`` branches would load."""
 
     def new_cache(self, capacity: int) -> Any:
         """An empty :class:`KVCache` with room for ``capacity`` tokens."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pos2d.layout import build_layout
-from pos2d.runtime.engine.backend import Backend
+from pos2d.runtime.engine.backend import Backend, KVArrays
 from pos2d.runtime.engine.common_prefix import common_length
 from pos2d.runtime.engine.decode import prefill
 from pos2d.runtime.engine.sequence import check_length
@@ -46,6 +46,18 @@ class PrefixCache:
             self.cache.reserve(len(ids))
             prefill(self._backend, layout, self.cache, start)
             self.record(ids, start)
+
+    def fill_anew(self, ids: Sequence[int]) -> None:
+        """Make the cache hold exactly ``ids``, all of which are prefilled; raises as :meth:`fill`."""
+        self.keep_common(())
+        self.fill(ids)
+
+    def put(self, ids: Sequence[int], arrays: KVArrays) -> None:
+        """Make the cache hold exactly ``ids``, whose keys and values ``arrays`` are."""
+        self.keep_common(())
+        self.cache.reserve(len(ids))
+        self.cache.put(arrays)
+        self.ids = list(ids)
 
     def record(self, ids: Sequence[int], start: int) -> None:
         """Note that the cache now holds ``ids``, of which the tokens from ``start`` on were prefilled."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pos2d.layout import Ints
-from pos2d.runtime.engine.backend import KeysValues
+from pos2d.runtime.engine.backend import KVArrays
 
 
 class SingleRows:
@@ -40,9 +40,9 @@ class SingleRows:
         assert stop == first + 1
         return self._caches[first]
 
-    def take(self, row: int, length: int) -> KeysValues:
-        arrays: KeysValues = self._caches[row].take(length)
+    def take(self, row: int, length: int) -> KVArrays:
+        arrays: KVArrays = self._caches[row].take(length)
         return arrays
 
-    def put(self, row: int, arrays: KeysValues) -> None:
+    def put(self, row: int, arrays: KVArrays) -> None:
         self._caches[row].put(arrays)

@@ -24,7 +24,7 @@ from pos2d.runtime.model.async_iteration import iterate_in
 from pos2d.runtime.text.artifact import LoadedArtifact
 from pos2d.runtime.text.completions import Completion, Event, collect
 from pos2d.runtime.text.conversation import Conversation
-from pos2d.runtime.text.options import LayoutOptions, PromptOptions, RequestOptions, request_options
+from pos2d.runtime.text.options import ContextOptions, LayoutOptions, PromptOptions, RequestOptions, request_options
 from pos2d.runtime.text.requests import prepare_request, stream_events
 from pos2d.runtime.text.sampling_checks import check_biases
 from pos2d.spec import Visibility
@@ -42,13 +42,13 @@ class Model(LoadedArtifact):
         """The thread in which the asynchronous methods run, one call after the other."""
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="pos2d")
 
-    @takes_options(SamplingOptions, LayoutOptions, PromptOptions)
+    @takes_options(SamplingOptions, LayoutOptions, PromptOptions, ContextOptions)
     def generate(self, prompts: str | Sequence[str], context: str | None = None, **options: Any) -> list[Completion]:
         """Answer one or several prompts; the arguments are those of :meth:`stream`."""
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         return collect(self.stream(texts, context, **options), texts)
 
-    @takes_options(SamplingOptions, LayoutOptions, PromptOptions)
+    @takes_options(SamplingOptions, LayoutOptions, PromptOptions, ContextOptions)
     def stream(self, prompts: str | Sequence[str], context: str | None = None, **options: Any) -> Iterator[Event]:
         """Answer prompts token by token; ``Event.branch`` counts the prompts.
 
@@ -58,8 +58,10 @@ class Model(LoadedArtifact):
             context: text that all prompts see, prefilled once; the system message of a chat template.
 
         Raises:
-            InputError: no tokenizer, no prompt or an empty one, prompts longer than the model.
+            InputError: no tokenizer, no prompt or an empty one, prompts longer than the model, or, before the first
+                event, a ``cache_context`` of something else.
             UsageError: a value out of range.
+            StorageError: before the first event, a ``cache_context`` that cannot be read or written.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         return stream_events(self, prepare_request(self, texts, context, self._request_options(options)))
@@ -78,12 +80,12 @@ class Model(LoadedArtifact):
         """
         return collect(self._next_turn(messages, options), [_last_text(messages)])[0]
 
-    @takes_options(SamplingOptions, LayoutOptions, PromptOptions)
+    @takes_options(SamplingOptions, LayoutOptions, PromptOptions, ContextOptions)
     def conversation(self, messages: Sequence[Mapping[str, Any]] = (), **options: Any) -> Conversation:
         """A conversation that continues ``messages``, with one KV cache for all turns."""
         return Conversation(self, messages, self._request_options(options))
 
-    @takes_options(SamplingOptions, LayoutOptions, PromptOptions)
+    @takes_options(SamplingOptions, LayoutOptions, PromptOptions, ContextOptions)
     async def agenerate(
         self, prompts: str | Sequence[str], context: str | None = None, **options: Any
     ) -> list[Completion]:
@@ -91,7 +93,7 @@ class Model(LoadedArtifact):
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         return collect([event async for event in self.astream(texts, context, **options)], texts)
 
-    @takes_options(SamplingOptions, LayoutOptions, PromptOptions)
+    @takes_options(SamplingOptions, LayoutOptions, PromptOptions, ContextOptions)
     def astream(self, prompts: str | Sequence[str], context: str | None = None, **options: Any) -> AsyncIterator[Event]:
         """:meth:`stream`, without blocking the event loop; leaving it early stops the generation."""
         return iterate_in(self._worker, lambda: self.stream(prompts, context, **options))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pos2d.layout import Ints
-from pos2d.runtime.engine.backend import Backend, Floats, KeysValues, RowCache
+from pos2d.runtime.engine.backend import Backend, Floats, KVArrays, RowCache
 from pos2d.runtime.engine.sequence import SequenceState
 from pos2d.runtime.engine.spans import forward_spans
 from pos2d.runtime.scheduling.prefixes import plain_length
@@ -99,11 +99,11 @@ class Group:
             members[row], members[self._writing] = members[self._writing], members[row]
         self._writing += 1
 
-    def take(self, member: Member, length: int) -> KeysValues:
+    def take(self, member: Member, length: int) -> KVArrays:
         """A copy of the keys and values of the first ``length`` tokens of a sequence."""
         return self._cache.take(self._members.index(member), length)
 
-    def put(self, member: Member, arrays: KeysValues) -> None:
+    def put(self, member: Member, arrays: KVArrays) -> None:
         """Make a sequence that has read nothing begin with these keys and values."""
         self._cache.put(self._members.index(member), arrays)
 

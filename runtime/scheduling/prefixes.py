@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pos2d.layout import Ints, Layout
-from pos2d.runtime.engine.backend import KeysValues
+from pos2d.runtime.engine.backend import KVArrays
 
 # Copying fewer tokens than this saves nothing.
 LEAST_SHARED = 8
@@ -32,7 +32,7 @@ def shared_length(first: Ints, second: Ints) -> int:
 @dataclass(slots=True, eq=False)
 class _Entry:
     ids: Ints
-    arrays: KeysValues
+    arrays: KVArrays
 
 
 class PrefixStore:
@@ -50,7 +50,7 @@ class PrefixStore:
         """The number of tokens that are kept."""
         return sum(len(entry.ids) for entry in self._entries)
 
-    def find(self, ids: Ints) -> tuple[int, KeysValues | None]:
+    def find(self, ids: Ints) -> tuple[int, KVArrays | None]:
         """The longest beginning of ``ids`` that is kept: its length, and keys and values that begin with its own."""
         lengths = [shared_length(entry.ids, ids) for entry in self._entries]
         if not lengths or max(lengths) < LEAST_SHARED:
@@ -63,7 +63,7 @@ class PrefixStore:
         """Whether all of ``ids`` are kept."""
         return any(shared_length(entry.ids, ids) == len(ids) for entry in self._entries)
 
-    def add(self, ids: Ints, arrays: KeysValues) -> None:
+    def add(self, ids: Ints, arrays: KVArrays) -> None:
         """Keep a prefix; those that it begins with are dropped."""
         self._entries = [entry for entry in self._entries if shared_length(entry.ids, ids) < len(entry.ids)]
         self._entries.append(_Entry(ids, arrays))
@@ -75,6 +75,6 @@ class PrefixStore:
             del self._entries[0]
 
 
-def first_tokens(arrays: KeysValues, length: int) -> KeysValues:
+def first_tokens(arrays: KVArrays, length: int) -> KVArrays:
     """The keys and values of the first ``length`` tokens."""
     return {name: array[:, :length] for name, array in arrays.items()}

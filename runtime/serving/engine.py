@@ -226,7 +226,7 @@ def default_kv_budget(artifact: LoadedArtifact, branches: int) -> int:
     """Tokens of KV cache that half of the free memory holds, but no more than so many branches can use."""
     import psutil
 
-    room = psutil.virtual_memory().available // 2 // artifact.backend.kv_token_bytes
+    room = psutil.virtual_memory().available // 2 // artifact.backend.kv_format.token_bytes
     return min(room, branches * artifact.manifest.context_length)
 
 

@@ -1,5 +1,7 @@
 """A loaded model, as everything that works with texts takes it."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +20,15 @@ from pos2d.runtime.text.json_schema import JsonSchemas
 class LoadedArtifact:
     """The directory with a model's small files, its manifest, its decoder and its tokenizer.
 
-    ``temporary``: the directory, if it is to be removed with the model.
+    ``temporary``: the directory, if it is to be removed with the model. ``weights_stamp`` identifies the weights of a
+    plain model, whose manifest has no hashes of them.
     """
 
     path: Path
     manifest: Manifest = field(repr=False)
     backend: Backend = field(repr=False)
     temporary: TemporaryFolder | None = field(default=None, repr=False)
+    weights_stamp: str | None = field(default=None, repr=False)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -35,6 +39,12 @@ class LoadedArtifact:
     def json_schemas(self) -> JsonSchemas:
         """Compiles the schemas of answers for the tokenizer."""
         return JsonSchemas(self.tokenizer)
+
+    @cached_property
+    def identity(self) -> str:
+        """A SHA-256 that is equal for equal models: of the manifest, which has the hashes of all files."""
+        facts = [self.manifest.to_dict(), self.weights_stamp]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def check_ids(self, ids: Ints) -> None:
         """Check token ids of any shape.

@@ -1,6 +1,7 @@
 """A conversation with one KV cache for all turns, and questions that branch off it."""
 
 from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from pos2d.runtime.text.chat_template import (
     require_chat_template,
 )
 from pos2d.runtime.text.completions import Event
+from pos2d.runtime.text.context_store import ContextStore
 from pos2d.runtime.text.options import RequestOptions
 from pos2d.runtime.text.requests import lay_out, stream_events
 from pos2d.runtime.text.sampling_checks import check_sampling
@@ -60,6 +62,20 @@ class Conversation:
         self._encoded_turns: list[tuple[EncodedText, list[int]]] = []
         self._open: Generator[Event] | None = None
         self.messages: list[Message] = text_messages(messages)
+        options.check_cache(*(message["content"] for message in self.messages[:1]))
+        if options.cache_context is not None:
+            self._fill_from_store(Path(options.cache_context))
+
+    def _fill_from_store(self, place: Path) -> None:
+        """Read the keys and values of the messages so far from their file, or compute and write them.
+
+        Raises:
+            InputError, UsageError, StorageError: as :meth:`pos2d.runtime.text.context_store.ContextStore.fill`.
+        """
+        _, text = render_questions(self._artifact.tokenizer, self.messages, [], self._arguments)
+        ids = self._encode(text)
+        self._artifact.check_ids(np.array(ids))
+        ContextStore(self._artifact, place).fill(self._prefix, ids[: self._artifact.manifest.context_length])
 
     @property
     def prefilled_tokens(self) -> int:

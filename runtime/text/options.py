@@ -8,6 +8,7 @@ from typing import Any
 from pos2d.errors import UsageError
 from pos2d.options import check_options, option, split_options
 from pos2d.runtime.engine.sampling import Sampling, resolve_sampling
+from pos2d.runtime.text.cache_place import check_place, names_one_file
 from pos2d.spec import MAX_STRIDE, Align, Rope2DSpec, Visibility
 
 MAX_BRANCHES = 16
@@ -116,6 +117,30 @@ class PromptOptions:
             raise UsageError("`chat_template_kwargs` has no effect with `ignore_chat_template`; leave one of them out")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextOptions:
+    """What becomes of a context's keys and values.
+
+    Raises:
+        UsageError: a value that is no path.
+    """
+
+    cache_context: str | None = option(
+        None,
+        "Store the keys and values of the context there, and read them from there the next time in place of computing "
+        "them: a file NAME.safetensors for one context, or a directory for any number.",
+        metavar="FILE|DIR",
+        default_text="no",
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.cache_context, Path):
+            object.__setattr__(self, "cache_context", str(self.cache_context))
+        check_options(self)
+        if self.cache_context is not None and (not self.cache_context or "\0" in self.cache_context):
+            raise UsageError(f"`cache_context` {self.cache_context!r} is no path; name a file or a directory")
+
+
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
     """All options of a request, with the artifact's generation settings where none was given."""
@@ -124,6 +149,22 @@ class RequestOptions:
     layout: LayoutOptions
     ignore_chat_template: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = None
+    cache_context: str | None = None
+
+    def check_cache(self, *contexts: str | None) -> None:
+        """Check ``cache_context`` before anything is loaded; ``contexts`` are those of all prompts.
+
+        Raises:
+            UsageError: there is no context, there are several for one file, or something else is in its place.
+        """
+        if self.cache_context is None:
+            return
+        place, given = Path(self.cache_context), set(contexts) - {None}
+        if not given:
+            raise UsageError("`cache_context` stores a `context`, and there is none; give one, or leave it out")
+        if len(given) > 1 and names_one_file(place):
+            raise UsageError(f"`cache_context` {place} is one file, and there are several contexts; name a directory")
+        check_place(place)
 
 
 def request_options(
@@ -138,11 +179,12 @@ def request_options(
         UsageError: a value out of range, or options that contradict each other.
         InputError: generation settings that cannot be read.
     """
-    layout, prompt = split_options(options, LayoutOptions, PromptOptions)
+    layout, prompt, context = split_options(options, LayoutOptions, PromptOptions, ContextOptions)
     encoding = PromptOptions(**prompt)
     return RequestOptions(
         sampling=resolve_sampling(directory, options, defaults),
         layout=LayoutOptions(**layout),
         ignore_chat_template=encoding.ignore_chat_template,
         chat_template_kwargs=encoding.chat_template_kwargs,
+        cache_context=ContextOptions(**context).cache_context,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pos2d.layout import Layout, build_layout
@@ -12,6 +13,7 @@ from pos2d.runtime.engine.sequence import check_length
 from pos2d.runtime.text.artifact import LoadedArtifact
 from pos2d.runtime.text.chat_template import check_arguments
 from pos2d.runtime.text.completions import Event
+from pos2d.runtime.text.context_store import ContextStore
 from pos2d.runtime.text.options import RequestOptions
 from pos2d.runtime.text.sampling_checks import check_sampling
 from pos2d.runtime.text.text_decode import decode_text
@@ -23,13 +25,19 @@ from pos2d.spec import Rope2DSpec
 class Request:
     """Prompts that were checked and laid out: ``layouts`` are the sequences, each with the context before its prompts.
 
-    ``spec`` has the positions of these layouts.
+    ``spec`` has the positions of these layouts. ``cache_context``: where the keys and values of the context are stored.
     """
 
     encoded: EncodedPrompts
     layouts: tuple[Layout, ...]
     spec: Rope2DSpec
     sampling: Sampling
+    cache_context: str | None = None
+
+    @property
+    def most_branches(self) -> int:
+        """The number of branches of the sequence that has most."""
+        return max(len(layout.last) for layout in self.layouts)
 
 
 def prepare_request(
@@ -41,12 +49,14 @@ def prepare_request(
         InputError: no tokenizer, no prompt or an empty one, or prompts that are longer than the model.
         UsageError: options that this artifact cannot use.
     """
+    options.check_cache(context)
     options.layout.check_effect(artifact.manifest.rope_2d)
     spec = options.layout.apply_to(artifact.manifest.rope_2d)
     encoded = encode_for(
         artifact.tokenizer, prompts, context, spec, options.ignore_chat_template, options.chat_template_kwargs
     )
-    return lay_out(artifact, encoded, spec, options.sampling, options.layout.branches_per_sequence)
+    request = lay_out(artifact, encoded, spec, options.sampling, options.layout.branches_per_sequence)
+    return replace(request, cache_context=options.cache_context)
 
 
 def encode_for(
@@ -107,8 +117,9 @@ def stream_columns(
     ``turn`` and the branch identify the random numbers of an answer.
     """
     context = request.encoded.context or []
-    artifact.backend.expect_branches(max(len(layout.last) for layout in request.layouts))
+    artifact.backend.expect_branches(request.most_branches)
     prefix = prefix or PrefixCache(artifact.backend, request.spec, artifact.manifest.context_length)
+    fill_from_store(artifact, prefix, request)
     first = 0
     for layout in request.layouts:
         prefix.fill(context)
@@ -118,6 +129,18 @@ def stream_columns(
         for events in decode_text(artifact, layout, samplings, random_streams, prefix.cache, len(context)):
             yield [replace(event, branch=branches[event.branch]) for event in events]
         first = branches.stop
+
+
+def fill_from_store(artifact: LoadedArtifact, prefix: PrefixCache, request: Request) -> None:
+    """Make ``prefix`` hold the whole context of a request from its file, or write that; if it asks for that.
+
+    Raises:
+        InputError, UsageError, StorageError: as :meth:`pos2d.runtime.text.context_store.ContextStore.fill`.
+    """
+    if request.cache_context is not None and request.encoded.context:
+        # The same tokens whatever the prompts are; where a prompt takes some of them, these are dropped again.
+        ids = (request.encoded.whole_context or request.encoded.context)[: artifact.manifest.context_length]
+        ContextStore(artifact, Path(request.cache_context)).fill(prefix, ids)
 
 
 def stream_events(

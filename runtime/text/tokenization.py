@@ -23,10 +23,15 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompts:
-    """Token ids of every prompt, and of the context before them."""
+    """Token ids of every prompt, and of the context before them.
+
+    ``whole_context`` is the context's text by itself. ``context`` is without the last tokens of it where these reach
+    into a prompt.
+    """
 
     branches: list[list[int]]
     context: list[int] | None
+    whole_context: list[int] | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -80,7 +85,8 @@ def share_context(wholes: Iterable[list[int]], context: list[int]) -> EncodedPro
         same = common_length(context, ids[:-1])
         branches.append((same, ids[same:]))
     shared = min(same for same, _ in branches)
-    return EncodedPrompts([context[shared:same] + own for same, own in branches], context[:shared] or None)
+    own_ids = [context[shared:same] + own for same, own in branches]
+    return EncodedPrompts(own_ids, context[:shared] or None, context or None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from pos2d.runtime.engine.decode import decode, forward_slots
 from pos2d.runtime.engine.sampler import Sampler
 from pos2d.runtime.engine.sampling import Sampling
 from pos2d.runtime.engine.sequence import Column, SequenceState
+from pos2d.runtime.engine.single_rows import SingleRows
 from pos2d.runtime.scheduling.members import Group, new_member
 from pos2d.runtime.scheduling.pace import MeasuredPieces, Pace, WholeChunks
 from pos2d.runtime.scheduling.prefixes import PrefixStore, plain_length, shared_length
@@ -366,3 +367,13 @@ def test_a_group_keeps_its_writers_in_front(qwen2: Golden, model_of: ModelOf) ->
     group.start_writing(members[0])
     assert list(group.writers) == [members[1], members[0]]
     assert len(group) == 3
+
+
+def test_a_backend_that_takes_one_sequence_a_pass_gives_the_same(
+    golden: Golden, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(golden, "onnx")
+    monkeypatch.setattr(type(model.backend), "new_rows", lambda backend: SingleRows(backend.new_cache))
+    asked = requests(model, 6, seed=3)
+    found = run(Scheduler(model.backend, ROOM, WholeChunks(16)), model, asked)
+    assert all(same(found.columns[index], request.alone(model)) for index, request in enumerate(asked))

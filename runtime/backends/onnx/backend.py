@@ -1,6 +1,6 @@
 """ONNX artifacts on ONNX Runtime."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pos2d.errors import InputError, UsageError
 from pos2d.layout import Bools, Ints
 from pos2d.manifest import Manifest
-from pos2d.memory_costs import GRAPH_PREFILL_CHUNK, kv_cache_bytes
+from pos2d.memory_costs import GRAPH_PREFILL_CHUNK
 from pos2d.onnx_io import (
     ATTENTION_MASK,
     CACHE_LENGTHS,
@@ -34,7 +34,7 @@ from pos2d.runtime.backends.onnx.kv_cache import OnnxCache
 from pos2d.runtime.backends.onnx.rows import OnnxRows, OnnxRowsView
 from pos2d.runtime.backends.onnx.sessions import BATCH, CAUSAL, GENERAL, OnnxGraphs
 from pos2d.runtime.backends.options import LoadOptions
-from pos2d.runtime.engine.backend import Floats
+from pos2d.runtime.engine.backend import KV_PARTS, Floats, KVFormat
 from pos2d.runtime.engine.single_rows import SingleRows
 
 
@@ -68,11 +68,25 @@ class OnnxBackend:
         self._dtype = manifest.dtype
         inputs = manifest.graph.graphs[BATCH].inputs
         self._cache_shapes = {i.name: i.shape for i in inputs if i.name.startswith(PAST_PREFIX)}
-        self.kv_token_bytes = kv_cache_bytes(manifest.graph.sizes, 1, manifest.dtype)
+
+    @property
+    def arithmetic(self) -> Mapping[str, str]:
+        facts = {"backend": "onnx", "dtype": self._dtype, "device": self.device}
+        kinds = self.graphs.float_kinds
+        return facts | ({"float_activations": ",".join(sorted(kinds))} if kinds else {})
+
+    @property
+    def kv_format(self) -> KVFormat:
+        _, heads, _, head_dim = next(iter(self._cache_shapes.values()))
+        return KVFormat(len(self._cache_shapes) // len(KV_PARTS), int(heads), int(head_dim), self._dtype, "np")
 
     def expect_branches(self, count: int) -> None:
         with self._lock:
-            self.graphs.expect(CAUSAL if count == 1 else GENERAL)
+            self.graphs.expect(_variant_for(count))
+
+    def load_for(self, count: int) -> None:
+        with self._lock:
+            self.graphs.session(_variant_for(count))
 
     def with_float_activations(self, kinds: Collection[str]) -> "OnnxBackend":
         """The same decoder with float activations in the quantised layers of ``kinds``; slow, for comparisons."""
@@ -179,6 +193,11 @@ def _check_options(directory: Path, manifest: Manifest, options: LoadOptions) ->
             f"{directory} is an ONNX artifact and does not take {', '.join(inapplicable)}; leave that out, or load a "
             "merged or bnb artifact"
         )
+
+
+def _variant_for(branches: int) -> GraphName:
+    """The graph that decodes so many branches of one sequence."""
+    return CAUSAL if branches == 1 else GENERAL
 
 
 def _cheapest_variant(mask: Bools, cache: OnnxCache | OnnxRowsView) -> GraphName:

@@ -8,9 +8,9 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from pos2d.layout import Ints
-from pos2d.onnx_io import PAST_PREFIX, present_of
-from pos2d.runtime.backends.onnx.kv_cache import STEP
-from pos2d.runtime.engine.backend import KeysValues
+from pos2d.onnx_io import present_of
+from pos2d.runtime.backends.onnx.kv_cache import STEP, short_name
+from pos2d.runtime.engine.backend import KVArrays
 
 FIRST_ROWS = 4
 Array = npt.NDArray[Any]
@@ -62,14 +62,14 @@ class OnnxRows:
     def rows(self, first: int, stop: int) -> "OnnxRowsView":
         return self._views.setdefault((first, stop), OnnxRowsView(self, first, stop))
 
-    def take(self, row: int, length: int) -> KeysValues:
-        return {_short(name): buffer[row, :, :length].copy() for name, buffer in self._buffers.items()}
+    def take(self, row: int, length: int) -> KVArrays:
+        return {short_name(name): buffer[row, :, :length].copy() for name, buffer in self._buffers.items()}
 
-    def put(self, row: int, arrays: KeysValues) -> None:
+    def put(self, row: int, arrays: KVArrays) -> None:
         length = next(iter(arrays.values())).shape[1]
         self.reserve(length)
         for name, buffer in self._buffers.items():
-            buffer[row, :, :length] = arrays[_short(name)]
+            buffer[row, :, :length] = arrays[short_name(name)]
         self.lengths[row] = length
 
     def reserve(self, capacity: int) -> None:
@@ -135,8 +135,3 @@ class OnnxRowsView:
         for name, value in self._values.items():
             binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output(present_of(name), value)
-
-
-def _short(name: str) -> str:
-    """``layer.0.key`` of the graph's ``past_key_values.0.key``."""
-    return name.replace(PAST_PREFIX, "layer.", 1)

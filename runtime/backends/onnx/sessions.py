@@ -52,7 +52,7 @@ class OnnxGraphs:
         assert manifest.graph is not None
         self._directory, self._manifest = directory, manifest
         self._data, self._graphs = manifest.graph.data, manifest.graph.graphs
-        self._device, self._float_kinds, self._threads = device, float_kinds, threads
+        self._device, self.float_kinds, self._threads = device, float_kinds, threads
         self._session: ort.InferenceSession | None = None
         # Indices in VARIANTS: of the session that is or was loaded last, and of what has been announced.
         self._variant = -1
@@ -125,10 +125,10 @@ class OnnxGraphs:
         providers = [(onnx_cuda.PROVIDER, onnx_cuda.PROVIDER_OPTIONS)] if on_gpu else ["CPUExecutionProvider"]
         try:
             graph: Path | bytes = path
-            if self._float_kinds:
+            if self.float_kinds:
                 # ONNX Runtime refuses weights that a link places outside their directory, as the Hub's cache does.
                 weights = (self._directory / self._data).resolve()
-                graph = with_float_activations(path, self._float_kinds, weights.name)
+                graph = with_float_activations(path, self.float_kinds, weights.name)
                 options.add_session_config_entry(WEIGHTS_DIRECTORY, str(weights.parent))
             session = ort.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # ONNX Runtime has no public error class

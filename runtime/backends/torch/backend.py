@@ -1,5 +1,7 @@
 """Merged and bitsandbytes artifacts on torch, with this package's model classes; no code of the artifact is run."""
 
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext
 from threading import Lock
 from typing import Self
@@ -10,9 +12,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from pos2d.families import Dimensions
 from pos2d.layout import Bools, Ints
-from pos2d.memory_costs import TORCH_PREFILL_CHUNK, kv_cache_bytes
+from pos2d.memory_costs import TORCH_PREFILL_CHUNK
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.backends.torch.bitsandbytes_library import errors_only
 from pos2d.runtime.backends.torch.cuda_graphs import GraphedCache, Tensors
@@ -21,7 +22,7 @@ from pos2d.runtime.backends.torch.devices import DeviceMap, device_lookup
 from pos2d.runtime.backends.torch.kv_cache import FixedCache, GrowingCache
 from pos2d.runtime.backends.torch.linears import bnb_layers
 from pos2d.runtime.backends.torch.rows import TorchRows, TorchRowsView
-from pos2d.runtime.engine.backend import Floats
+from pos2d.runtime.engine.backend import Floats, KVFormat
 from pos2d.runtime.opening.opened_model import OpenedModel
 
 
@@ -34,11 +35,11 @@ class TorchBackend:
         self._model = model
         # Layers of bitsandbytes keep values between their steps, and nothing may run while a CUDA graph is captured.
         self._lock = Lock()
-        self._device = device_lookup(device_map)("model.embed_tokens")
+        device_of = device_lookup(device_map)
+        self._device = device_of("model.embed_tokens")
+        self._layer_devices = [device_of(f"model.layers.{layer}") for layer in range(model.config.num_hidden_layers)]
         self.device = self._device.type
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
-        sizes = Dimensions.from_config(model.config.to_dict(), "the model's configuration")
-        self.kv_token_bytes = kv_cache_bytes(sizes, 1, str(self.dtype).removeprefix("torch."))
         foreign = bnb_layers(model)
         self._uses_bitsandbytes = bool(foreign)
         # bitsandbytes' int8 layer branches on the values of its activations, which a CUDA graph cannot capture.
@@ -53,14 +54,38 @@ class TorchBackend:
         """
         return cls(*load_decoder(opened, options))
 
+    @property
+    def arithmetic(self) -> Mapping[str, str]:
+        # The classes of the linear layers say how they are quantised, and whether their activations are.
+        linears = Counter(type(layer).__name__ for layer in self._model.modules() if hasattr(layer, "weight"))
+        return {
+            "backend": "torch",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": ",".join(sorted({device.type for device in self._layer_devices})),
+            "attention": self._model.config._attn_implementation,
+            "layers": ",".join(f"{name} {count}" for name, count in sorted(linears.items())),
+        }
+
+    @property
+    def kv_format(self) -> KVFormat:
+        config = self._model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dtype = str(self.dtype).removeprefix("torch.")
+        return KVFormat(config.num_hidden_layers, config.num_key_value_heads, head_dim, dtype, "pt")
+
     def expect_branches(self, count: int) -> None:
         """Do nothing: the model runs any number of branches."""
 
+    def load_for(self, count: int) -> None:
+        """Do nothing: the model is loaded as a whole."""
+
     def new_cache(self, capacity: int) -> Cache:
-        return GraphedCache(capacity) if self._uses_cuda_graphs else GrowingCache(capacity)
+        if self._uses_cuda_graphs:
+            return GraphedCache(capacity, self._device)
+        return GrowingCache(capacity, self._layer_devices)
 
     def new_rows(self) -> TorchRows:
-        return TorchRows(self._device)
+        return TorchRows(self.kv_format, self._layer_devices)
 
     @torch.inference_mode()
     def forward(

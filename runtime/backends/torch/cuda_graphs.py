@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from pos2d.runtime.backends.torch.kv_cache import FixedCache
+from pos2d.runtime.backends.torch.kv_cache import CPU, FixedCache
 
 Tensors = Mapping[str, torch.Tensor]
 # Logits from the inputs of a decode step; it reads and writes the cache.
@@ -16,8 +16,8 @@ Captured = tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], torch.Tensor]
 class GraphedCache(FixedCache):
     """A cache of fixed size, and the graphs that were captured over its buffers."""
 
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity)
+    def __init__(self, capacity: int, device: torch.device = CPU) -> None:
+        super().__init__(capacity, device)
         self._graphs: dict[int, Captured] = {}
 
     def reserve(self, capacity: int) -> None:

@@ -1,11 +1,15 @@
 """Keys and values of the tokens so far, in buffers that are written in place."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from pos2d.runtime.engine.backend import KV_PARTS, KVArrays, kv_name
+
 KeysValues = tuple[torch.Tensor, torch.Tensor]
+CPU = torch.device("cpu")
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -39,11 +43,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class GrowingCache(Cache):  # type: ignore[misc]
-    """A cache whose attention reads only the filled slots; every layer reserves ``capacity`` slots at once."""
+    """A cache whose attention reads only the filled slots; every layer reserves ``capacity`` slots at once.
 
-    def __init__(self, capacity: int) -> None:
+    ``devices`` are those of the layers, in their order; without them, :meth:`put` places all on the CPU.
+    """
+
+    def __init__(self, capacity: int, devices: Sequence[torch.device] = ()) -> None:
         super().__init__(layers=[])
         self.capacity = capacity
+        self._devices = devices
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
@@ -62,6 +70,18 @@ class GrowingCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.rewind(min(length, layer.get_seq_length()))
 
+    def take(self, length: int) -> dict[str, torch.Tensor]:
+        layers = [(layer.keys, layer.values) for layer in self.layers]
+        return _copies(dict(enumerate(layers)), length)
+
+    @torch.inference_mode()
+    def put(self, arrays: KVArrays) -> None:
+        self.rewind(0)
+        for layer, pair in enumerate(_pairs(arrays)):
+            device = self._devices[layer] if self._devices else CPU
+            keys, values = (states[None].to(device) for states in pair)
+            self.update(keys, values, layer)
+
 
 class FixedCache(Cache):  # type: ignore[misc]
     """Buffers ``[B, K, capacity, D]`` that attention always reads as a whole, so that every step has the same shapes.
@@ -72,21 +92,18 @@ class FixedCache(Cache):  # type: ignore[misc]
 
     is_compileable = False
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, device: torch.device = CPU) -> None:
         super().__init__(layers=[])
         self.capacity = capacity
         self.length: int = 0
+        self._device = device
         self.slots = torch.empty(0, dtype=torch.long)
         self._buffers: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> KeysValues:
-        if layer_idx not in self._buffers:
-            batch, heads, _, head_dim = key_states.shape
-            shape = (batch, heads, self.capacity, head_dim)
-            self._buffers[layer_idx] = (key_states.new_zeros(shape), value_states.new_zeros(shape))
-        keys, values = self._buffers[layer_idx]
+        keys, values = self._layer(layer_idx, (key_states, value_states))
         keys.index_copy_(2, self.slots, key_states)
         values.index_copy_(2, self.slots, value_states)
         return keys, values
@@ -105,6 +122,46 @@ class FixedCache(Cache):  # type: ignore[misc]
 
     def rewind(self, length: int) -> None:
         self.length = min(self.length, length)
+
+    def take(self, length: int) -> dict[str, torch.Tensor]:
+        return _copies(self._buffers, length)
+
+    @torch.inference_mode()
+    def put(self, arrays: KVArrays) -> None:
+        pairs = _pairs(arrays)
+        length = pairs[0][0].shape[-2]
+        self.rewind(0)
+        self.reserve(length)
+        for layer, pair in enumerate(pairs):
+            on_device = tuple(states[None].to(self._device) for states in pair)
+            for buffer, states in zip(self._layer(layer, on_device), on_device, strict=True):
+                buffer[:, :, :length] = states
+        self.length = length
+
+    def _layer(self, layer: int, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The buffers of a layer, which are made for such ``states`` ``[B, K, S, D]`` where there are none."""
+        if layer not in self._buffers:
+            batch, heads, _, head_dim = states[0].shape
+            shape = (batch, heads, self.capacity, head_dim)
+            self._buffers[layer] = tuple(part.new_zeros(shape) for part in states)
+        return self._buffers[layer]
+
+
+def _copies(layers: dict[int, tuple[torch.Tensor, ...]], length: int) -> dict[str, torch.Tensor]:
+    """Copies on the CPU of the first ``length`` slots of buffers ``[1, K, ≥ length, D]``."""
+    return {
+        kv_name(layer, part): torch.empty_like(
+            states[0, :, :length], device=CPU, memory_format=torch.contiguous_format
+        ).copy_(states[0, :, :length])
+        for layer, pair in layers.items()
+        for part, states in zip(KV_PARTS, pair, strict=True)
+    }
+
+
+def _pairs(arrays: KVArrays) -> list[tuple[torch.Tensor, ...]]:
+    """The keys and the values of every layer, in the order of the layers."""
+    count = len(arrays) // len(KV_PARTS)
+    return [tuple(arrays[kv_name(layer, part)] for part in KV_PARTS) for layer in range(count)]
 
 
 def _enlarged_with_zeros(buffer: torch.Tensor, filled: int, capacity: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Keys and values of many sequences in one buffer for each layer, each sequence in a row of its own."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from pos2d.layout import Ints
-from pos2d.runtime.engine.backend import KeysValues
+from pos2d.runtime.engine.backend import KV_PARTS, KVArrays, KVFormat, kv_name
 
 FIRST_ROWS, STEP = 4, 64
 # The keys and the values of one layer, [rows, K, capacity, D].
@@ -15,16 +16,16 @@ Buffers = tuple[torch.Tensor, torch.Tensor]
 
 
 class TorchRows:
-    """A :class:`pos2d.runtime.engine.backend.RowCache`; the buffers of a layer are made when it is first written."""
+    """A :class:`pos2d.runtime.engine.backend.RowCache`; every layer's buffers are on the device of the layer."""
 
     pass_rows = 1_000_000
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, form: KVFormat, devices: Sequence[torch.device]) -> None:
         self.lengths: Ints = np.zeros(0, dtype=np.int64)
         self.capacity = 0
-        self.layers: list[Buffers] = []
-        self._device = device
+        self._form, self._dtype = form, getattr(torch, form.dtype)
         self._room = 0
+        self.layers: list[Buffers] = [(self._buffer(device), self._buffer(device)) for device in devices]
 
     @torch.inference_mode()
     def add(self) -> None:
@@ -37,7 +38,7 @@ class TorchRows:
         self.lengths = self.lengths[:-1]
         longest = int(self.lengths.max(initial=0))
         if not len(self.lengths):
-            self._room, self.capacity, self.layers = 0, 0, []
+            self._replace(0, 0)
         elif self.capacity > 4 * STEP and 2 * longest < self.capacity:
             self._replace(self._room, _rounded(longest))
 
@@ -58,23 +59,20 @@ class TorchRows:
         return TorchRowsView(self, first, stop)
 
     @torch.inference_mode()
-    def take(self, row: int, length: int) -> KeysValues:
+    def take(self, row: int, length: int) -> KVArrays:
         return {
-            f"layer.{layer}.{part}": buffer[row, :, :length].to("cpu", copy=True)
+            kv_name(layer, part): buffer[row, :, :length].to("cpu", copy=True)
             for layer, buffers in enumerate(self.layers)
-            for part, buffer in zip(("key", "value"), buffers, strict=True)
+            for part, buffer in zip(KV_PARTS, buffers, strict=True)
         }
 
     @torch.inference_mode()
-    def put(self, row: int, arrays: KeysValues) -> None:
-        if not self.layers:
-            for layer in range(len(arrays) // 2):
-                self.make_layer(arrays[f"layer.{layer}.key"], arrays[f"layer.{layer}.value"])
+    def put(self, row: int, arrays: KVArrays) -> None:
         length = next(iter(arrays.values())).shape[1]
         self.reserve(length)
-        for layer, (keys, values) in enumerate(self.layers):
-            keys[row, :, :length] = arrays[f"layer.{layer}.key"]
-            values[row, :, :length] = arrays[f"layer.{layer}.value"]
+        for layer, buffers in enumerate(self.layers):
+            for part, buffer in zip(KV_PARTS, buffers, strict=True):
+                buffer[row, :, :length] = arrays[kv_name(layer, part)]
         self.lengths[row] = length
 
     @torch.inference_mode()
@@ -83,14 +81,10 @@ class TorchRows:
         if capacity > self.capacity:
             self._replace(self._room, max(_rounded(capacity), self.capacity + self.capacity // 8))
 
-    def make_layer(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Make the buffers of the next layer, of the shapes ``[..., K, T, D]`` and the types of its first states."""
-        self.layers.append((self._buffer(keys), self._buffer(values)))
-
-    def _buffer(self, states: torch.Tensor) -> torch.Tensor:
+    def _buffer(self, device: torch.device) -> torch.Tensor:
         # Zeros, not anything: a masked value is multiplied by 0, and 0 times NaN is NaN.
-        shape = (self._room, states.shape[-3], self.capacity, states.shape[-1])
-        return torch.zeros(shape, dtype=states.dtype, device=self._device)
+        shape = (self._room, self._form.heads, self.capacity, self._form.head_dim)
+        return torch.zeros(shape, dtype=self._dtype, device=device)
 
     def _buffers(self) -> list[torch.Tensor]:
         return [buffer for buffers in self.layers for buffer in buffers]
@@ -101,7 +95,7 @@ class TorchRows:
         self.layers = [(self._moved(keys), self._moved(values)) for keys, values in self.layers]
 
     def _moved(self, old: torch.Tensor) -> torch.Tensor:
-        new = self._buffer(old)
+        new = self._buffer(old.device)
         for row, length in enumerate(self.lengths.tolist()):
             new[row, :, :length] = old[row, :, :length]
         return new
@@ -139,8 +133,6 @@ class TorchRowsView(Cache):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> Buffers:
         """Write the new states behind those of each row; return what the pass attends to, ``[B, K, T, D]``."""
-        if layer_idx == len(self._rows.layers):
-            self._rows.make_layer(key_states, value_states)
         new, lengths = key_states.shape[-2], self.lengths
         total = self.length + new
         keys, values = (buffer[self._span] for buffer in self._rows.layers[layer_idx])
