@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+# The files of the page: a folder of data, which setuptools wants named as a package.
+PAGE = "pos2d.runtime.http.page"
 FOLDERS = ("commands", "compat", "exporter", "runtime", "sources")
 
 
@@ -11,6 +13,6 @@ def below(folder: str) -> list[str]:
 
 
 setup(
-    packages=["pos2d", "pos2d.hf", *(package for folder in FOLDERS for package in below(folder))],
+    packages=["pos2d", "pos2d.hf", *(package for folder in FOLDERS for package in below(folder)), PAGE],
     package_dir={f"pos2d.{folder}": folder for folder in FOLDERS},
 )

@@ -59,6 +59,9 @@ def test_the_wheel_has_every_file_of_every_package(wheel: list[str]) -> None:
         if not any(parent.is_symlink() for parent in path.parents):
             assert path.relative_to(ROOT).as_posix() in wheel
     assert "pos2d/py.typed" in wheel
+    page = list((ROOT / "runtime" / "http" / "page").iterdir())
+    assert page
+    assert {f"pos2d/runtime/http/page/{path.name}" for path in page} <= set(wheel)
 
 
 def test_the_face_offers_what_it_lists() -> None:
