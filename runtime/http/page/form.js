@@ -168,7 +168,9 @@ export class Form {
   }
 
   refuse(place, field, show) {
-    show(byId(`${place}-error`));
+    const target = byId(`${place}-error`);
+    show(target);
+    target.scrollIntoView({ block: "nearest" });
     if (!field) return;
     if (SETTINGS.includes(place)) byId("settings").open = true;
     field.setAttribute("aria-invalid", "true");
@@ -214,6 +216,7 @@ export class Form {
     const hadFocus = this.list.contains(document.activeElement);
     this.setQuestions([]);
     this.follow([]);
+    this.forgetKeyField();
     if (!hadFocus) return;
     if (isNarrow()) byId("answers").focus({ preventScroll: true }); // and no keyboard over the answers
     else this.fields()[0].focus();
@@ -239,12 +242,19 @@ export class Form {
     };
     this.countdown = setInterval(show, 250);
     show();
+    byId("retry").scrollIntoView({ block: "nearest" });
     this.announce("retryIn", { n: Math.ceil(seconds) });
   }
 
   askForKey(error) {
     byId("key-section").hidden = false;
     if (error) this.refuse("key", byId("key"), (target) => sayError(target, error));
+  }
+
+  forgetKeyField() {
+    byId("key-section").hidden = true;
+    byId("key").value = "";
+    byId("key").removeAttribute("aria-invalid");
   }
 }
 

@@ -1,4 +1,4 @@
-// Draws the layout of a round: one row for the document and one for each branch, over time, while the answers grow.
+// Draws the layout of a round: one row for the context and one for each branch, over time, while the answers grow.
 
 import { number, t } from "./language.js";
 
@@ -80,8 +80,8 @@ export class LayoutDrawing {
       node(this.svg, "line", { x1: x(time), x2: x(time), y1: HEAD - 3, y2: height, class: "tick" });
     }
     if (!context) return;
-    node(this.svg, "text", { x: 0, y: HEAD + 10, class: "name" }, t("document"));
-    this.bar("document", x(0), x(context), HEAD);
+    node(this.svg, "text", { x: 0, y: HEAD + 10, class: "name" }, t("axisContext"));
+    this.bar("context", x(0), x(context), HEAD);
     if (isCompressed) {
       const middle = (x(0) + x(context)) / 2;
       node(this.svg, "path", { d: `M${middle - 4} ${HEAD + BAR + 3}l6 -${BAR + 4}M${middle + 1} ${HEAD + BAR + 3}l6 -${BAR + 4}`, class: "break" });

@@ -3,7 +3,7 @@
 import { getKey, modelName, openStream, requestBody, setKey } from "./api.js";
 import { Form, isNarrow } from "./form.js";
 import { applyLanguage, currentLanguage, say, store, toggleLanguage, unsay } from "./language.js";
-import { Round, sayError } from "./round.js";
+import { Round } from "./round.js";
 
 const byId = (id) => document.getElementById(id);
 const systemIsDark = matchMedia("(prefers-color-scheme: dark)");
@@ -45,26 +45,22 @@ byId("language").addEventListener("click", () => {
   nameLanguage();
 });
 
-async function showModel() {
-  try {
-    model = await modelName();
-    byId("model").textContent = byId("model").title = model;
-    return true;
-  } catch (error) {
-    if (error.status === 401) form.askForKey(getKey() ? error : null);
-    else sayError(byId("form-error"), error);
-    return false;
-  }
+async function loadModel() {
+  model = await modelName();
+  byId("model").textContent = byId("model").title = model;
 }
 
 async function useKey() {
   setKey(byId("key").value);
   unsay(byId("key-error"));
-  if (await showModel()) {
-    byId("key-section").hidden = true;
-    byId("key").value = "";
-    form.fields()[0].focus();
+  try {
+    await loadModel();
+  } catch (error) {
+    form.showError(error);
+    return;
   }
+  form.forgetKeyField();
+  form.fields()[0].focus();
 }
 
 byId("use-key").addEventListener("click", useKey);
@@ -95,7 +91,7 @@ async function ask(asked) {
   announce("statusAsking");
   let chunks;
   try {
-    if (model === null && !(await showModel())) return;
+    if (model === null) await loadModel();
     chunks = await open(asked, controller.signal);
   } catch (error) {
     if (error.name !== "AbortError") form.showError(error);
@@ -130,4 +126,7 @@ function onFollowUp(asked, answer) {
 applyLanguage();
 nameLanguage();
 nameTheme();
-showModel();
+loadModel().catch((error) => {
+  if (error.status === 401 && !getKey()) form.askForKey();
+  else form.showError(error);
+});

@@ -34,20 +34,21 @@ export class Round {
     this.figure = element("figure", { className: "layout", hidden: true });
     const grid = element("div", { className: "grid" }, ...this.answers.map(({ card }) => card));
     grid.dataset.count = this.answers.length;
-    this.section = element("section", { className: "round" }, this.header(isChat), this.error, this.figure,
+    this.section = element("section", { className: "round" }, this.header(), ...this.notes(isChat), this.error, this.figure,
       grid);
     this.section.setAttribute("aria-labelledby", this.title.id);
     this.timer = setInterval(() => this.show(), SHOW_EVERY);
     this.show();
   }
 
-  header(isChat) {
+  notes(isChat) {
+    const turn = this.asked.turns.at(-1);
+    return [...(turn ? [note("afterQuestion", { question: turn.question })] : []), ...(isChat ? [] : [note("plainText")])];
+  }
+
+  header() {
     this.title = element("h2", { id: `round-${crypto.getRandomValues(new Uint32Array(1))[0]}` });
     say(this.title, "round", { n: this.answers.length });
-    const lines = [this.title];
-    const turn = this.asked.turns.at(-1);
-    if (turn) lines.push(note("afterQuestion", { question: turn.question }));
-    if (!isChat) lines.push(note("plainText"));
     const stats = element("dl", { className: "stats" });
     for (const name of ["perSecond", "firstToken", "tokens", "cached"]) {
       const value = element("dd", { textContent: "–" });
@@ -56,7 +57,7 @@ export class Round {
       this.numbers[name] = { value, unit };
       say(unit, name, { n: 0 });
     }
-    return element("header", {}, element("div", { className: "titles" }, ...lines), stats,
+    return element("header", {}, this.title, stats,
       element("p", { className: "buttons" }, this.stopAllButton, this.againButton));
   }
 
@@ -105,8 +106,8 @@ export class Round {
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     svg.setAttribute("role", "img");
     const caption = element("figcaption");
-    for (const [kind, key] of [["document", "layoutDocument"], ["question", "layoutQuestion"], ["answer", "layoutAnswer"]]) {
-      if (kind === "document" && !layout.context_tokens) continue;
+    for (const [kind, key] of [["context", "layoutContext"], ["question", "layoutQuestion"], ["answer", "layoutAnswer"]]) {
+      if (kind === "context" && !layout.context_tokens) continue;
       const words = element("span");
       say(words, key);
       caption.append(element("span", { className: `key ${kind}` }, words));
