@@ -8,6 +8,13 @@ export function element(name, properties = {}, ...children) {
   return made;
 }
 
+let ids = 0;
+
+export function uniqueId(name) {
+  ids += 1;
+  return `${name}-${ids}`;
+}
+
 export function button(key, onClick, { label, values, kind = "quiet" } = {}) {
   const made = element("button", { type: "button", className: kind });
   say(made, key);
@@ -33,7 +40,7 @@ export class Answer {
     this.error.setAttribute("role", "alert");
     this.body = element("div", { className: "text", dir: "auto" }, this.text);
     // The button stands at the top, where it does not move while the text below it grows.
-    const title = element("h3", { id: `question-${crypto.getRandomValues(new Uint32Array(1))[0]}` },
+    const title = element("h3", { id: uniqueId("question") },
       element("span", { className: "badge", textContent: number(number_) }),
       element("span", { className: "asked", dir: "auto", textContent: question }));
     this.card = element("article", { className: "answer" }, element("header", {}, title, this.stopButton), this.body, this.error,

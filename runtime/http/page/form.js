@@ -230,7 +230,7 @@ export class Form {
     const branch = place === "questions" ? Number((/\d+/.exec(error.param) ?? [0])[0]) : 0;
     const field = place === "form" ? null : place === "questions" ? (this.fields()[branch] ?? this.fields()[0]) : byId(place);
     this.refuse(place, field, (target) => sayError(target, error));
-    if (error.status === 429 || error.retryAfter !== null) this.countDown(error.retryAfter ?? 1);
+    if (error.retryAfter !== null) this.countDown(error.retryAfter);
   }
 
   countDown(seconds) {

@@ -80,4 +80,5 @@ export function toggleLanguage() {
   language = language === "en" ? "zh-Hans" : "en";
   store(STORED, language);
   applyLanguage();
+  document.dispatchEvent(new Event("pos2d-language")); // for what is drawn rather than written
 }

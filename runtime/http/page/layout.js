@@ -26,8 +26,8 @@ export class LayoutDrawing {
     this.counts = layout.branches.map(() => 0);
     this.ended = layout.branches.map(() => false);
     this.drawn = "";
-    this.observer = new ResizeObserver(() => this.draw());
-    this.observer.observe(svg.parentElement);
+    new ResizeObserver(() => this.draw()).observe(svg.parentElement);
+    document.addEventListener("pos2d-language", () => this.draw());
   }
 
   update(counts, ended) {

@@ -1,6 +1,6 @@
 // One round: the questions that were asked together, their answers side by side, the speed and the layout.
 
-import { Answer, button, element } from "./answer.js";
+import { Answer, button, element, uniqueId } from "./answer.js";
 import { cancelRequest, piecesOf } from "./api.js";
 import { number, say, t, unsay } from "./language.js";
 import { LayoutDrawing } from "./layout.js";
@@ -47,7 +47,7 @@ export class Round {
   }
 
   header() {
-    this.title = element("h2", { id: `round-${crypto.getRandomValues(new Uint32Array(1))[0]}` });
+    this.title = element("h2", { id: uniqueId("round") });
     say(this.title, "round", { n: this.answers.length });
     const stats = element("dl", { className: "stats" });
     for (const name of ["perSecond", "firstToken", "tokens", "cached"]) {

@@ -187,8 +187,10 @@ def test_both_languages(page: Page) -> None:
     page.ask()
     page.wait_until_done()
     assert page.states() == ["达到 token 上限"]
+    assert page.find(".plot svg").accessible_name.startswith("布局")
     page.find("#language").click()
     assert page.run(root) == "en"
+    assert page.find(".plot svg").accessible_name.startswith("Layout")
     assert page.states() == ["Token limit reached"]
     assert page.texts("article .speed")[0].startswith("5 tokens")
     page.driver.refresh()
