@@ -32,16 +32,23 @@ class Page:
         self.driver = driver
         self.url = url
 
-    def open(self, language: str = "en-US", theme: str = "light", width: int = 1280, **features: str) -> None:
+    def open(self, language: str = "en-US", theme: str = "light") -> None:
         agent = {"userAgent": self.run("return navigator.userAgent"), "acceptLanguage": language}
         self.driver.execute_cdp_cmd("Emulation.setUserAgentOverride", agent)
-        media = {"prefers-color-scheme": theme, **{name.replace("_", "-"): value for name, value in features.items()}}
-        listed = [{"name": name, "value": value} for name, value in media.items()]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": listed})
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.prefer(theme=theme)
+        self.resize(1280)
         self.driver.get(self.url)
         self.wait(lambda: self.find("#model").text or self.find("#key").is_displayed())
+
+    def prefer(self, theme: str = "light", motion: str = "no-preference") -> None:
+        """What the user told the system about themes and motion."""
+        wishes = (("prefers-color-scheme", theme), ("prefers-reduced-motion", motion))
+        listed = [{"name": name, "value": value} for name, value in wishes]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": listed})
+
+    def resize(self, width: int) -> None:
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
@@ -96,15 +103,19 @@ class Page:
     def enter(self, name: str, value: str) -> None:
         self.run("document.getElementById(arguments[0]).value = arguments[1]", name, value)
 
+    def enter_question(self, text: str) -> None:
+        self.run("document.querySelector('#questions textarea').value = arguments[0]", text)
+
     def ask(self) -> None:
         self.find("#ask").click()
 
     def wait_until_done(self) -> None:
         self.wait(lambda: self.find_all("article") and not self.find_all("article[aria-busy=true]"))
 
-    def violations(self) -> list[str]:
-        """What axe finds: rules of accessibility that the page breaks, with the elements."""
-        found = Axe().run(self.driver)["violations"]
+    def violations(self, *rules: str) -> list[str]:
+        """What axe finds: rules of accessibility that the page breaks, with the elements; all rules unless given."""
+        options = {"runOnly": list(rules)} if rules else {}
+        found = Axe().run(self.driver, options=options)["violations"]
         return [f"{it['id']}: {[node['target'] for node in it['nodes']]}" for it in found]
 
     def read_log(self, kind: str) -> list[dict[str, Any]]:
