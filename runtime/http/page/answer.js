@@ -8,6 +8,8 @@ export function element(name, properties = {}, ...children) {
   return made;
 }
 
+export const SHORTEST = 100; // milliseconds; over less, a speed says more of the network than of the model
+
 let ids = 0;
 
 export function uniqueId(name) {
@@ -59,9 +61,10 @@ export class Answer {
     return this.finished === null;
   }
 
-  // Tokens per second after the first token.
+  // Tokens per second after the first token; 0 while it is not known.
   get rate() {
-    return this.tokens > 1 && this.lastAt > this.firstAt ? ((this.tokens - 1) * 1000) / (this.lastAt - this.firstAt) : 0;
+    const time = this.lastAt - this.firstAt;
+    return time < SHORTEST ? 0 : ((this.tokens - 1) * 1000) / time;
   }
 
   add(text, tokens, now) {

@@ -1,6 +1,6 @@
 // One round: the questions that were asked together, their answers side by side, the speed and the layout.
 
-import { Answer, button, element, uniqueId } from "./answer.js";
+import { Answer, SHORTEST, button, element, uniqueId } from "./answer.js";
 import { cancelRequest, piecesOf } from "./api.js";
 import { number, say, t, unsay } from "./language.js";
 import { LayoutDrawing } from "./layout.js";
@@ -125,8 +125,8 @@ export class Round {
     const counted = this.answers.reduce((sum, { tokens }) => sum + tokens, 0);
     const tokens = this.usage?.completion_tokens ?? counted;
     const firsts = this.answers.filter((answer) => answer.firstAt && answer.firstAt - this.firstAt < 1).length;
-    const seconds = (this.lastAt - this.firstAt) / 1000;
-    const rate = seconds > 0 && counted > firsts ? (counted - firsts) / seconds : null;
+    const time = this.lastAt - this.firstAt;
+    const rate = time < SHORTEST ? null : ((counted - firsts) * 1000) / time;
     this.stat("perSecond", rate === null ? "–" : number(rate, rate < 100 ? 1 : 0));
     this.stat("firstToken", this.firstAt ? `${number((this.firstAt - this.startedAt) / 1000, 2)} s` : "–");
     this.stat("tokens", number(tokens), tokens);

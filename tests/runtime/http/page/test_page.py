@@ -91,6 +91,7 @@ def test_a_reload_is_clean(page: Page) -> None:
 
 def test_the_numbers_are_the_servers(page: Page, script: Script) -> None:
     script.texts = {0: "four" * 5, 1: "four" * 9}
+    script.pace = 0.05
     page.write("The market opens at eight.", "One?", "Two?")
     page.ask()
     page.wait_until_done()
