@@ -31,6 +31,7 @@ WORKFLOWS = {
     "Use an artifact": {
         "run": "Answer prompts, or chat.",
         "batch": "Answer every line of a file.",
+        "serve": "Answer requests over HTTP.",
         "show-layout": "Draw branch and time of tokens, and what one attends to.",
     },
     "Check an artifact": {

@@ -8,6 +8,7 @@ from pos2d.runtime.evaluate import EvalReport, evaluate
 from pos2d.runtime.load import load
 from pos2d.runtime.model.model import Model
 from pos2d.runtime.run import RunReport, run
+from pos2d.runtime.serve import serve
 from pos2d.runtime.show_layout import LayoutReport, show_layout
 from pos2d.runtime.text.completions import Completion, Event
 from pos2d.runtime.text.conversation import Conversation
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate",
     "load",
     "run",
+    "serve",
     "show_layout",
     "verify",
 ]

@@ -154,7 +154,7 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
         return set(signature(function).parameters)
 
     display_only = {"as_json", "jsonl", "list_presets", "mode"}
-    code_only = {"on_event"}
+    code_only = {"on_event", "on_ready"}
     for name, function in (
         ("merge", exporter.merge),
         ("export", exporter.export),
@@ -164,6 +164,7 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
         ("eval", runtime.evaluate),
         ("run", runtime.run),
         ("batch", runtime.batch),
+        ("serve", runtime.serve),
         ("show-layout", runtime.show_layout),
         ("bench", runtime.bench),
         ("doctor", runtime.doctor),

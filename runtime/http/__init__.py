@@ -1,1 +1,1 @@
-"""The HTTP server: its routes, and what they accept and return."""
+"""The HTTP layer of the server: the guards around the routes, the routes, and what they accept and return."""

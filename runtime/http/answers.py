@@ -2,7 +2,8 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,10 @@ class RunningAnswer:
         self.choices = plan.choices
         self.completion_tokens = 0
         self._running, self._streams = service.running, streams
+        self._followed = [
+            service.follow(stream, branches=plan.per_job, prompt_tokens=len(job.layout))
+            for stream, job in zip(streams, plan.jobs, strict=True)
+        ]
         self._running[name] = self
 
     def cancel(self, choice: int | None = None) -> None:
@@ -44,15 +49,18 @@ class RunningAnswer:
         """The scores of the prompt of one job, from its first event on."""
         return self._streams[job].prompt_scores
 
-    async def steps(self) -> AsyncIterator[Sequence[Event]]:
+    async def steps(self) -> AsyncGenerator[Sequence[Event], None]:
         """The events of each step; ``Event.branch`` counts the choices."""
         unfinished = set(range(self.choices))
-        async for events in self._streams[0] if len(self._streams) == 1 else _merged(self._streams, self.plan.per_job):
-            for event in events:
-                self.completion_tokens += event.token is not None
-                if event.finish_reason is not None:
-                    unfinished.discard(event.branch)
-            yield events
+        followed = self._followed
+        all_events = followed[0] if len(followed) == 1 else _merged(followed, self.plan.per_job)
+        async with aclosing(all_events):
+            async for events in all_events:
+                for event in events:
+                    self.completion_tokens += event.token is not None
+                    if event.finish_reason is not None:
+                        unfinished.discard(event.branch)
+                yield events
         if unfinished:
             yield [Event(choice, None, "", None, "stop") for choice in sorted(unfinished)]
 
@@ -87,14 +95,17 @@ async def start(service: Service, plan: Plan, prefix: str) -> RunningAnswer:
     return RunningAnswer(service, plan, streams, f"{prefix}{secrets.token_hex(16)}")
 
 
-async def _merged(streams: Sequence[Stream], per_job: int) -> AsyncIterator[Sequence[Event]]:
+async def _merged(
+    streams: Sequence[AsyncGenerator[Sequence[Event], None]], per_job: int
+) -> AsyncGenerator[Sequence[Event], None]:
     """The events of several streams, with their choices counted through all of them."""
     items: asyncio.Queue[Sequence[Event] | BaseException | None] = asyncio.Queue()
 
-    async def read(number: int, stream: Stream) -> None:
+    async def read(number: int, stream: AsyncGenerator[Sequence[Event], None]) -> None:
         try:
-            async for events in stream:
-                items.put_nowait([replace(event, branch=number * per_job + event.branch) for event in events])
+            async with aclosing(stream):
+                async for events in stream:
+                    items.put_nowait([replace(event, branch=number * per_job + event.branch) for event in events])
             items.put_nowait(None)
         except Exception as error:
             items.put_nowait(error)

@@ -3,17 +3,18 @@
 from fastapi import FastAPI
 
 from pos2d.runtime.http.errors import add_error_handlers
+from pos2d.runtime.http.page_routes import page_routes
 from pos2d.runtime.http.routes.openai import openai_routes
 from pos2d.runtime.http.routes.responses import response_routes
 from pos2d.runtime.http.routes.small import small_routes
 from pos2d.runtime.http.service import Service
 from pos2d.runtime.http.settings import ServerSettings
-from pos2d.runtime.http.texts import Renderer
+from pos2d.runtime.http.shell import Services
 from pos2d.runtime.serving.engine import Engine
 
 
-def create_app(engine: Engine, settings: ServerSettings, renderer: Renderer | None = None) -> FastAPI:
-    """The application; ``renderer`` renders chat templates in place of the direct way.
+def create_app(engine: Engine, settings: ServerSettings, services: Services | None = None) -> FastAPI:
+    """The application; ``services`` render templates within limits, and follow jobs.
 
     Its ``state.service`` has what the routes share.
 
@@ -21,10 +22,11 @@ def create_app(engine: Engine, settings: ServerSettings, renderer: Renderer | No
         InputError: an artifact without tokenizer, or generation settings that cannot be read.
     """
     app = FastAPI(title="pos2d", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
-    service = Service(engine, settings, renderer)
+    service = Service(engine, settings, services)
     app.state.service = service
     add_error_handlers(app)
     app.include_router(openai_routes(service))
     app.include_router(response_routes(service))
     app.include_router(small_routes(service))
+    app.include_router(page_routes())
     return app

@@ -61,7 +61,7 @@ def token_logprob(event: Event, tokens: TokenTexts) -> dict[str, Any] | None:
     """The log probability of a token and of those most likely in its place, in the form of chat completions."""
     if event.token is None or event.logprob is None:
         return None
-    top = getattr(event, "top_logprobs", None) or ()
+    top = event.top_logprobs or ()
     return _logprob(event.token, event.logprob, tokens) | {
         "top_logprobs": [_logprob(token, logprob, tokens) for token, logprob in top]
     }

@@ -106,7 +106,7 @@ class CompletionChunks:
     def _add_event(self, found: LogprobLists, event: Event) -> None:
         """Add the token of an event. An end token counts as one: readers of ``echo`` cut one token off the end."""
         if self._wants_logprobs and (event.token is not None or event.finish_reason == "stop"):
-            found.add(event.token, event.logprob, getattr(event, "top_logprobs", None) or ())
+            found.add(event.token, event.logprob, event.top_logprobs or ())
 
     def finish(self, event: Event) -> str:
         """The finish reason of an event that has one."""

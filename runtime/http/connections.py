@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -32,14 +32,15 @@ class Chunks(Protocol):
         """What a stream ends with."""
 
 
-async def streamed(answer: RunningAnswer, chunks: Chunks) -> AsyncIterator[bytes]:
+async def streamed(answer: RunningAnswer, chunks: Chunks) -> AsyncGenerator[bytes, None]:
     """The bytes of a stream, one item for each step. An error after the first byte is the last event."""
     yield chunks.first()
     try:
-        async for events in answer.steps():
-            written = chunks.step(events)
-            if written:
-                yield written
+        async with aclosing(answer.steps()) as steps:
+            async for events in steps:
+                written = chunks.step(events)
+                if written:
+                    yield written
     except Exception as error:
         yield b"data: " + error_body(*_logged(error)) + b"\n\n"
     else:
@@ -66,8 +67,9 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write() -> None:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for data in streamed(self._answer, self._chunks):
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+            async with aclosing(streamed(self._answer, self._chunks)) as items:
+                async for data in items:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         await while_connected(receive, write(), self._answer.close)

@@ -58,6 +58,11 @@ def refusal(error: Exception, param: str | None = None, names: Mapping[str, str]
     """
     if isinstance(error, RequestError):
         return error
+    status = getattr(error, "status", None)
+    if isinstance(error, Pos2DError) and isinstance(status, int):  # what the guards around the routes refuse
+        return RequestError(
+            status, str(error), getattr(error, "param", None), retry_after=getattr(error, "retry_after", None)
+        )
     if isinstance(error, BusyError):
         return RequestError(429, str(error), code="queue_full", retry_after=error.retry_after)
     message = re.sub(r"`(\w+)`", lambda found: f"`{(names or {}).get(found[1], found[1])}`", str(error))
@@ -75,9 +80,9 @@ def invalid(error: RequestValidationError) -> RequestError:
     deepest = max(faults, key=lambda found: len(found[0]))[0]
     reasons = dict.fromkeys(_reason(fault) for path, fault in faults if path == deepest)
     name = ".".join(map(str, deepest))
-    if not name and faults[0][1]["type"] != "json_invalid":
+    if not name and faults[0][1]["type"] not in ("json_invalid", "too_many_keys"):
         return RequestError(400, "the body is not a JSON object; send one with `Content-Type: application/json`")
-    return RequestError(400, f"`{name}` {' or '.join(reasons)}" if name else " or ".join(reasons), name or None)
+    return RequestError(400, f"{f'`{name}`' if name else 'the body'} {' or '.join(reasons)}", name or None)
 
 
 def _path(location: Sequence[Any], body: Any, missing: bool) -> tuple[Any, ...]:
@@ -100,7 +105,7 @@ def _reason(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "extra_forbidden":
         return "is not a field that this server knows; leave it out"
     if fault["type"] == "json_invalid":
-        return "the body is not JSON"
+        return "is not JSON"
     if fault["type"] == "missing":
         return "is missing"
     if fault["type"] == "union_tag_not_found":

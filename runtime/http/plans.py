@@ -2,28 +2,32 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pos2d.errors import InputError, UsageError
 from pos2d.layout import CONTEXT, Layout, build_continuations, build_layout
 from pos2d.runtime.engine.sampler import new_token_limit
 from pos2d.runtime.engine.sampling import Sampling
+from pos2d.runtime.http.demands import chat_demand, completion_demand, response_demand, text_demand
 from pos2d.runtime.http.errors import RequestError, refusal
+from pos2d.runtime.http.limits import Demand, check_tokens
 from pos2d.runtime.http.sampling import chat_sampling, completion_sampling, resolve, response_sampling
 from pos2d.runtime.http.schemas.chat import ChatRequest
 from pos2d.runtime.http.schemas.completions import CompletionRequest
 from pos2d.runtime.http.schemas.responses import ResponseRequest
 from pos2d.runtime.http.schemas.small import TokenizeRequest
 from pos2d.runtime.http.service import Service
-from pos2d.runtime.http.texts import encode_plain, encode_questions, turns
+from pos2d.runtime.http.texts import check_ids, check_text, encode_plain, encode_questions, turns
 from pos2d.runtime.serving.engine import PreparedJob
 from pos2d.runtime.serving.jobs import Job
 from pos2d.runtime.text.chat_template import check_arguments, require_chat_template
-from pos2d.runtime.text.end_tokens import end_token_ids
-from pos2d.runtime.text.options import LayoutOptions, PromptOptions
+from pos2d.runtime.text.options import LayoutOptions, PromptOptions, RequestOptions
+from pos2d.runtime.text.sampling_checks import check_sampling
 from pos2d.runtime.text.tokenization import EncodedPrompts, encode, encode_prompts
 
+# How many times longer than the model a text may be whose tokens are counted.
+COUNTED = 4
 # What completion requests call options that have other names in the library.
 COMPLETION_NAMES = {"max_new_tokens": "max_tokens", "top_logprobs": "logprobs", "json_schema": "response_format"}
 
@@ -64,32 +68,50 @@ def context_size(layout: Layout) -> int:
     return int((layout.owners == CONTEXT).sum())
 
 
-def plan_chat(service: Service, body: ChatRequest) -> Plan:
+async def plan_chat(service: Service, body: ChatRequest) -> Plan:
     """The plan of a chat request.
 
     Raises:
         RequestError: anything that is wrong with it.
     """
     service.check_model(body.model)
-    count = _count(service, body.n, body.branches)
+    demand = chat_demand(body)
+    service.admit(demand)
     limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
     names = {"max_new_tokens": limit, "json_schema": "response_format"}
     options = resolve(service, chat_sampling(body), names, body.n or 1)
-    sampling, arguments, tokenizer = options.sampling, options.chat_template_kwargs, service.artifact.tokenizer
+    arguments = options.chat_template_kwargs
     if not body.messages and not body.branches:
         raise RequestError(400, "`messages` is empty; give at least one message", "messages")
     with _refusing("messages", names):
-        require_chat_template(tokenizer)
-        check_arguments(tokenizer, arguments, uses_template=True)
+        require_chat_template(service.artifact.tokenizer)
+        check_arguments(service.artifact.tokenizer, arguments, uses_template=True)
         messages = turns(body.messages)
         if not body.branches:
-            ids = encode_plain(tokenizer, service.renderer.answer(messages, arguments), special=False)
-            return _plan(service, [build_continuations(ids, count, service.spec)], sampling)
+            text = await service.templates.for_answer(messages, arguments)
+            return await service.in_worker(_plan_rendered, service, text, options.sampling, demand)
     with _refusing("branches", names):
         _check_questions(body.branches)
-        texts, shared = service.renderer.questions(messages, body.branches, arguments)
-        encoded = encode_questions(tokenizer, texts, shared)
-        return _plan(service, [_side_by_side(service, encoded, options.layout)], sampling, has_branches=True)
+        texts, shared = await service.templates.questions(messages, body.branches, arguments)
+        return await service.in_worker(_plan_questions, service, texts, shared, options, demand)
+
+
+def _plan_rendered(service: Service, text: str, sampling: Sampling, demand: Demand) -> Plan:
+    """The plan of the answers to rendered messages."""
+    ids = encode_plain(service.artifact.tokenizer, text, service.positions, special=False)
+    return _plan(service, [build_continuations(ids, demand.branches, service.spec)], sampling, demand)
+
+
+def _plan_questions(
+    service: Service, texts: Sequence[str], shared: str, options: RequestOptions, demand: Demand
+) -> Plan:
+    """The plan of rendered questions that begin with ``shared``."""
+    for text in texts:
+        check_text(service.artifact.tokenizer, text, service.positions)
+    encoded = encode_questions(service.artifact.tokenizer, texts, shared)
+    return _plan(
+        service, [_side_by_side(service, encoded, options.layout)], options.sampling, demand, has_branches=True
+    )
 
 
 def plan_completion(service: Service, body: CompletionRequest) -> Plan:
@@ -99,12 +121,13 @@ def plan_completion(service: Service, body: CompletionRequest) -> Plan:
         RequestError: anything that is wrong with it.
     """
     service.check_model(body.model)
-    count = _count(service, body.n, body.branches)
+    demand = completion_demand(body)
+    service.admit(demand)
     options = resolve(service, completion_sampling(body), COMPLETION_NAMES, body.n or 1)
     if body.branches:
-        return _plan_branches(service, body, body.branches, options.layout, options.sampling)
+        return _plan_branches(service, body, body.branches, options, demand)
     scores = bool(body.echo) and body.logprobs is not None
-    if scores and count > 1:
+    if scores and demand.branches > 1:
         raise RequestError(400, "`echo` with `logprobs` takes one answer of each prompt; leave `n` out", "n")
     prompts = _prompts(body.prompt)
     if len(prompts) > service.settings.max_prompts:
@@ -113,46 +136,57 @@ def plan_completion(service: Service, body: CompletionRequest) -> Plan:
         )
     tokenizer = service.artifact.tokenizer
     with _refusing("prompt", COMPLETION_NAMES):
-        ids = [encode_plain(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        layouts = [build_continuations(prompt, count, service.spec) for prompt in ids]
+        ids = [
+            encode_plain(tokenizer, prompt, service.positions) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+        for prompt in ids:
+            check_ids(prompt, service.positions)
+        layouts = [build_continuations(prompt, demand.branches, service.spec) for prompt in ids]
         for layout in layouts:
             service.artifact.check_ids(layout.ids)
-        echoes = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
-        return _plan(service, layouts, options.sampling, scores=scores, echoes=echoes if body.echo else ())
+        echoed = prompts if body.echo else []
+        echoes = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in echoed]
+        return _plan(service, layouts, options.sampling, demand, scores=scores, echoes=echoes)
 
 
-def plan_response(service: Service, body: ResponseRequest) -> Plan:
+async def plan_response(service: Service, body: ResponseRequest) -> Plan:
     """The plan of a request to ``/v1/responses``; its instructions are a message of the system.
 
     Raises:
         RequestError: anything that is wrong with it.
     """
     service.check_model(body.model)
+    demand = response_demand(body)
+    service.admit(demand)
     names = {"max_new_tokens": "max_output_tokens", "json_schema": "text", "logprobs": "include"}
     sampling = resolve(service, response_sampling(body), names).sampling
-    tokenizer = service.artifact.tokenizer
     messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
     with _refusing("input", names):
-        require_chat_template(tokenizer)
+        require_chat_template(service.artifact.tokenizer)
         asked = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else turns(body.input)
-        ids = encode_plain(tokenizer, service.renderer.answer([*messages, *asked], None), special=False)
-        return _plan(service, [build_layout([ids], service.spec)], sampling)
+        text = await service.templates.for_answer([*messages, *asked])
+        return await service.in_worker(_plan_rendered, service, text, sampling, demand)
 
 
-def plan_text(service: Service, prompt: str, given: Mapping[str, Any]) -> Plan:
+def plan_text(service: Service, prompt: str, given: Mapping[str, Any], wanted: int | None) -> Plan:
     """The plan of a text that is continued as it is, with options by their names in the library.
+
+    ``wanted`` is the number of new tokens that the request itself asks for.
 
     Raises:
         RequestError: anything that is wrong with it.
     """
+    demand = text_demand(prompt, wanted)
+    service.admit(demand)
     options = resolve(service, given, {})
     with _refusing("prompt", {}):
-        ids = encode_plain(service.artifact.tokenizer, prompt)
-        return _plan(service, [build_layout([ids], service.spec)], options.sampling)
+        ids = encode_plain(service.artifact.tokenizer, prompt, service.positions)
+        return _plan(service, [build_layout([ids], service.spec)], options.sampling, demand)
 
 
 def _plan_branches(
-    service: Service, body: CompletionRequest, branches: Sequence[str], layout: LayoutOptions, sampling: Sampling
+    service: Service, body: CompletionRequest, branches: Sequence[str], options: RequestOptions, demand: Demand
 ) -> Plan:
     if not isinstance(body.prompt, str | None):
         raise RequestError(400, "`prompt` must be one text where `branches` continue it", "prompt")
@@ -160,7 +194,9 @@ def _plan_branches(
         raise RequestError(400, "`echo` is not supported with `branches`; leave one of them out", "echo")
     with _refusing("branches", COMPLETION_NAMES):
         _check_questions(branches)
-        visibility = layout.apply_to(service.spec).visibility
+        for text in ((body.prompt or "") + branch for branch in branches):
+            check_text(service.artifact.tokenizer, text, service.positions)
+        visibility = options.layout.apply_to(service.spec).visibility
         encoded = encode_prompts(
             service.artifact.tokenizer,
             branches,
@@ -168,13 +204,16 @@ def _plan_branches(
             chat=False,
             add_special_tokens=len(branches) == 1 or visibility == "isolated",
         )
-        return _plan(service, [_side_by_side(service, encoded, layout)], sampling, has_branches=True)
+        return _plan(
+            service, [_side_by_side(service, encoded, options.layout)], options.sampling, demand, has_branches=True
+        )
 
 
 def _plan(
     service: Service,
     layouts: Sequence[Layout],
     sampling: Sampling,
+    demand: Demand,
     *,
     scores: bool = False,
     has_branches: bool = False,
@@ -185,13 +224,20 @@ def _plan(
     Raises:
         InputError, UsageError: a job that can never run.
     """
-    end_token_ids(service.artifact.tokenizer, sampling)
+    check_sampling(service.artifact, sampling)
     jobs = []
     for layout in layouts:
-        count = len(layout.last)
-        for branch in range(count):
-            new_token_limit(sampling, context_size(layout) + int((layout.owners == branch).sum()))
-        job = Job(layout, (sampling,) * count, tuple((branch,) for branch in range(count)), scores)
+        count, context = len(layout.last), context_size(layout)
+        own = [int((layout.owners == branch).sum()) for branch in range(count)]
+        for tokens in own:
+            new_token_limit(sampling, context + tokens)
+        room = check_tokens(context, own, demand, service.settings.limits)
+        limited = replace(
+            sampling,
+            max_new_tokens=min(sampling.max_new_tokens, room),
+            min_new_tokens=min(sampling.min_new_tokens, room),
+        )
+        job = Job(layout, (limited,) * count, tuple((branch,) for branch in range(count)), scores)
         jobs.append(service.engine.prepare(job))
     return Plan(tuple(jobs), sampling, has_branches, tuple(echoes))
 
@@ -205,14 +251,6 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     if prompt is None:
         raise RequestError(400, "`prompt` is missing", "prompt")
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
-
-
-def _count(service: Service, n: int | None, branches: Sequence[str] | None) -> int:
-    count, limit = len(branches) if branches else n or 1, service.settings.max_branches
-    if count > limit:
-        name = "branches" if branches else "n"
-        raise RequestError(422, f"`{name}` asks for {count} answers, a request may have {limit}", name)
-    return count
 
 
 def _check_questions(branches: Sequence[str]) -> None:
@@ -230,7 +268,7 @@ def _refusing(param: str, names: Mapping[str, str]) -> Iterator[None]:
         raise refusal(error, param, names) from None
 
 
-def plan_tokens(service: Service, body: TokenizeRequest) -> list[int]:
+async def tokens_of(service: Service, body: TokenizeRequest) -> list[int]:
     """The token ids of a text or of messages.
 
     Raises:
@@ -240,15 +278,19 @@ def plan_tokens(service: Service, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise RequestError(400, "give either `prompt` or `messages`", "prompt")
     tokenizer = service.artifact.tokenizer
-    for_other = ("add_generation_prompt", "chat_template_kwargs") if body.messages is None else ("add_special_tokens",)
-    for name in for_other:
+    for name in ("chat_template_kwargs", "add_generation_prompt") if body.messages is None else ("add_special_tokens",):
         if getattr(body, name):
             raise RequestError(400, f"`{name}` has no effect here; leave it out", name)
     with _refusing("prompt" if body.messages is None else "messages", {}):
         if body.messages is None:
-            return encode(tokenizer, body.prompt or "", body.add_special_tokens is not False)
+            return await service.in_worker(_counted, service, body.prompt or "", body.add_special_tokens is not False)
         require_chat_template(tokenizer)
         arguments = PromptOptions(chat_template_kwargs=body.chat_template_kwargs).chat_template_kwargs
         check_arguments(tokenizer, arguments, uses_template=True)
-        render = service.renderer.whole if body.add_generation_prompt is False else service.renderer.answer
-        return encode(tokenizer, render(turns(body.messages), arguments))
+        text = await service.templates.for_answer(turns(body.messages), arguments)
+        return await service.in_worker(_counted, service, text, False)
+
+
+def _counted(service: Service, text: str, special: bool) -> list[int]:
+    check_text(service.artifact.tokenizer, text, COUNTED * service.positions)
+    return encode(service.artifact.tokenizer, text, special)

@@ -1,13 +1,10 @@
 """From the fields of a request to the sampling options of the engine."""
 
-import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from pos2d.errors import UsageError
-from pos2d.runtime.engine.sampling import Sampling
 from pos2d.runtime.http.errors import RequestError, refusal
 from pos2d.runtime.http.schemas.chat import ChatRequest
 from pos2d.runtime.http.schemas.completions import CompletionRequest
@@ -108,12 +105,6 @@ def resolve(service: Service, given: Mapping[str, Any], names: Mapping[str, str]
     """
     values = {name: value for name, value in given.items() if value is not None}
     values.setdefault("seed", secrets.randbelow(DRAWN_SEEDS))
-    _check_schema(values.get("json_schema"), service.settings.max_schema_bytes)
-    size = service.artifact.manifest.vocab_size
-    for token in values.get("logit_bias", {}):
-        if int(token) >= size:
-            raise RequestError(400, f"`logit_bias` has {token}, the vocabulary has {size} tokens", "logit_bias")
-    _only_known(values)
     try:
         options = request_options(service.artifact.path, values, service.defaults)
     except UsageError as error:
@@ -123,19 +114,3 @@ def resolve(service: Service, given: Mapping[str, Any], names: Mapping[str, str]
             400, f"greedy decoding would give {answers} equal answers; give a `temperature` above 0, or `n` 1", "n"
         )
     return options
-
-
-def _check_schema(schema: Any, limit: int) -> None:
-    if schema is not None and len(json.dumps(schema)) > limit:
-        raise RequestError(422, f"the JSON schema has more than {limit} bytes; make it smaller", "response_format")
-
-
-NEW_OPTIONS = ("logit_bias", "frequency_penalty", "presence_penalty", "top_logprobs", "json_schema")
-
-
-def _only_known(values: dict[str, Any]) -> None:
-    """Refuse options that the engine does not have yet, rather than ignoring them."""
-    known = {field.name for field in fields(Sampling)}
-    for name in NEW_OPTIONS:
-        if name in values and name not in known and values.pop(name) and name != "top_logprobs":
-            raise RequestError(400, f"`{name}` is not supported by this server; leave it out", name)

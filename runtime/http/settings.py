@@ -2,18 +2,17 @@
 
 from dataclasses import dataclass
 
-from pos2d.runtime.text.options import MAX_BRANCHES
+from pos2d.runtime.http.limits import Limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
     """``model`` is the name by which requests call the model, and ``created`` a time in seconds that is shown with it.
 
-    The others are limits of a request: branches or answers of one prompt, prompts, and bytes of a JSON schema.
+    A request of completions may have ``max_prompts`` prompts; ``limits`` hold for each of them.
     """
 
     model: str
+    limits: Limits
     created: int = 0
-    max_branches: int = MAX_BRANCHES
     max_prompts: int = 64
-    max_schema_bytes: int = 65536

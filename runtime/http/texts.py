@@ -1,46 +1,51 @@
-"""From the messages and texts of requests to token ids. All of it runs in one thread beside the event loop."""
+"""From the messages and texts of requests to token ids, in threads beside the event loop."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any, Protocol
 
 from pos2d.errors import InputError
 from pos2d.messages import text_messages
 from pos2d.runtime.http.schemas.chat import Message
 from pos2d.runtime.http.schemas.responses import InputMessage
-from pos2d.runtime.text.chat_template import render_for_answer, render_messages, render_questions
+from pos2d.runtime.text.chat_template import render_for_answer, render_questions
 from pos2d.runtime.text.tokenization import EncodedPrompts, encode, encode_longer, encode_text, share_context
 
+# A text with fewer characters for each position is encoded at once.
+CHARACTERS = 4
 Messages = Sequence[Mapping[str, Any]]
 Arguments = Mapping[str, Any] | None
 
 
-class Renderer(Protocol):
+class Templates(Protocol):
     """Renders messages with the artifact's chat template; raises InputError where the template does not accept them."""
 
-    def answer(self, messages: Messages, arguments: Arguments) -> str:
+    async def for_answer(self, messages: Messages, arguments: Arguments = None) -> str:
         """The text that an answer follows; a last message of the assistant is continued."""
 
-    def questions(self, messages: Messages, questions: Sequence[str], arguments: Arguments) -> tuple[list[str], str]:
-        """The text of every question after ``messages``, and the beginning that they share."""
+    async def questions(
+        self, earlier: Messages, questions: Sequence[str], arguments: Arguments = None
+    ) -> tuple[list[str], str]:
+        """The text of every question after ``earlier``, and the beginning that they share."""
 
-    def whole(self, messages: Messages, arguments: Arguments) -> str:
-        """The text of ``messages`` alone."""
 
+class DirectTemplates:
+    """Renders in a thread of this process, without a limit of time."""
 
-class DirectRenderer:
-    """Renders in the calling thread, without a limit of time."""
+    def __init__(self, tokenizer: Any, worker: Executor) -> None:
+        self._tokenizer, self._worker = tokenizer, worker
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    async def for_answer(self, messages: Messages, arguments: Arguments = None) -> str:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._worker, render_for_answer, self._tokenizer, messages, arguments)
 
-    def answer(self, messages: Messages, arguments: Arguments) -> str:
-        return render_for_answer(self._tokenizer, messages, arguments)
-
-    def questions(self, messages: Messages, questions: Sequence[str], arguments: Arguments) -> tuple[list[str], str]:
-        return render_questions(self._tokenizer, messages, questions, arguments)
-
-    def whole(self, messages: Messages, arguments: Arguments) -> str:
-        return render_messages(self._tokenizer, messages, arguments, add_generation_prompt=False)
+    async def questions(
+        self, earlier: Messages, questions: Sequence[str], arguments: Arguments = None
+    ) -> tuple[list[str], str]:
+        loop = asyncio.get_running_loop()
+        asked = (self._tokenizer, earlier, questions, arguments)
+        return await loop.run_in_executor(self._worker, render_questions, *asked)
 
 
 def turns(messages: Sequence[Message | InputMessage]) -> list[dict[str, Any]]:
@@ -57,6 +62,34 @@ def turns(messages: Sequence[Message | InputMessage]) -> list[dict[str, Any]]:
     return text_messages(named)
 
 
+def check_text(tokenizer: Any, text: str, positions: int) -> None:
+    """Check a long text before all of it is encoded: its beginnings must not have far too many tokens already.
+
+    Raises:
+        InputError: it has more than ``positions`` tokens.
+    """
+    size = CHARACTERS * positions
+    while len(text) > size:
+        # The last word of a beginning may have more tokens than it has in the text, hence the double.
+        if len(encode(tokenizer, text[:size])) > 2 * positions:
+            raise _too_long(f"more than {positions}", positions)
+        size *= 2
+
+
+def check_ids(ids: Sequence[int], positions: int) -> None:
+    """Check the length of a prompt before it is laid out.
+
+    Raises:
+        InputError: it has more than ``positions`` tokens.
+    """
+    if len(ids) > positions:
+        raise _too_long(str(len(ids)), positions)
+
+
+def _too_long(tokens: str, positions: int) -> InputError:
+    return InputError(f"the prompt has {tokens} tokens, the model has {positions} positions; shorten it")
+
+
 def encode_questions(tokenizer: Any, texts: Sequence[str], shared: str) -> EncodedPrompts:
     """Token ids of rendered questions that all begin with ``shared``."""
     if not shared:
@@ -65,13 +98,15 @@ def encode_questions(tokenizer: Any, texts: Sequence[str], shared: str) -> Encod
     return share_context((encode_longer(tokenizer, text, known) for text in texts), known.ids)
 
 
-def encode_plain(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+def encode_plain(tokenizer: Any, text: str, positions: int, *, special: bool = True) -> list[int]:
     """Token ids of a text as it is, after the tokenizer's special tokens.
 
     Raises:
-        InputError: it has no token.
+        InputError: it has no token, or more than ``positions``.
     """
+    check_text(tokenizer, text, positions)
     ids = encode(tokenizer, text, special)
+    check_ids(ids, positions)
     if not ids:
         raise InputError("the prompt is empty; give it some text")
     return ids

@@ -211,7 +211,9 @@ class Engine:
         """Publish what the engine is doing, and hand over items to the readers of the streams."""
         running = self._scheduler.running
         for member in running:
-            self._by_number[member.number].is_running = True
+            opened = self._by_number[member.number]
+            if not opened.is_running:
+                opened.is_running, opened.stream.admitted_at = True, time.monotonic()
         self._load = EngineLoad(
             running=len(running),
             waiting=0,

@@ -13,14 +13,15 @@ Item = Sequence[Event] | Exception | None
 class Stream:
     """The events of one job: an asynchronous iterator of the events of each step.
 
-    ``cached_tokens`` is the number of prompt tokens that were in the KV cache already, and ``prompt_scores`` what a job
-    with ``scores_prompt`` asked for; both hold from the first event on. A reader that leaves early must call
-    :meth:`cancel`.
+    ``cached_tokens`` is the number of prompt tokens that were in the KV cache already, ``prompt_scores`` what a job
+    with ``scores_prompt`` asked for, and ``admitted_at`` the monotonic time at which the job had left the queue; all of
+    them hold from the first event on. A reader that leaves early must call :meth:`cancel`.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Callable[["Stream", int | None], None]) -> None:
         self.cached_tokens = 0
         self.prompt_scores: PromptScores | None = None
+        self.admitted_at: float | None = None
         self.loop = loop
         self.items: asyncio.Queue[Item] = asyncio.Queue()
         self._cancel = cancel

@@ -29,7 +29,7 @@ def openai_routes(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=responses(streams=True))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer messages, or several questions after them: `branches`."""
-        answer = await start(service, await service.in_worker(plan_chat, service, body), "chatcmpl-")
+        answer = await start(service, await plan_chat(service, body), "chatcmpl-")
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
             return EventStream(answer, ChatChunks(answer, model, tokens, include_usage))

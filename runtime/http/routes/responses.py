@@ -18,7 +18,7 @@ def response_routes(service: Service) -> APIRouter:
     @router.post("/v1/responses", response_model=ResponseBody, responses=responses(streams=True))
     async def create_response(body: ResponseRequest, request: Request) -> Response:
         """Answer a text or messages; nothing is stored."""
-        answer = await start(service, await service.in_worker(plan_response, service, body), "resp_")
+        answer = await start(service, await plan_response(service, body), "resp_")
         events = ResponseEvents(answer, body, service.settings.model, service.token_texts)
         return EventStream(answer, events) if body.stream else await whole(request, answer, events.whole)
 

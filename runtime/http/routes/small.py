@@ -9,7 +9,7 @@ from pos2d.runtime.http.answers import start
 from pos2d.runtime.http.choices import collected
 from pos2d.runtime.http.connections import whole
 from pos2d.runtime.http.errors import RequestError
-from pos2d.runtime.http.plans import plan_text, plan_tokens
+from pos2d.runtime.http.plans import plan_text, tokens_of
 from pos2d.runtime.http.routes.documented import responses
 from pos2d.runtime.http.schemas.small import (
     Cancelled,
@@ -30,7 +30,8 @@ def small_routes(service: Service) -> APIRouter:
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """Continue a text as it is; the response has the text and its continuation."""
         given = {"max_new_tokens": body.max_new_tokens, "temperature": body.temperature}
-        answer = await start(service, await service.in_worker(plan_text, service, body.prompt, given), "gen-")
+        wanted = body.max_new_tokens if "max_new_tokens" in body.model_fields_set else None
+        answer = await start(service, await service.in_worker(plan_text, service, body.prompt, given, wanted), "gen-")
         prompt_ids = answer.plan.jobs[0].layout.ids.tolist()
 
         async def response() -> bytes:
@@ -43,7 +44,7 @@ def small_routes(service: Service) -> APIRouter:
     @router.post("/tokenize", responses=responses(400, 401, 404, 413, 422))
     async def tokenize(body: TokenizeRequest) -> Tokenized:
         """The token ids of a text, or of messages in the chat template."""
-        ids = await service.in_worker(plan_tokens, service, body)
+        ids = await tokens_of(service, body)
         texts = service.artifact.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
         length = service.artifact.manifest.context_length
         return Tokenized(count=len(ids), max_model_len=length, tokens=ids, token_strs=texts)

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from pos2d.runtime.http.schemas.common import BranchInfo, Usage
 from pos2d.runtime.http.schemas.fields import (
+    FIRST,
     MAX_COUNT,
     WHOLE,
     Answer,
@@ -28,7 +29,7 @@ class TextPart(Body):
     text: Text
 
 
-Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+Content = Text | Annotated[list[TextPart], FIRST, Field(min_length=1, max_length=1024)]
 
 
 class Message(Body):
@@ -47,7 +48,7 @@ class Message(Body):
 class ChatRequest(Extended):
     """Messages that are answered; the last field that is supported is ``chat_template_kwargs``."""
 
-    messages: Annotated[list[Message], Field(max_length=4096)]
+    messages: Annotated[list[Message], FIRST, Field(max_length=4096)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), WHOLE] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), WHOLE] | None = None
     logprobs: bool | None = None

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pos2d.runtime.http.schemas.common import BranchInfo, Usage
-from pos2d.runtime.http.schemas.fields import MAX_CHOICES, WHOLE, Answer, Extended, Off, SomeText, Text, TokenIds
+from pos2d.runtime.http.schemas.fields import FIRST, MAX_CHOICES, WHOLE, Answer, Extended, Off, SomeText, Text, TokenIds
 
 Several = Field(min_length=1, max_length=MAX_CHOICES)
 
@@ -13,7 +13,9 @@ Several = Field(min_length=1, max_length=MAX_CHOICES)
 class CompletionRequest(Extended):
     """Texts, or token ids, that are continued as they are; with ``branches`` the prompt is their context."""
 
-    prompt: Text | TokenIds | Annotated[list[SomeText], Several] | Annotated[list[TokenIds], Several] | None = None
+    prompt: (
+        Text | TokenIds | Annotated[list[SomeText], FIRST, Several] | Annotated[list[TokenIds], FIRST, Several] | None
+    ) = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     best_of: Annotated[object, Off(1)] = None

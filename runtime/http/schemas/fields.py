@@ -1,16 +1,35 @@
 """What the bodies of all requests share: strict types with bounds, and fields that are refused unless they are off."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 MAX_TEXT = 2**20
 MAX_COUNT = 2**20
 MAX_CHOICES = 1024
+MAX_KEYS = 1024
+MAX_UNKNOWN = 16
 MAX_TOKEN = 2**31 - 1
 # The largest number below 2**63 that is the same as a float, as which JSON schemas have it.
 MAX_SEED = 2**63 - 1024
+
+
+class FirstFault:
+    """A list whose first wrong item is reported alone: reports of all would take longer than an answer."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema: Any = handler(source)
+        schema["fail_fast"] = True
+        return cast(CoreSchema, schema)
 
 
 def _whole(value: Any) -> Any:
@@ -18,16 +37,25 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _few(value: Any) -> Any:
+    """Every wrong key is reported, so there may not be many of them."""
+    if isinstance(value, dict) and len(value) > MAX_KEYS:
+        raise PydanticCustomError("too_many_keys", "has too many keys")
+    return value
+
+
+FEW = BeforeValidator(_few)
 WHOLE = BeforeValidator(_whole)
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 SomeText = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Label = Annotated[str, Field(max_length=512)]
 Stop = Annotated[str, Field(min_length=1, max_length=512)]
-Labels = Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)]
+Labels = Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16), FEW]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_COUNT)]
-TemplateVariables = Annotated[dict[Name, Any], Field(max_length=64)]
+FIRST = FirstFault()
+TokenIds = Annotated[list[TokenId], FIRST, Field(min_length=1, max_length=MAX_COUNT)]
+TemplateVariables = Annotated[dict[Name, Any], Field(max_length=64), FEW]
 VisibilityName = Literal["columnar", "isolated"]
 
 
@@ -35,6 +63,14 @@ class Body(BaseModel):
     """A body with no other keys than its fields, whose values have exactly the declared types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_keys(cls, value: Any) -> Any:
+        """Every unknown key is reported, so there may not be many of them."""
+        if isinstance(value, dict) and len(value) > len(cls.model_fields) + MAX_UNKNOWN:
+            raise PydanticCustomError("too_many_keys", "has more keys than this server knows")
+        return value
 
 
 class Answer(BaseModel):
@@ -122,7 +158,8 @@ class Extended(Sampled):
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
+            Field(max_length=MAX_KEYS, json_schema_extra={"additionalProperties": False}),
+            FEW,
         ]
         | None
     ) = None
@@ -132,5 +169,5 @@ class Extended(Sampled):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     min_new_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT), WHOLE] | None = None
-    branches: Annotated[list[SomeText], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    branches: Annotated[list[SomeText], FIRST, Field(min_length=1, max_length=MAX_CHOICES)] | None = None
     visibility: VisibilityName | None = None

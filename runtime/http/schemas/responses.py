@@ -6,6 +6,7 @@ from pydantic import Field
 
 from pos2d.runtime.http.schemas.chat import TokenLogprob
 from pos2d.runtime.http.schemas.fields import (
+    FIRST,
     MAX_COUNT,
     WHOLE,
     Answer,
@@ -39,7 +40,7 @@ class InputMessage(Body):
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[InputPart], Field(min_length=1, max_length=1024)]
+    content: Text | Annotated[list[InputPart], FIRST, Field(min_length=1, max_length=1024)]
     id: Label | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
     phase: Annotated[object, Off()] = None
@@ -61,7 +62,7 @@ class TextOptions(Body):
 class ResponseRequest(Sampled):
     """One text, or messages, that are answered."""
 
-    input: SomeText | Annotated[list[InputMessage], Field(min_length=1, max_length=4096)]
+    input: SomeText | Annotated[list[InputMessage], FIRST, Field(min_length=1, max_length=4096)]
     instructions: Text | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT), WHOLE] | None = None
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16)] | None = None

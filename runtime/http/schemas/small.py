@@ -6,12 +6,14 @@ from pydantic import Field
 
 from pos2d.runtime.http.schemas.chat import Message
 from pos2d.runtime.http.schemas.fields import (
+    FIRST,
     MAX_CHOICES,
     MAX_COUNT,
     WHOLE,
     Answer,
     Body,
     Name,
+    Off,
     SomeText,
     TemplateVariables,
     Text,
@@ -37,10 +39,10 @@ class TokenizeRequest(Body):
 
     model: Name | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    messages: Annotated[list[Message], FIRST, Field(min_length=1, max_length=4096)] | None = None
     return_token_strs: bool | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
+    add_generation_prompt: Annotated[object, Off(True)] = None
     chat_template_kwargs: TemplateVariables | None = None
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -15,9 +16,10 @@ from fastapi import FastAPI
 
 from pos2d import runtime
 from pos2d.runtime.http.app import create_app
+from pos2d.runtime.http.limits import Limits
+from pos2d.runtime.http.options import ServeOptions
 from pos2d.runtime.http.settings import ServerSettings
 from pos2d.runtime.serving.engine import Engine
-from pos2d.runtime.serving.jobs import Job, PromptScores
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -26,13 +28,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True)))
 
 
-def scores_of(model: runtime.Model, job: Job) -> PromptScores:
-    ids = job.layout.ids
-    likely = log_softmax(model.logits(ids)[0])[:-1]
-    logprobs = [None, *(float(row[token]) for row, token in zip(likely, ids[1:], strict=True))]
-    best = [int(row.argmax()) for row in likely]
-    top = [(), *(((token, float(row[token])),) for token, row in zip(best, likely, strict=True))]
-    return PromptScores(logprobs, top)
+def limits_of(engine: Engine, **options: Any) -> Limits:
+    chosen = ServeOptions(**options)
+    return Limits.of(chosen, engine.artifact.manifest.context_length, engine.kv_budget)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +51,7 @@ class Server:
 def server(talking: Path) -> Iterator[Server]:
     model = runtime.load(talking / "onnx")
     engine = Engine(model)
-    app = create_app(engine, ServerSettings(model="tiny", max_branches=8))
+    app = create_app(engine, ServerSettings(model="tiny", limits=limits_of(engine, max_request_branches=8)))
     running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
@@ -63,6 +61,14 @@ def server(talking: Path) -> Iterator[Server]:
     yield Server(app, f"http://127.0.0.1:{port}", model, engine)
     running.should_exit = True
     thread.join()
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def engine(talking: Path) -> Iterator[Engine]:
+    """An engine over the tiny model, for the tests of the guards."""
+    engine = Engine(runtime.load(talking / "onnx"))
+    yield engine
     engine.close()
 
 

@@ -127,3 +127,32 @@ def test_messages_of_parts_and_of_developers_are_read(server: Server, http: http
         for body in (plain, plain | {"messages": parts, "tools": [], "tool_choice": "auto", "n": 1.0, "store": False})
     ]
     assert texts[0] == texts[1]
+
+
+def test_the_most_likely_tokens_and_penalties_are_the_librarys(server: Server, http: httpx.Client) -> None:
+    options: Any = {"frequency_penalty": 1.5, "presence_penalty": -0.5, "logit_bias": {"65": 2.5}, "top_logprobs": 3}
+    expected = server.model.chat(ASKED, max_new_tokens=9, logprobs=True, **options)
+    body = {"messages": ASKED, "max_tokens": 9, "logprobs": True, **options}
+    choice = http.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert choice["message"]["content"] == expected.text
+    found = [[top["logprob"] for top in entry["top_logprobs"]] for entry in choice["logprobs"]["content"]]
+    assert expected.top_logprobs is not None
+    assert found == [[logprob for _, logprob in top] for top in expected.top_logprobs]
+
+
+def test_answers_follow_a_schema(http: httpx.Client) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 22]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
+    body = {"messages": ASKED, "max_tokens": 40, "temperature": 1, "n": 4, "response_format": form}
+    response = http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    for choice in response.json()["choices"]:
+        assert json.loads(choice["message"]["content"])["a"] in (1, 22)
+    wrong = body | {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}}}
+    refused = http.post("/v1/chat/completions", json=wrong)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "response_format")

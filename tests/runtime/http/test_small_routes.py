@@ -5,9 +5,14 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel, ValidationError
 
+from pos2d.errors import InputError
 from pos2d.runtime.http.schemas.chat import ChatRequest
 from pos2d.runtime.http.schemas.completions import CompletionRequest
+from pos2d.runtime.http.schemas.responses import ResponseRequest
+from pos2d.runtime.http.texts import encode_plain
+from pos2d.runtime.text.tokenization import encode
 from tests.runtime.http.conftest import Server
 
 ASKED = {"messages": [{"role": "user", "content": "one"}], "max_tokens": 4}
@@ -22,6 +27,7 @@ def test_generate_is_the_guides(server: Server, http: httpx.Client) -> None:
     content = '{"prompt": "你好", "max_new_tokens": 100, "temperature": 0}'.encode()
     response = http.post("/generate", content=content, headers={"Content-Type": "application/json"})
     assert response.json() == {"response": "你好" + expected}
+    assert len(http.post("/generate", json={"prompt": "a" * 400}).json()["response"]) > 400  # 512 have no room
     sampled = [http.post("/generate", json={"prompt": "你好", "max_new_tokens": 20}).json() for _ in range(2)]
     assert sampled[0] != sampled[1]
 
@@ -32,8 +38,6 @@ def test_tokenize(server: Server, http: httpx.Client) -> None:
     assert text == {"count": 3, "max_model_len": 512, "tokens": tokenizer("one").input_ids, "token_strs": list("one")}
     messages = http.post("/tokenize", json={"messages": ASKED["messages"]}).json()
     assert messages["tokens"] == tokenizer("<user>one\n<assistant>").input_ids
-    alone = http.post("/tokenize", json={"messages": ASKED["messages"], "add_generation_prompt": False}).json()
-    assert alone["tokens"] == tokenizer("<user>one\n").input_ids
 
 
 def test_models(server: Server) -> None:
@@ -129,6 +133,46 @@ def test_a_body_that_is_no_request_is_refused(http: httpx.Client, content: bytes
     response = http.post(CHAT, content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("form", "body"),
+    [
+        (CompletionRequest, {"prompt": [1.5] * 5000}),
+        (CompletionRequest, {"prompt": [[1.5] * 1000] * 1000}),
+        (CompletionRequest, {"prompt": "a", "logit_bias": {f"k{number}": 0 for number in range(5000)}}),
+        (ChatRequest, {"messages": [], "metadata": {f"k{number}": 0 for number in range(5000)}}),
+        (CompletionRequest, {"prompt": "a", "stop": [1] * 5000}),
+        (CompletionRequest, {f"k{number}": 0 for number in range(5000)}),
+        (ChatRequest, {"messages": [{}] * 4000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 1000}] * 1000}),
+        (ChatRequest, {"messages": [], "branches": [1] * 1000}),
+        (ResponseRequest, {"input": [{}] * 4000}),
+        (ResponseRequest, {"input": [{"role": "user", "content": [{}] * 1000}] * 1000}),
+    ],
+)
+def test_the_faults_of_a_large_body_are_few(form: type[BaseModel], body: Any) -> None:
+    """A report of each would take seconds, in which nobody else is answered."""
+    with pytest.raises(ValidationError) as refused:
+        form.model_validate(body)
+    assert refused.value.error_count() < 50
+
+
+def test_a_long_text_is_refused_before_all_of_it_is_encoded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+
+    def count(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+        encoded.append(len(text))
+        return encode(tokenizer, text, special)
+
+    monkeypatch.setattr("pos2d.runtime.http.texts.encode", count)
+    tokenizer, positions = server.model.tokenizer, 100
+    for text, most in (("one " * 100_000, 400), ("a" * 101, 101)):
+        encoded.clear()
+        with pytest.raises(InputError, match="positions"):
+            encode_plain(tokenizer, text, positions)
+        assert encoded == [most]
+    assert len(encode_plain(tokenizer, "a" * 100, positions)) == 100
 
 
 def test_text_that_is_no_utf8_is_refused(http: httpx.Client) -> None:
