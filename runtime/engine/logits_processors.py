@@ -17,6 +17,8 @@ Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 Biases = Mapping[int, Mapping[tuple[int, ...], tuple[Array, Array]]]
 NO_BIAS: tuple[Array, Array] = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
 TOP_H_TOKENS = 100
+# Tokens that are sorted first to find the most likely ones, and how far sums of probabilities may be wrong.
+SORTED_TOKENS, UNCERTAIN = 512, 1e-9
 
 
 def penalise_repetition(logits: Floats, tokens: Collection[int], penalty: float) -> Floats:
@@ -69,9 +71,35 @@ def keep_top_k(logits: Floats, k: int) -> Floats:
 def keep_top_p(logits: Floats, p: float) -> Floats:
     """Keep the smallest set of most likely tokens whose probabilities add up to ``p``."""
     ids = np.flatnonzero(np.isfinite(logits))
+    if not len(ids):
+        return logits
+    found = _likeliest(logits, ids, p) if len(ids) > SORTED_TOKENS else None
+    if found is not None:
+        return _only(logits, found)
     ids = ids[np.argsort(logits[ids], kind="stable")]  # ascending
-    dropped = ids[np.cumsum(probabilities(logits[ids])) <= 1 - p]
-    return suppress(logits, dropped[: len(ids) - 1])
+    kept = np.cumsum(probabilities(logits[ids])) > 1 - p
+    kept[-1:] = True
+    return _only(logits, ids[kept])
+
+
+def _likeliest(logits: Floats, ids: Array, p: float) -> Array | None:
+    """The tokens that :func:`keep_top_p` keeps of ``ids``, from a sorted beginning, as sorting all of them takes long.
+
+    None where that cannot tell, since a sum is so near to ``p`` that the order of its terms decides.
+    """
+    scores, count = logits[ids], SORTED_TOKENS
+    weights = probabilities(scores)
+    while count < len(ids):
+        top = np.flatnonzero(scores >= np.partition(scores, -count)[-count])
+        top = top[np.argsort(scores[top], kind="stable")][::-1]  # of equal ones, the larger id comes first
+        sums = np.cumsum(weights[top])
+        if np.abs(sums - p).min() < UNCERTAIN:
+            return None
+        if sums[-1] > p:
+            found: Array = ids[top[: 1 + int((sums < p).sum())]]
+            return found
+        count *= 8
+    return None
 
 
 def keep_min_p(logits: Floats, p: float) -> Floats:

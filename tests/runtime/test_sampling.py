@@ -64,6 +64,37 @@ def test_every_step_is_that_of_transformers(seed: int) -> None:
         np.testing.assert_array_equal(ours, by_transformers(theirs, logits, seen), err_msg=type(theirs).__name__)
 
 
+@pytest.mark.parametrize("seed", range(24))
+def test_top_p_of_many_tokens_keeps_what_sorting_all_of_them_keeps(seed: int) -> None:
+    """Whether few tokens or many are kept, and where many are equally likely."""
+    draw = np.random.default_rng(seed)
+    logits: Any = draw.normal(scale=(0.1, 1.0, 4.0)[seed % 3], size=9000).astype((np.float32, np.float64)[seed % 2])
+    if seed % 4 == 1:
+        logits = np.round(2 * logits)
+    logits[draw.integers(9000, size=50)] = -np.inf
+    ids = np.flatnonzero(logits > -np.inf)
+    ids = ids[np.argsort(logits[ids], kind="stable")]
+    cumulated = np.cumsum(change.probabilities(logits[ids]))
+    for p in (0.01, 0.3, 0.5, 0.9, 0.99, 1 - 1e-9, *draw.uniform(size=5).tolist(), float(cumulated[-40])):
+        expected = np.full_like(logits, -np.inf)
+        kept = ids[(cumulated > 1 - p) | (np.arange(len(ids)) == len(ids) - 1)]
+        expected[kept] = logits[kept]
+        np.testing.assert_array_equal(change.keep_top_p(logits, p), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 30}, {"top_p": 0.7}, {"min_p": 0.01}], ids=str)
+def test_draws_are_those_of_numpys_choice(options: dict[str, Any]) -> None:
+    """The same tokens for the same seed: outputs that were written before do not change."""
+    draw = np.random.default_rng(8)
+    sampler = Sampler(Sampling(temperature=0.9, seed=4, **options), (3,))
+    expected = np.random.default_rng(np.random.SeedSequence(4, spawn_key=(3,)))
+    for _ in range(200):
+        logits = draw.normal(scale=3, size=700).astype(np.float32)
+        left = sampler.processed(logits)
+        ids = np.flatnonzero(left > -np.inf)
+        assert sampler.choose(logits).token == ids[expected.choice(len(ids), p=change.probabilities(left[ids]))]
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_all_of_them_together_are_in_the_same_order(seed: int) -> None:
     options = Sampling(temperature=0.7, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.3, min_new_tokens=3)
