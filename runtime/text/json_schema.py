@@ -1,6 +1,9 @@
 """JSON schemas that answers follow: the tokens that may come next, by the library llguidance."""
 
 import json
+import re
+import subprocess
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
@@ -26,10 +29,37 @@ LIMITS = {
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
     "max_items_in_row": 2_000,
-    "max_lexer_states": 100_000,
+    "max_lexer_states": 20_000,
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
+# llguidance has no limit on the time that it takes to compile patterns and what holds together, so a schema that has
+# them is compiled in a process first that can be ended. Both are wide: most schemas take a millisecond.
+SLOW_KEYWORDS = re.compile(r'"(pattern|patternProperties|allOf|multipleOf)"')
+MAX_SECONDS, MAX_BYTES = 2, 2 << 30
+TRIAL = """
+import json, sys
+text, options, limits, seconds, memory = json.load(sys.stdin)
+try:
+    import resource
+except ImportError:
+    pass
+else:
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+import llguidance
+try:
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=options)
+except ValueError:
+    sys.exit()
+class Bytes:
+    eos_token_id, bos_token_id, special_token_ids = 256, None, [256]
+    tokens = [*(bytes([number]) for number in range(256)), b"<end>"]
+    __call__ = list
+vocabulary = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Bytes()))
+matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=llguidance.LLParserLimits(**limits))
+matcher.is_error() or matcher.compute_bitmask()
+"""
 # Compiled schemas that are kept, and tokens of the answer that is tried when one is compiled.
 KEPT_SCHEMAS, TRIED_TOKENS = 32, 32
 OWN_KEY = "x-guidance"
@@ -52,8 +82,7 @@ class JsonSchemas:
             UsageError: a schema that is wrong, has keywords that cannot be enforced, or is too large; no llguidance.
             InputError: a tokenizer that llguidance cannot read.
         """
-        with self._lock:
-            self._matcher(schema)
+        self._matcher(schema)
 
     def constraint(self, schema: Mapping[str, Any], end_tokens: Collection[int]) -> "SchemaConstraint":
         """The constraint of one answer, which ``end_tokens`` may end where it is whole.
@@ -62,18 +91,24 @@ class JsonSchemas:
             UsageError: as :meth:`check`.
             InputError: as :meth:`check`.
         """
+        matcher = self._matcher(schema)
         with self._lock:
-            return SchemaConstraint(self._matcher(schema).deep_copy(), self._vocabulary.eos_tokens, end_tokens)
+            copied = matcher.deep_copy()
+        return SchemaConstraint(copied, self._vocabulary.eos_tokens, end_tokens)
 
     def _matcher(self, schema: Mapping[str, Any]) -> Any:
-        """A matcher at the beginning of an answer, to be copied."""
+        """A matcher at the beginning of an answer, to be copied. Nobody waits while another's schema is compiled."""
         text = _schema_text(schema)
-        if text not in self._compiled:
-            self._compiled[text] = _compiled(text, self._vocabulary)
-        self._compiled.move_to_end(text)
-        if len(self._compiled) > KEPT_SCHEMAS:
-            self._compiled.popitem(last=False)
-        return self._compiled[text]
+        with self._lock:
+            found = self._compiled.get(text)
+        if found is None:
+            found = _compiled(text, self._vocabulary)
+        with self._lock:
+            self._compiled[text] = found
+            self._compiled.move_to_end(text)
+            if len(self._compiled) > KEPT_SCHEMAS:
+                self._compiled.popitem(last=False)
+        return found
 
     @cached_property
     def _vocabulary(self) -> Any:
@@ -156,6 +191,8 @@ def _compiled(text: str, vocabulary: Any) -> Any:
         UsageError: as :meth:`JsonSchemas.check`.
     """
     library = _llguidance()
+    if SLOW_KEYWORDS.search(text):
+        _check_time(text)
     try:
         grammar = library.LLMatcher.grammar_from_json_schema(text, overrides=COMPILE_OPTIONS)
     except ValueError as error:
@@ -168,6 +205,25 @@ def _compiled(text: str, vocabulary: Any) -> Any:
     except InputError as error:
         raise UsageError(f"{error}; a schema must allow an answer that ends") from None
     return matcher
+
+
+def _check_time(text: str) -> None:
+    """Check that a schema compiles in time.
+
+    Raises:
+        UsageError: it does not.
+    """
+    given = json.dumps([text, COMPILE_OPTIONS, LIMITS, MAX_SECONDS, MAX_BYTES])
+    command = [sys.executable, "-P", "-c", TRIAL]
+    # The process counts its own time, so that a busy machine refuses no more than an idle one.
+    waiting = 10 * MAX_SECONDS
+    try:
+        subprocess.run(command, input=given, text=True, capture_output=True, check=True, timeout=waiting)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        raise UsageError(
+            f"`json_schema` takes more than {MAX_SECONDS} s or {MAX_BYTES >> 30} GiB to compile; simplify its patterns "
+            "and multiples, or what its allOf holds together"
+        ) from None
 
 
 def _try(matcher: Any, ends: list[int]) -> None:
@@ -202,6 +258,8 @@ def _schema_text(schema: Mapping[str, Any]) -> str:
 def _reason(error: Any) -> str:
     """What llguidance says, without the place in a pattern and the state of the parser that it adds."""
     first, *others = str(error).splitlines() or [""]
+    if first.startswith("panic"):
+        return "it is too large"
     details = [line for line in others if line.startswith("error: ")]
     return "; ".join([first.rstrip(": "), *details]).replace(NO_EXTENSION, "no JSON fits it")
 

@@ -190,16 +190,29 @@ def test_a_model_may_have_more_or_fewer_tokens_than_the_tokenizer(
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_cannot_be_enforced_is_refused_by_name(talker: runtime.Model, schema: Schema, words: str) -> None:
-    """Before anything is decoded: in a request, in a conversation, and in a check alone."""
+def test_what_cannot_be_enforced_is_refused_by_name(schemas: JsonSchemas, schema: Schema, words: str) -> None:
+    with pytest.raises(UsageError, match=f"`json_schema`.*{words}") as raised:
+        schemas.check(schema)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_schema_is_refused_before_anything_is_decoded(talker: runtime.Model) -> None:
     for refuse in (
-        lambda: talker.stream("one", json_schema=schema),
-        lambda: talker.conversation(json_schema=schema),
-        lambda: talker.json_schemas.check(schema),
+        lambda: talker.stream("one", json_schema={"type": "obj"}),
+        lambda: talker.conversation(json_schema={"type": "obj"}),
     ):
-        with pytest.raises(UsageError, match=f"`json_schema`.*{words}") as raised:
+        with pytest.raises(UsageError, match="`json_schema` cannot be enforced: Invalid type: obj"):
             refuse()
-        assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_schema_that_takes_long_to_compile_is_refused(schemas: JsonSchemas, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some patterns take minutes, which would keep a thread busy that nobody can stop."""
+    monkeypatch.setattr(json_schema, "MAX_SECONDS", 1)
+    patterns = [{"type": "string", "pattern": f"(.*a.{{{count}}}b.*)"} for count in range(30)]
+    multiples = [{"type": "integer", "multipleOf": number} for number in (97, 101, 103)]
+    for parts in (patterns, multiples):
+        with pytest.raises(UsageError, match="`json_schema` takes more than 1 s or 2 GiB to compile; simplify its"):
+            schemas.check({"allOf": parts})
 
 
 def test_a_schema_is_of_texts_and_needs_the_library(
@@ -241,13 +254,13 @@ def test_a_schema_is_compiled_once_and_old_ones_are_dropped(tokenizer: Any, monk
 
 def test_branches_follow_schemas_of_their_own(talker: runtime.Model, tmp_path: Path) -> None:
     """Several prompts of one request, and lines of a batch that share a sequence."""
-    options: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 60}
+    options: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 200}
     answers = talker.generate(["one", "two", "three"], "said before. ", json_schema=POINT, seed=2, **options)
     for answer in answers:
         assert answer.finish_reason == "stop"
         check(answer.text, POINT)
     assert len({answer.text for answer in answers}) > 1
-    names = ["a pattern", "choices", "a number", "a format"]
+    names = ["arrays", "choices", "a format", "references"]
     lines: list[dict[str, Any]] = [{"prompt": "one", "json_schema": SCHEMAS[name]} for name in names]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     runtime.batch(talker.path, tmp_path / "in.jsonl", tmp_path / "out.jsonl", **options)
