@@ -75,7 +75,16 @@ def test_top_p_of_many_tokens_keeps_what_sorting_all_of_them_keeps(seed: int) ->
     ids = np.flatnonzero(logits > -np.inf)
     ids = ids[np.argsort(logits[ids], kind="stable")]
     cumulated = np.cumsum(change.probabilities(logits[ids]))
-    for p in (0.01, 0.3, 0.5, 0.9, 0.99, 1 - 1e-9, *draw.uniform(size=5).tolist(), float(cumulated[-40])):
+    for p in (
+        0.01,
+        0.3,
+        0.5,
+        0.9,
+        0.99,
+        1 - 1e-9,
+        *draw.uniform(size=5).tolist(),
+        *(1 - cumulated[-90:-10:4]).tolist(),
+    ):
         expected = np.full_like(logits, -np.inf)
         kept = ids[(cumulated > 1 - p) | (np.arange(len(ids)) == len(ids) - 1)]
         expected[kept] = logits[kept]
