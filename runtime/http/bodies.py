@@ -89,6 +89,9 @@ async def answer(app: App, scope: Scope, body: bytes, receive: Receive, send: Se
     async def noticed(message: Message) -> None:
         nonlocal complete
         complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+        # Sending to a client that is gone, or that reads fast, waits for nothing; an application that always has more
+        # to send would never let go of the loop.
+        await asyncio.sleep(0)
         await send(message)
 
     watcher = asyncio.create_task(watch())

@@ -1,5 +1,6 @@
 """Clients that are slow, greedy or gone: each is cut off within its limits, and its request is cancelled."""
 
+import asyncio
 import contextlib
 import socket
 import time
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from pos2d.runtime.http.bodies import answer
+from pos2d.runtime.http.refusals import Message, Receive, Scope, Send
 from pos2d.runtime.serving.engine import Engine
 from tests.runtime.http.servers import CHUNK, SECRET, Running, read_all, serving, until
 
@@ -132,6 +135,25 @@ def test_a_client_that_goes_away_cancels_its_request(strict: Running) -> None:
         assert strict.toy.waiting.wait(5)
     assert strict.toy.cancelled.wait(1)
     until(lambda: strict.services.lifecycle.active == 0)
+
+
+def test_an_application_that_never_waits_is_cancelled_too() -> None:
+    """Sending to a client that is gone succeeds at once."""
+    sent = 0
+
+    async def endless(_scope: Scope, _receive: Receive, send: Send) -> None:
+        while True:
+            await send({"type": "http.response.body", "body": b"a", "more_body": True})
+
+    async def send(_message: Message) -> None:
+        nonlocal sent
+        sent += 1
+        assert sent < 1000
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    asyncio.run(answer(endless, {"type": "http"}, b"", receive, send))
 
 
 def test_an_error_is_one_line_without_what_it_says(strict: Running, capfd: pytest.CaptureFixture[str]) -> None:
