@@ -1,12 +1,13 @@
 """The records of a window of lines, which are decoded together; lines never share a sequence."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import psutil
 
+from pos2d.errors import Pos2DError
 from pos2d.runtime.batching.lines import Line
 from pos2d.runtime.engine.prefix_cache import PrefixCache
 from pos2d.runtime.engine.sequence import SequenceState
@@ -39,6 +40,13 @@ class _Answering:
     line: Line
     unfinished: int
     events: list[list[Event]] = field(default_factory=list)
+    error: Pos2DError | None = None
+
+    def result(self) -> tuple[Line, list[Completion]]:
+        """The line with its completions; one that failed has an error in their place."""
+        if self.error is not None:
+            return replace(self.line, request=None, error=" ".join(str(self.error).split())), []
+        return self.line, [completion("", events) for events in self.events]
 
 
 def records_in_order(
@@ -95,19 +103,15 @@ class _Window:
         return self._scheduler.is_idle
 
     def step(self) -> Iterator[tuple[Line, list[Completion]]]:
-        """Run one step; yield the lines that are answered now, with their completions.
-
-        Raises:
-            InputError: logits that are not finite.
-        """
+        """Run one step; yield the lines that are answered now, with their completions or an error."""
         for progress in self._scheduler.step():
             sequence = self._sequences[progress.number]
             _note(sequence, progress)
             answering = sequence.line
-            if not sequence.state.live:
+            if progress.error is not None or not sequence.state.live:
                 answering.unfinished -= 1
                 if not answering.unfinished:
-                    yield answering.line, [completion("", events) for events in answering.events]
+                    yield answering.result()
 
 
 def _sequences(artifact: LoadedArtifact, line: Line) -> Iterator[_Sequence]:
@@ -126,9 +130,16 @@ def _sequences(artifact: LoadedArtifact, line: Line) -> Iterator[_Sequence]:
 
 
 def _note(sequence: _Sequence, progress: Progress) -> None:
-    """Add what a step gave to the events of the line."""
+    """Add what a step gave to the events of the line, or its error.
+
+    Raises:
+        Exception: an error that is not about the line.
+    """
     if progress.error is not None:
-        raise progress.error
+        if not isinstance(progress.error, Pos2DError):
+            raise progress.error
+        sequence.line.error = sequence.line.error or progress.error
+        return
     assert progress.column is not None
     for event in sequence.events.of(progress.column):
         sequence.line.events[sequence.first + event.branch].append(event)

@@ -9,7 +9,8 @@ from pos2d.runtime.http.refusals import App, Receive, RefusedError, Scope, Send,
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Routes that need no key.
-OPEN = ("/health",)
+OPEN = ("/health", "/")
+PAGE_FILES = "/page/"
 
 
 def is_loopback(host: str) -> bool:
@@ -61,14 +62,19 @@ def host_name(url: str) -> str | None:
 
 
 class ApiKeys:
-    """Refuses requests without one of the keys as their bearer token, for every path but those in ``OPEN``."""
+    """Refuses requests without one of the keys as their bearer token, for every path but those in ``OPEN``.
+
+    The files of the page are open as well: a browser asks for them before the page can ask for a key, and they say
+    nothing of the model.
+    """
 
     def __init__(self, app: App, keys: Sequence[str]) -> None:
         self._app = app
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in OPEN or self._is_known(header(scope, b"authorization") or b""):
+        path: str = scope["path"]
+        if path in OPEN or path.startswith(PAGE_FILES) or self._is_known(header(scope, b"authorization") or b""):
             await self._app(scope, receive, send)
         else:
             await send_refusal(send, RefusedError(401, "give a key of this server as the bearer token"), close=True)

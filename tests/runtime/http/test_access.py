@@ -25,7 +25,7 @@ def plain(engine: Engine) -> Iterator[Running]:
         yield server
 
 
-@pytest.mark.parametrize("path", ["/echo", "/", "/ready", "/metrics", "/openapi.json", "/no-such-path", "/health/"])
+@pytest.mark.parametrize("path", ["/echo", "/page", "/ready", "/metrics", "/openapi.json", "/no-such-path", "/health/"])
 def test_every_path_needs_a_key(locked: Running, path: str) -> None:
     refused = locked.request(path)
     assert refused.status_code == 401

@@ -148,7 +148,7 @@ def test_no_files_stay_open_where_the_process_is_replaced(directory: Path, in_lo
         with pytest.raises(RefusedError):
             await templates.for_answer([user("hi")])
         await templates.for_answer([user("hi")])
-        assert len(os.listdir("/proc/self/fd")) == len(before)
+        assert len(os.listdir("/proc/self/fd")) <= len(before)
 
     in_loop(check)
 
