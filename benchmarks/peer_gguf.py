@@ -1,6 +1,6 @@
 """A GGUF file of a stock Llama or Qwen2 directory, rounded by llama.cpp itself. For the peers' python.
 
-It has no tokenizer: the benchmark speaks in token ids.
+Without ``--tokenizer`` it has none: benchmarks/peers.py speaks in token ids.
 """
 
 import argparse
@@ -18,14 +18,18 @@ ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 TYPES = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}
 
 
-def write_float32(plain: Path, out: Path) -> None:
-    """All weights in float32, one in memory at a time."""
+def write_float32(plain: Path, out: Path, tokenizer: Path | None = None) -> None:
+    """All weights in float32, one in memory at a time, with the tokenizer of another GGUF file."""
     config = json.loads((plain / "config.json").read_text(encoding="utf-8"))
     arch = ARCHITECTURES[config["model_type"]]
     if rope_settings(config).get("rope_type", "default") != "default":
         raise SystemExit(f"{plain}: rope_scaling is not carried over to GGUF")
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[arch])
     add_settings(writer, config)
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        add_tokenizer(writer, tokenizer)
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     for name, tensor in tensors(plain):
         renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -58,7 +62,14 @@ def add_settings(writer: Any, config: dict[str, Any]) -> None:
     writer.add_rope_freq_base(rope_settings(config)["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
+
+
+def add_tokenizer(writer: Any, source: Path) -> None:
+    """Everything that a GGUF file of the same vocabulary says of its tokenizer."""
+    for name, field in gguf.GGUFReader(source).fields.items():
+        if name.startswith("tokenizer."):
+            inner = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
 
 
 def tensors(plain: Path) -> Iterator[tuple[str, Any]]:
@@ -84,10 +95,11 @@ def main() -> None:
     arguments.add_argument("plain", type=Path)
     arguments.add_argument("out", type=Path)
     arguments.add_argument("type", choices=TYPES)
+    arguments.add_argument("--tokenizer", type=Path, help="A GGUF file whose tokenizer is taken.")
     given = arguments.parse_args()
     full = given.out.with_suffix(".f32")
     try:
-        write_float32(given.plain, full)
+        write_float32(given.plain, full, given.tokenizer)
         settings = llama_cpp.llama_model_quantize_default_params()
         settings.ftype = TYPES[given.type]
         if llama_cpp.llama_model_quantize(bytes(full), bytes(given.out), settings) != 0:
