@@ -3,7 +3,8 @@
 # make quick  check, then the tests of laws on tiny models
 # make check  formatting, lint and types
 # make bench  decoding speed of both backends, beside their agreement
-# make peers  what benchmarks/peers.py runs beside ours
+# make peers  what benchmarks/peers.py and serve.py run beside ours
+# make serve-checks  the server under load, abuse, generated requests and lm-eval: half an hour
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,7 @@ INSTALLED := .venv/.installed
 OLD_TRANSFORMERS := .venv/transformers-4.57
 ADAPTER := examples/demo_adapter/lora.pth
 
-.PHONY: install demo test quick check bench peers clean
+.PHONY: install demo test quick check bench peers serve-tools serve-checks clean
 
 install: $(INSTALLED)
 
@@ -66,5 +67,18 @@ peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
+serve-tools: .venv-serve/.installed
+
+.venv-serve/.installed: benchmarks/serve_tools.txt
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+serve-checks: demo/base serve-tools peers
+	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/serve_abuse.py
+	$(BIN)/python benchmarks/serve_lm_eval.py
+	$(BIN)/python benchmarks/serve_schema.py
+
 clean:
-	rm -rf .venv .venv-peers demo build *.egg-info
+	rm -rf .venv .venv-peers .venv-serve demo build *.egg-info
