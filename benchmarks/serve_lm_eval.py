@@ -121,7 +121,7 @@ def own_accuracy(own: Sequence[Scored]) -> float:
     """Share of questions whose right answer is the likeliest."""
     lines = (TASKS / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    right = {entry["question"]: " " + entry["choices"][entry["answer"]] for entry in entries}
+    right: dict[str, str] = {entry["question"]: " " + entry["choices"][entry["answer"]] for entry in entries}
     best: dict[str, Scored] = {}
     for scored in own:
         if scored.question not in best or scored.log_likelihood > best[scored.question].log_likelihood:
