@@ -82,7 +82,7 @@ def bench(
     """Start the servers, load them, and print what was found."""
     model = demo_artifact(artifact)
     file = peer_file(cache) if peer else None
-    work = Workload(model / "tokenizer.json", prompt_tokens, new_tokens, model.name)
+    work = Workload(model / "tokenizer.json", prompt_tokens, new_tokens)
     settings = Settings(rows, seconds, rounds, context_tokens, threads)
     found = Found(figures={"processor": processor(), "artifact": artifact, "settings": asdict(settings)})
     port = free_port()

@@ -47,7 +47,7 @@ def bench(
 ) -> None:
     """Print what was in use afterwards, and each bar."""
     model, port = demo_artifact(artifact), free_port()
-    work = Workload(model / "tokenizer.json", 64, 32, model.name, seed)
+    work = Workload(model / "tokenizer.json", 64, 32, seed)
     figures: dict[str, Any] = {"processor": processor(), "artifact": artifact}
     with served(ours(model, port, flags), port, log) as server:
         checks = asyncio.run(_disconnects(server, work, disconnects, random.Random(seed), figures))

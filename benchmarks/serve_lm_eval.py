@@ -52,8 +52,9 @@ def bench(artifact: str, concurrent: int, flags: Sequence[str], log: Path, as_js
     if not PYTHON.exists():
         raise click.ClickException("run `make serve-tools` first")
     model, port = demo_artifact(artifact), free_port()
-    with served(ours(model, port, flags), port, log):
-        theirs, accuracy = over_http(model, port, concurrent)
+    with served(ours(model, port, flags), port, log) as server:
+        name = json.loads(server.get("/v1/models")[1])["data"][0]["id"]
+        theirs, accuracy = over_http(model, name, port, concurrent)
     own = [in_process(loaded, scored) for loaded in [runtime.load(model)] for scored in theirs]
     checks = compared(theirs, own, accuracy, own_accuracy(own))
     figures = {"processor": processor(), "artifact": artifact, "accuracy": accuracy, "answers": len(theirs)}
@@ -63,10 +64,10 @@ def bench(artifact: str, concurrent: int, flags: Sequence[str], log: Path, as_js
         click.echo("\n".join([*(f"{name}: {value}" for name, value in figures.items()), "", *verdicts(checks)]))
 
 
-def over_http(model: Path, port: int, concurrent: int) -> tuple[list[Scored], float]:
+def over_http(model: Path, name: str, port: int, concurrent: int) -> tuple[list[Scored], float]:
     """What lm-eval got for every answer, and its accuracy."""
     arguments = {
-        "model": model.name,
+        "model": name,
         "base_url": f"http://{HOST}:{port}/v1/completions",
         "tokenizer": str(model),
         "tokenizer_backend": "huggingface",
@@ -75,7 +76,7 @@ def over_http(model: Path, port: int, concurrent: int) -> tuple[list[Scored], fl
         "max_length": 2048,
     }
     with tempfile.TemporaryDirectory() as place:
-        words = ",".join(f"{name}={value}" for name, value in arguments.items())
+        words = ",".join(f"{key}={value}" for key, value in arguments.items())
         command = [
             *(str(PYTHON), "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", words),
             *("--tasks", TASK, "--include_path", str(TASKS), "--output_path", place, "--log_samples"),

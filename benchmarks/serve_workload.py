@@ -25,11 +25,10 @@ QUESTIONS = tuple(
 class Workload:
     """Makes requests for ``/v1/completions``: greedy, streamed, with the usage at the end."""
 
-    def __init__(self, tokenizer: Path, prompt_tokens: int, new_tokens: int, model: str, seed: int = 0) -> None:
+    def __init__(self, tokenizer: Path, prompt_tokens: int, new_tokens: int, seed: int = 0) -> None:
         self.new_tokens = new_tokens
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
         self._prompt_tokens = prompt_tokens
-        self._model = model
         self._draw = random.Random(seed)
         self._numbers = itertools.count(1)
 
@@ -42,7 +41,6 @@ class Workload:
 
     def request(self, prompt: str, new_tokens: int | None = None, **extra: Any) -> Request:
         body = {
-            "model": self._model,
             "prompt": prompt,
             "max_tokens": new_tokens or self.new_tokens,
             "temperature": 0,
