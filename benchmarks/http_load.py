@@ -170,7 +170,7 @@ def parse_events(chunks: Sequence[tuple[float, bytes]]) -> list[tuple[float, dic
 class Exchange(asyncio.Protocol):
     """One request and what comes for it until the server closes the connection.
 
-    ``leave`` is asked after every piece whether to go away; without it the whole answer is read.
+    ``leave`` is asked whether to go away when so many events have come; without it the whole answer is read.
     """
 
     def __init__(self, payload: bytes, leave: Callable[[int], bool] | None = None) -> None:
@@ -179,6 +179,7 @@ class Exchange(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self._payload = payload
         self._leave = leave
+        self._events = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -187,7 +188,10 @@ class Exchange(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.pieces.append((time.perf_counter(), data))
-        if self._leave is not None and self._leave(len(self.pieces)) and self.transport is not None:
+        if self._leave is None:
+            return
+        self._events += data.count(b"data:")
+        if self._leave(self._events) and self.transport is not None:
             self.transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -29,7 +29,7 @@ def said(index: int, text: str, reason: str | None = None) -> dict[str, Any]:
     return {"choices": [{"index": index, "text": text, "finish_reason": reason}]}
 
 
-async def answered(serve: Serve, limit: float = 5.0) -> Any:
+async def answered(serve: Serve, limit: float = 5.0, leave: Callable[[int], bool] | None = None) -> Any:
     """What the load generator makes of what ``serve`` sends."""
     from http_load import Client, Request
 
@@ -45,7 +45,7 @@ async def answered(serve: Serve, limit: float = 5.0) -> Any:
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     async with server:
         port = server.sockets[0].getsockname()[1]
-        answer = await Client(port, limit=limit).send(Request("/v1/completions", {"prompt": "x"}))
+        answer = await Client(port, limit=limit).send(Request("/v1/completions", {"prompt": "x"}), leave)
         await handled.wait()
         return answer
 
@@ -89,6 +89,12 @@ def test_an_answer_that_takes_too_long_is_an_error() -> None:
 
     answer = asyncio.run(answered(serve, 0.2))
     assert answer.error == "no whole answer in 0.2 s"
+    assert not answer.is_whole
+
+
+def test_a_client_leaves_after_so_many_events() -> None:
+    answer = asyncio.run(answered(stream, leave=lambda events: events >= 2))
+    assert answer.texts == {0: "a", 1: "x"}
     assert not answer.is_whole
 
 
