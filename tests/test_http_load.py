@@ -35,7 +35,8 @@ async def answered(serve: Serve, limit: float = 5.0, leave: Callable[[int], bool
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        await serve(reader, writer)
+        with contextlib.suppress(ConnectionError):
+            await serve(reader, writer)
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
