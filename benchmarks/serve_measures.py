@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -68,18 +69,23 @@ async def offered(client: Client, work: Workload, rate: float, seconds: float) -
 async def newcomer(client: Client, work: Workload, writers: int, prompt_tokens: int) -> float:
     """Steps by which the longest wait of a writer exceeds the usual one while a long prompt is read.
 
-    Writers are asked for enough tokens to write before, during and after.
+    NaN unless all writers write before it comes and when it has its first token.
     """
-    long = 4 * work.new_tokens
+    long = 8 * work.new_tokens
     sending = [asyncio.create_task(client.send(work.request(work.text(32), long))) for _ in range(writers)]
     await asyncio.sleep(1.5)
     arrived = time.perf_counter()
     late = await client.send(work.request(work.text(prompt_tokens), 4))
     answers = await asyncio.gather(*sending)
-    read = arrived + (late.first_token_s if late.token_times else float("nan"))
-    usual = median(gap for answer in answers for gap in _gaps(answer, 0, arrived)[2:])
-    longest = max(gap for answer in answers for gap in _gaps(answer, arrived, read))
-    return longest / usual - 1
+    if not late.token_times:
+        return math.nan
+    read = late.sent + late.first_token_s
+    before = [_gaps(answer, 0, arrived)[2:] for answer in answers]
+    meanwhile = [_gaps(answer, arrived, read) for answer in answers]
+    still = all(answer.token_times[0][-1] > read for answer in answers if answer.token_times)
+    if not still or not all(before) or not all(meanwhile):
+        return math.nan
+    return max(max(gaps) for gaps in meanwhile) / median(itertools.chain(*before)) - 1
 
 
 def _gaps(answer: Answer, begin: float, end: float) -> list[float]:
