@@ -39,7 +39,7 @@ class InProcess:
     async def _user(self, waiting: list[Request]) -> int:
         tokens = 0
         while waiting:
-            stream = await self._engine.submit(self._job(waiting.pop()))
+            stream = await self._engine.submit(self._engine.prepare(self._job(waiting.pop())))
             async for events in stream:
                 tokens += sum(event.token is not None for event in events)
         return tokens
