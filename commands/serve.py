@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pos2d.commands.shared.flags import FROM_BASE, flags_of
+from pos2d.commands.shared.flags import FROM_BASE, context_flag, flags_of
 from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import warn
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.http.options import ServeOptions
+from pos2d.runtime.text.options import ContextOptions
 from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.positions import TrainedFrequencies
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 @click.command(cls=SectionedCommand)
 @click.argument("model", required=False)
 @flags_of(ServeOptions, "Server")
+@context_flag
+@flags_of(ContextOptions, "Options")
 @flags_of(LoadOptions, "Loading")
 @flags_of(BaseOptions, FROM_BASE)
 @flags_of(TrainedFrequencies, FROM_BASE)

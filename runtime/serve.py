@@ -20,6 +20,8 @@ from pos2d.runtime.http.options import KEY_VARIABLE, ServeOptions
 from pos2d.runtime.load import load_opened
 from pos2d.runtime.opening.opened_model import OpenedModel, open_model
 from pos2d.runtime.serving.engine import Engine
+from pos2d.runtime.serving.preload import preload
+from pos2d.runtime.text.options import ContextOptions
 from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.positions import TrainedFrequencies, TrainedPositions
 from pos2d.units import parse_size
@@ -40,13 +42,19 @@ class Serving:
     notes: tuple[str, ...] = ()
 
 
-@takes_options(ServeOptions, LoadOptions, BaseOptions, TrainedFrequencies)
+@takes_options(ServeOptions, ContextOptions, LoadOptions, BaseOptions, TrainedFrequencies)
 def serve(
-    model: str | Path | None = None, *, on_ready: Callable[[Serving], None] | None = None, **options: Any
+    model: str | Path | None = None,
+    *,
+    context: str | None = None,
+    on_ready: Callable[[Serving], None] | None = None,
+    **options: Any,
 ) -> None:
     """Answer requests of HTTP with a model, until SIGTERM or SIGINT; ``on_ready`` is called once it does.
 
-    ``model`` is an artifact or a plain model, as :func:`pos2d.load` takes it. At the signal no request is admitted any
+    ``model`` is an artifact or a plain model, as :func:`pos2d.load` takes it. ``context`` is a document that is read
+    before the first request, the system message of a model with a chat template; requests that begin with it do not
+    wait for that. At the signal no request is admitted any
     more, and those that run are finished within ``grace`` seconds; a second one ends the process at once. Nothing goes
     to the network once the model is loaded.
 
@@ -62,7 +70,9 @@ def serve(
     from pos2d.runtime.http.settings import ServerSettings
     from pos2d.runtime.http.shell import Services, guarded
 
-    serving, loading, base = read_options(options, ServeOptions, LoadOptions, BaseOptions)
+    serving, loading, base, caching = read_options(options, ServeOptions, LoadOptions, BaseOptions, ContextOptions)
+    if caching.cache_context is not None and context is None:
+        raise UsageError("`cache_context` stores the keys and values of a `context`; give one, or leave it out")
     (trained,) = split_options(options, TrainedFrequencies)
     serving = with_keys(serving)
     with bind(serving.host, serving.port) as bound:  # before loading, which takes longer
@@ -72,6 +82,8 @@ def serve(
         engine = Engine(
             loaded, max_waiting=serving.max_waiting, kv_budget=kv_budget(serving, opened.directory, opened.manifest)
         )
+        if context is not None:
+            preload(engine, context, caching.cache_context)
         services = Services.of(engine, serving)
         settings = ServerSettings(
             model=opened.place.resolve().name,

@@ -33,12 +33,13 @@ def shared_length(first: Ints, second: Ints) -> int:
 class _Entry:
     ids: Ints
     arrays: KVArrays
+    stays: bool
 
 
 class PrefixStore:
     """Keys and values of prefixes that no running sequence holds, at most ``capacity`` tokens of them.
 
-    What was used least recently is dropped first.
+    What was used least recently is dropped first, but never what stays.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -49,6 +50,11 @@ class PrefixStore:
     def tokens(self) -> int:
         """The number of tokens that are kept."""
         return sum(len(entry.ids) for entry in self._entries)
+
+    @property
+    def staying_tokens(self) -> int:
+        """The number of tokens that are never dropped."""
+        return sum(len(entry.ids) for entry in self._entries if entry.stays)
 
     def find(self, ids: Ints) -> tuple[int, KVArrays | None]:
         """The longest beginning of ``ids`` that is kept: its length, and keys and values that begin with its own."""
@@ -63,16 +69,18 @@ class PrefixStore:
         """Whether all of ``ids`` are kept."""
         return any(shared_length(entry.ids, ids) == len(ids) for entry in self._entries)
 
-    def add(self, ids: Ints, arrays: KVArrays) -> None:
+    def add(self, ids: Ints, arrays: KVArrays, *, stays: bool = False) -> None:
         """Keep a prefix; those that it begins with are dropped."""
-        self._entries = [entry for entry in self._entries if shared_length(entry.ids, ids) < len(entry.ids)]
-        self._entries.append(_Entry(ids, arrays))
+        self._entries = [
+            entry for entry in self._entries if entry.stays or shared_length(entry.ids, ids) < len(entry.ids)
+        ]
+        self._entries.append(_Entry(ids, arrays, stays))
         self.shrink(self.capacity)
 
     def shrink(self, tokens: int) -> None:
         """Drop prefixes until at most ``tokens`` are kept."""
-        while self._entries and self.tokens > tokens:
-            del self._entries[0]
+        while self.tokens > tokens and (oldest := next((e for e in self._entries if not e.stays), None)):
+            self._entries.remove(oldest)
 
 
 def first_tokens(arrays: KVArrays, length: int) -> KVArrays:

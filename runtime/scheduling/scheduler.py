@@ -79,6 +79,11 @@ class Scheduler:
         """The tokens of KV cache that running requests have reserved."""
         return sum(member.reserved for member in self.running)
 
+    @property
+    def _room(self) -> int:
+        """The tokens of KV cache that running requests can have."""
+        return self.limits.kv_tokens - self.store.staying_tokens
+
     def check(self, sequence: SequenceState) -> None:
         """Check that a request fits alone.
 
@@ -88,9 +93,9 @@ class Scheduler:
         branches, tokens = len(sequence.layout.last), sequence.capacity
         if branches > self.limits.branches:
             raise InputError(f"the request has {branches} branches, at most {self.limits.branches} run at once")
-        if tokens > self.limits.kv_tokens:
+        if tokens > self._room:
             raise InputError(
-                f"the request may grow to {tokens} tokens, the KV cache has room for {self.limits.kv_tokens}; "
+                f"the request may grow to {tokens} tokens, the KV cache has room for {self._room}; "
                 "shorten the prompt or lower `max_new_tokens`"
             )
 
@@ -137,7 +142,7 @@ class Scheduler:
             member, running = self._waiting[0], self.running
             branches = sum(len(m.sequence.live) for m in running) + len(member.sequence.live)
             tokens = self.kv_tokens + member.reserved
-            if branches > self.limits.branches or tokens > self.limits.kv_tokens:
+            if branches > self.limits.branches or tokens > self._room:
                 return
             self.store.shrink(self.limits.kv_tokens - tokens)
             self._waiting.popleft()

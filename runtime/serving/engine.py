@@ -3,12 +3,15 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
+import numpy as np
+
 from pos2d.layout import Layout
+from pos2d.runtime.engine.backend import KVArrays
 from pos2d.runtime.engine.sequence import SequenceState
 from pos2d.runtime.scheduling.pace import MeasuredPieces
 from pos2d.runtime.scheduling.scheduler import Limits, Progress, Scheduler
@@ -118,6 +121,11 @@ class Engine:
             self._open[stream] = opened
         self._commands.put(lambda: self._add(opened))
         return stream
+
+    def keep(self, ids: Sequence[int], arrays: KVArrays) -> None:
+        """Keep the keys and values of tokens with which later prompts begin; before the first job is submitted."""
+        self._scheduler.store.add(np.array(ids, dtype=np.int64), arrays, stays=True)
+        self.kv_budget -= len(ids)
 
     def load(self) -> EngineLoad:
         """What the engine is doing now."""

@@ -4,6 +4,8 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from pos2d.runtime.engine.prompt_scores import score_tokens
 from pos2d.runtime.engine.sampling import Sampling
 from pos2d.runtime.serving.engine import Engine
 from pos2d.runtime.serving.jobs import BusyError, Job
+from pos2d.runtime.serving.preload import preload
 from pos2d.runtime.serving.streams import Stream
 from pos2d.runtime.text.completions import Completion, Event, collect
 from pos2d.runtime.text.options import request_options
@@ -126,6 +129,37 @@ def test_a_scored_prompt_has_what_the_model_gives_its_tokens(talker: runtime.Mod
         [token for token, _ in best] for best in expected.top
     ]
     assert len(scores.logprobs) == len(scores.top) == len(ids)
+
+
+def test_a_document_that_is_read_first_stays(talking: Path, tmp_path: Path) -> None:
+    """Whatever else is asked; its file spares the next start reading it."""
+    document = "The market opens at eight. " * 4
+    files = tmp_path / "contexts"
+    for read_again in (True, False):
+        model = runtime.load(talking / "onnx")
+        engine = Engine(model, kv_budget=600)
+        forward, passes = type(model.backend).forward, [0]
+
+        def counting(self: Any, ids: Any, *rest: Any, passes: list[int] = passes, forward: Any = forward) -> Any:
+            passes[0] += ids.size
+            return forward(self, ids, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(model.backend), "forward", counting)
+            tokens = preload(engine, document, str(files))
+        assert (passes[0] >= tokens) == read_again
+
+        async def ask(context: str, engine: Engine = engine, model: runtime.Model = model) -> int:
+            stream = await submit(engine, job_of(model, ["When?"], context, max_new_tokens=4))
+            await read(stream)
+            return stream.cached_tokens
+
+        for k in range(4):
+            asyncio.run(ask(f"{k} is another document. " * 8))
+        assert asyncio.run(ask(document)) >= tokens - 2
+        engine.close()
+    with pytest.raises(InputError, match="twice as many"):
+        preload(Engine(model, kv_budget=100), document, None)
 
 
 def test_too_many_wait_and_what_never_fits_is_refused_at_once(talker: runtime.Model, engine: Engine) -> None:
