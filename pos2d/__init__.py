@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pos2d.runtime.load import load
     from pos2d.runtime.model.model import Model
     from pos2d.runtime.run import RunReport, run
+    from pos2d.runtime.serve import serve
     from pos2d.runtime.show_layout import LayoutReport, show_layout
     from pos2d.runtime.text.completions import Completion, Event
     from pos2d.runtime.text.conversation import Conversation
@@ -79,6 +80,7 @@ __all__ = [
     "merge",
     "plan",
     "run",
+    "serve",
     "show_layout",
     "verify",
 ]
