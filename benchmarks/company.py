@@ -65,7 +65,10 @@ def compare(name: str, model: runtime.Model, requests: int, new_tokens: int) -> 
     prompts = list(pieces(model, requests, random))
     alone = [model.generate_ids([prompt], max_new_tokens=new_tokens)[0] for prompt in prompts]
     scheduler = Scheduler(
-        model.backend, Limits(4 * RUNNING, 10**6), MeasuredPieces(model.backend.prefill_chunk), keeps_prompts=True
+        model.backend,
+        Limits(4 * RUNNING, 10**6, 10**5),
+        MeasuredPieces(model.backend.prefill_chunk),
+        keeps_prompts=True,
     )
     others = company(model, prompts, random)
     asked, answers, cached = dict[int, int](), [list[int]() for _ in prompts], 0

@@ -82,7 +82,8 @@ class _Window:
         widest = max((len(sequence.state.live) for sequence in sequences), default=1)
         longest = max((sequence.state.capacity for sequence in sequences), default=1)
         room = psutil.virtual_memory().total // KV_SHARE // artifact.backend.kv_format.token_bytes
-        limits = Limits(max(branches, widest), max(room, longest))
+        tokens = max(room, longest)
+        limits = Limits(max(branches, widest), tokens, tokens)
         self._scheduler = Scheduler(artifact.backend, limits, WholeChunks(artifact.backend.prefill_chunk))
         self._fill_from_store(artifact, lines)
         self._sequences = {self._scheduler.add(sequence.state): sequence for sequence in sequences}

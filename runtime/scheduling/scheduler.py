@@ -21,10 +21,14 @@ ScoreListener = Callable[[int, Floats], None]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What may run at the same time: branches, and tokens of KV cache (``kv_tokens``)."""
+    """What may run at the same time: branches, and tokens of KV cache (``kv_tokens``).
+
+    Of these, ``kept_tokens`` may be those of requests that have ended, as long as no running request needs them.
+    """
 
     branches: int
     kv_tokens: int
+    kept_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ class Scheduler:
 
     def __init__(self, backend: Backend, limits: Limits, pace: Pace, *, keeps_prompts: bool = False) -> None:
         self.limits = limits
-        self.store = PrefixStore(limits.kv_tokens)
+        self.store = PrefixStore(limits.kept_tokens)
         self._backend, self._pace, self._keeps_prompts = backend, pace, keeps_prompts
         self._numbers = count()
         self._waiting: deque[Member] = deque()
@@ -259,7 +263,6 @@ class Scheduler:
         has_context = member.plain < len(member.sequence.layout) and (member.sequence.layout.owners == -1).any()
         if len(ids) < LEAST_SHARED or not (self._keeps_prompts or has_context) or self.store.holds(ids):
             return
-        room = self.limits.kv_tokens - self.kv_tokens
-        self.store.capacity = room
+        room = self.store.capacity = min(self.limits.kept_tokens, self.limits.kv_tokens - self.kv_tokens)
         if len(ids) <= room:
             self.store.add(ids.copy(), self._group(member).take(member, len(ids)))

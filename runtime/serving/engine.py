@@ -23,6 +23,8 @@ from pos2d.runtime.text.text_decode import ColumnEvents, text_samplers
 
 # Branches that decode at the same time unless the caller says otherwise.
 MAX_BRANCHES = 32
+# Tokens of ended requests that stay in the KV cache, in contexts of the model.
+KEPT_CONTEXTS = 2
 # Weight of the newest interval between the ends of two jobs in their running mean, and bounds of what clients are told.
 NEWEST, LEAST_RETRY, MOST_RETRY = 0.2, 1.0, 60.0
 # Items for streams, in their order.
@@ -69,7 +71,7 @@ class Engine:
         self._branches, self._max_waiting = branches, max_waiting
         self._scheduler = Scheduler(
             artifact.backend,
-            Limits(branches, self.kv_budget),
+            Limits(branches, self.kv_budget, min(self.kv_budget, KEPT_CONTEXTS * artifact.manifest.context_length)),
             MeasuredPieces(artifact.backend.prefill_chunk),
             keeps_prompts=True,
         )

@@ -24,7 +24,7 @@ from tests.bounds import logits_bound
 from tests.conftest import BACKENDS, Golden
 
 ModelOf = Callable[..., runtime.Model]
-ROOM = Limits(branches=64, kv_tokens=100_000)
+ROOM = Limits(branches=64, kv_tokens=100_000, kept_tokens=100_000)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,7 +181,11 @@ def test_the_budget_decides_who_is_admitted(qwen2: Golden, model_of: ModelOf) ->
     layout = build_layout([[1, 2, 3], [4, 5]], model.manifest.rope_2d)
     request = Asked(layout, (4, 4), 0)
     tokens = request.sequence(model).capacity
-    for limits, most in ((Limits(64, 2 * tokens), 2), (Limits(3, 10 * tokens), 1), (Limits(4, 3 * tokens - 1), 2)):
+    for limits, most in (
+        (Limits(64, 2 * tokens, 2 * tokens), 2),
+        (Limits(3, 10 * tokens, 10 * tokens), 1),
+        (Limits(4, 3 * tokens - 1, 3 * tokens - 1), 2),
+    ):
         scheduler = Scheduler(model.backend, limits, WholeChunks(8))
         for _ in range(4):
             scheduler.add(request.sequence(model))
@@ -192,9 +196,9 @@ def test_the_budget_decides_who_is_admitted(qwen2: Golden, model_of: ModelOf) ->
             assert scheduler.kv_tokens + scheduler.store.tokens <= limits.kv_tokens
         assert max(running) == most
     with pytest.raises(InputError, match="room for"):
-        Scheduler(model.backend, Limits(64, tokens - 1), WholeChunks(8)).add(request.sequence(model))
+        Scheduler(model.backend, Limits(64, tokens - 1, tokens - 1), WholeChunks(8)).add(request.sequence(model))
     with pytest.raises(InputError, match="2 branches"):
-        Scheduler(model.backend, Limits(1, 1000), WholeChunks(8)).add(request.sequence(model))
+        Scheduler(model.backend, Limits(1, 1000, 1000), WholeChunks(8)).add(request.sequence(model))
 
 
 @pytest.mark.parametrize("visibility", ["columnar", "isolated"])
@@ -236,7 +240,7 @@ def test_cancelled_requests_leave_nothing(qwen2: Golden, model_of: ModelOf) -> N
     model = model_of(qwen2, "onnx")
     asked = requests(model, 9, seed=1)
     for steps in range(12):
-        scheduler = Scheduler(model.backend, Limits(12, 100_000), WholeChunks(5))
+        scheduler = Scheduler(model.backend, Limits(12, 100_000, 100_000), WholeChunks(5))
         numbers = [scheduler.add(request.sequence(model)) for request in asked]
         columns: dict[int, list[Column]] = {number: [] for number in numbers}
         for step in range(400):
