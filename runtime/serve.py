@@ -1,7 +1,6 @@
 """Serve a model over HTTP, until the process is asked to end."""
 
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -9,11 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pos2d.errors import UsageError
-from pos2d.families import Dimensions
-from pos2d.memory_costs import kv_cache_bytes
 from pos2d.options import read_options, split_options, takes_options
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.http.options import KEY_VARIABLE, ServeOptions
@@ -25,9 +22,6 @@ from pos2d.runtime.text.options import ContextOptions
 from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.positions import TrainedFrequencies, TrainedPositions
 from pos2d.units import parse_size
-
-if TYPE_CHECKING:
-    from pos2d.manifest import Manifest
 
 # What the extra ``serve`` installs, as modules that the server imports.
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
@@ -80,17 +74,15 @@ def serve(
         loaded = load_opened(opened, loading)
         go_offline()
         engine = Engine(
-            loaded, max_waiting=serving.max_waiting, kv_budget=kv_budget(serving, opened.directory, opened.manifest)
+            loaded,
+            branches=serving.max_running_branches,
+            kv_budget=kv_budget(serving, loaded.backend.kv_format.token_bytes),
+            max_waiting=serving.max_waiting,
         )
         if context is not None:
             preload(engine, context, caching.cache_context)
         services = Services.of(engine, serving)
-        settings = ServerSettings(
-            model=opened.place.resolve().name,
-            limits=services.limits,
-            created=int(time.time()),
-            max_prompts=max(1, serving.max_waiting),
-        )
+        settings = ServerSettings(model=opened.place.resolve().name, created=int(time.time()))
         app = guarded(create_app(engine, settings, services), engine, services)
 
         def ready() -> None:
@@ -129,22 +121,19 @@ def open_door(options: ServeOptions) -> tuple[str, ...]:
     return ("everybody who reaches this machine may use the server; give an `api_key`",)
 
 
-def kv_budget(options: ServeOptions, directory: Path, manifest: "Manifest") -> int | None:
+def kv_budget(options: ServeOptions, token_bytes: int) -> int | None:
     """The number of tokens whose keys and values fit in ``kv_cache_memory``, None where that is not set.
 
     Raises:
-        UsageError: it is less than one token needs.
+        UsageError: it holds less than two tokens.
     """
     if options.kv_cache_memory is None:
         return None
-    if manifest.graph is not None:
-        sizes = manifest.graph.sizes
-    else:
-        path = directory / "config.json"
-        sizes = Dimensions.from_config(json.loads(path.read_text(encoding="utf-8")), str(path))
-    tokens = parse_size(options.kv_cache_memory, "kv_cache_memory") // kv_cache_bytes(sizes, 1, manifest.dtype)
+    tokens = parse_size(options.kv_cache_memory, "kv_cache_memory") // token_bytes
     if tokens < 2:
-        raise UsageError("`kv_cache_memory` does not hold a single token of this model; give more")
+        raise UsageError(
+            f"`kv_cache_memory` holds {tokens} tokens of this model, which has {token_bytes} B each; give more"
+        )
     return tokens
 
 

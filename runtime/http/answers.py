@@ -80,7 +80,7 @@ async def start(service: Service, plan: Plan, prefix: str) -> RunningAnswer:
     """Submit the jobs of a plan; the answer's name begins with ``prefix`` and cannot be guessed.
 
     Raises:
-        RequestError: the queue is full.
+        RefusedError: the queue is full.
     """
     streams: list[Stream] = []
     try:

@@ -13,8 +13,8 @@ from pos2d.runtime.http.shell import Services
 from pos2d.runtime.serving.engine import Engine
 
 
-def create_app(engine: Engine, settings: ServerSettings, services: Services | None = None) -> FastAPI:
-    """The application; ``services`` render templates within limits, and follow jobs.
+def create_app(engine: Engine, settings: ServerSettings, services: Services) -> FastAPI:
+    """The application. ``services.templates`` must have been started before it is called.
 
     Its ``state.service`` has what the routes share.
 

@@ -7,7 +7,7 @@ import traceback
 
 from pos2d.runtime.http.lifecycle import Lifecycle
 from pos2d.runtime.http.metrics import Metrics
-from pos2d.runtime.http.refusals import App, Message, Receive, RefusedError, Scope, Send, send_refusal
+from pos2d.runtime.http.refusals import DEFECT, App, Message, Receive, RefusedError, Scope, Send, send_refusal
 
 # Paths that are answered while the server closes, and that its end does not wait for.
 PROBES = ("/health", "/ready", "/metrics")
@@ -52,7 +52,7 @@ class Boundary:
                 traceback.print_exception(error)
             if status:
                 raise UnfinishedError from None  # the server closes the connection, so that nobody takes it for the end
-            await send_refusal(noticed, RefusedError(500, "internal error; the server's log has its place"), close=True)
+            await send_refusal(noticed, RefusedError(500, DEFECT), close=True)
         finally:
             self._lifecycle.active -= counted
             self._metrics.answered(status)

@@ -1,7 +1,6 @@
 """Responses that end when the client goes away: streams of events, and answers that are sent at once."""
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, Protocol
@@ -11,9 +10,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pos2d.runtime.http.answers import RunningAnswer
-from pos2d.runtime.http.errors import error_body, refusal
+from pos2d.runtime.http.boundary import log, place_of
+from pos2d.runtime.http.choices import sse
+from pos2d.runtime.http.errors import refusal
 
-LOG = logging.getLogger("pos2d.http")
 DONE = b"data: [DONE]\n\n"
 GONE = 499  # nginx's status for a client that left; nobody reads it
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -42,16 +42,12 @@ async def streamed(answer: RunningAnswer, chunks: Chunks) -> AsyncGenerator[byte
                 if written:
                     yield written
     except Exception as error:
-        yield b"data: " + error_body(*_logged(error)) + b"\n\n"
+        refused = refusal(error)
+        if refused.status == 500:
+            log(f"error: {place_of(error)}")
+        yield sse(refused.content)
     else:
         yield chunks.last()
-
-
-def _logged(error: Exception) -> tuple[int, str]:
-    refused = refusal(error)
-    if refused.status >= 500:
-        LOG.error("an answer failed", exc_info=error)
-    return refused.status, refused.message
 
 
 class EventStream(Response):

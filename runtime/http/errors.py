@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from math import ceil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,77 +12,55 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from pos2d.errors import InputError, Pos2DError, UsageError
+from pos2d.runtime.http.refusals import DEFECT, RefusedError
 from pos2d.runtime.serving.jobs import BusyError
 
-MAX_SHOWN = 1000
+
+def error_response(error: RefusedError, headers: Mapping[str, str] | None = None) -> Response:
+    """The response to a refused request, with further ``headers``."""
+    return Response(json.dumps(error.content), error.status, {**(headers or {}), **error.headers}, "application/json")
 
 
-class RequestError(Exception):
-    """A request that is refused."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry_after = retry_after
-
-
-def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
-    """The JSON of an error, in ASCII: the message may repeat text of the request that UTF-8 does not have."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    if status == 429:
-        kind = "rate_limit_error"
-    shown = param[:MAX_SHOWN] if param else param
-    return json.dumps({"error": {"message": message[:MAX_SHOWN], "type": kind, "param": shown, "code": code}}).encode()
-
-
-def error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> Response:
-    """The response to a refused request."""
-    fields = dict(headers or {})
-    if error.retry_after is not None:
-        fields["Retry-After"] = str(max(1, ceil(error.retry_after)))
-    body = error_body(error.status, error.message, error.param, error.code)
-    return Response(body, error.status, fields, "application/json")
-
-
-def refusal(error: Exception, param: str | None = None, names: Mapping[str, str] | None = None) -> RequestError:
+def refusal(error: Exception, param: str | None = None, names: Mapping[str, str] | None = None) -> RefusedError:
     """An error of the library as a refusal; ``names`` are the request's names of options that have other names here.
 
     A wrong option is 400 and names itself; input that cannot be answered is 422 and belongs to the field ``param``.
     """
-    if isinstance(error, RequestError):
+    if isinstance(error, RefusedError):
         return error
-    status = getattr(error, "status", None)
-    if isinstance(error, Pos2DError) and isinstance(status, int):  # what the guards around the routes refuse
-        return RequestError(
-            status, str(error), getattr(error, "param", None), retry_after=getattr(error, "retry_after", None)
-        )
     if isinstance(error, BusyError):
-        return RequestError(429, str(error), code="queue_full", retry_after=error.retry_after)
+        return RefusedError(429, str(error), code="queue_full", retry_after=error.retry_after)
     message = re.sub(r"`(\w+)`", lambda found: f"`{(names or {}).get(found[1], found[1])}`", str(error))
     if isinstance(error, UsageError):
         named = re.search(r"`(\w+)", message)
-        return RequestError(400, message, named[1] if named else param)
+        return RefusedError(400, message, named[1] if named else param)
     if isinstance(error, InputError):
-        return RequestError(422, message, param)
-    return RequestError(500, "the request failed; the server's log has the cause")
+        return RefusedError(422, message, param)
+    return RefusedError(500, DEFECT)
 
 
-def invalid(error: RequestValidationError) -> RequestError:
+@contextmanager
+def refusing(param: str, names: Mapping[str, str]) -> Iterator[None]:
+    """Turn the library's errors of input and options into refusals; see :func:`refusal`.
+
+    Raises:
+        RefusedError: in place of InputError and UsageError.
+    """
+    try:
+        yield
+    except (InputError, UsageError) as error:
+        raise refusal(error, param, names) from None
+
+
+def invalid(error: RequestValidationError) -> RefusedError:
     """A body that does not have the declared form: the deepest field that is wrong, and what it must be."""
     faults = [(_path(fault["loc"], error.body, fault["type"] == "missing"), fault) for fault in error.errors()]
     deepest = max(faults, key=lambda found: len(found[0]))[0]
     reasons = dict.fromkeys(_reason(fault) for path, fault in faults if path == deepest)
     name = ".".join(map(str, deepest))
     if not name and faults[0][1]["type"] not in ("json_invalid", "too_many_keys"):
-        return RequestError(400, "the body is not a JSON object; send one with `Content-Type: application/json`")
-    return RequestError(400, f"{f'`{name}`' if name else 'the body'} {' or '.join(reasons)}", name or None)
+        return RefusedError(400, "the body is not a JSON object; send one with `Content-Type: application/json`")
+    return RefusedError(400, f"{f'`{name}`' if name else 'the body'} {' or '.join(reasons)}", name or None)
 
 
 def _path(location: Sequence[Any], body: Any, missing: bool) -> tuple[Any, ...]:
@@ -126,10 +104,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def of_http(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return error_response(RequestError(error.status_code, str(error.detail)), error.headers)
+        return error_response(RefusedError(error.status_code, str(error.detail)), error.headers)
 
     app.add_exception_handler(Exception, refused)
-    app.add_exception_handler(RequestError, refused)
     app.add_exception_handler(Pos2DError, refused)
     app.add_exception_handler(RequestValidationError, not_valid)
     app.add_exception_handler(HTTPException, of_http)

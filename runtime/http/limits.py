@@ -5,19 +5,17 @@ from dataclasses import dataclass
 
 from pos2d.runtime.http.options import ServeOptions
 from pos2d.runtime.http.refusals import RefusedError
-from pos2d.runtime.serving.jobs import EngineLoad
 
 # A text of more characters than this for each allowed token is not even encoded. English has four or five characters a
 # token, and indented code up to ten.
 CHARACTERS_PER_TOKEN = 16
 MAX_STOP_CHARACTERS = 256
-# Bounds of what clients are told to wait, in seconds.
-SHORTEST_WAIT, LONGEST_WAIT = 1.0, 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one request may have; ``kv_budget`` and ``context_length`` are tokens."""
+    """What one request may have; ``kv_budget`` and ``context_length`` are tokens, and the others hold for each of
+    its ``prompts``."""
 
     context_length: int
     kv_budget: int
@@ -26,7 +24,7 @@ class Limits:
     new_tokens: int
     stops: int
     schema_bytes: int
-    waiting: int
+    prompts: int
 
     @classmethod
     def of(cls, options: ServeOptions, context_length: int, kv_budget: int) -> "Limits":
@@ -35,11 +33,12 @@ class Limits:
             context_length=context_length,
             kv_budget=kv_budget,
             prompt_tokens=min(options.max_prompt_tokens or context_length, context_length),
-            branches=options.max_request_branches,
+            branches=min(options.max_request_branches, options.max_running_branches),
             new_tokens=min(options.max_request_tokens or context_length, context_length),
             stops=options.max_stop,
             schema_bytes=options.max_schema_bytes,
-            waiting=options.max_waiting,
+            # Each is a job of its own, and a request whose jobs can never all wait would be refused for ever.
+            prompts=max(1, options.max_waiting),
         )
 
     @property
@@ -64,18 +63,6 @@ class Demand:
     branches_field: str = "branches"
     prompt_field: str = "messages"
     new_tokens_field: str = "max_tokens"
-
-
-def check_queue(load: EngineLoad, limits: Limits, seconds_per_request: float) -> None:
-    """Check that another request may wait.
-
-    Raises:
-        RefusedError: 429, with the time after which there may be room.
-    """
-    if load.waiting >= max(1, limits.waiting) and load.running:
-        wait = load.waiting * seconds_per_request / max(1, load.running)
-        wait = min(max(wait, SHORTEST_WAIT), LONGEST_WAIT)
-        raise RefusedError(429, f"{load.waiting} requests are waiting already; try again later", retry_after=wait)
 
 
 def check_demand(demand: Demand, limits: Limits) -> None:

@@ -59,7 +59,14 @@ class ServeOptions:
         None,
         "Memory for the keys and values of all running requests, such as 2GB.",
         metavar="SIZE",
-        default_text="16 times the context of the model",
+        default_text="half of the free memory, at most one context for each running branch",
+        section=LIMITS,
+    )
+    max_running_branches: int = option(
+        32,
+        "Number of branches of all requests that are written at once; further requests wait.",
+        minimum=1,
+        maximum=1024,
         section=LIMITS,
     )
     max_body: str = option("1MiB", "Size of the body of a request.", metavar="SIZE", section=LIMITS)

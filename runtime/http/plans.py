@@ -1,17 +1,17 @@
 """A request as jobs of the engine: everything that can be wrong with it is found while its plan is made."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pos2d.errors import InputError, UsageError
+from pos2d.errors import InputError
 from pos2d.layout import CONTEXT, Layout, build_continuations, build_layout
 from pos2d.runtime.engine.sampler import new_token_limit
 from pos2d.runtime.engine.sampling import Sampling
 from pos2d.runtime.http.demands import chat_demand, completion_demand, response_demand, text_demand
-from pos2d.runtime.http.errors import RequestError, refusal
+from pos2d.runtime.http.errors import refusing
 from pos2d.runtime.http.limits import Demand, check_tokens
+from pos2d.runtime.http.refusals import RefusedError
 from pos2d.runtime.http.sampling import chat_sampling, completion_sampling, resolve, response_sampling
 from pos2d.runtime.http.schemas.chat import ChatRequest
 from pos2d.runtime.http.schemas.completions import CompletionRequest
@@ -21,7 +21,7 @@ from pos2d.runtime.http.service import Service
 from pos2d.runtime.http.texts import check_ids, check_text, encode_plain, encode_questions, turns
 from pos2d.runtime.serving.engine import PreparedJob
 from pos2d.runtime.serving.jobs import Job
-from pos2d.runtime.text.chat_template import check_arguments, require_chat_template
+from pos2d.runtime.text.chat_template import check_arguments
 from pos2d.runtime.text.options import LayoutOptions, PromptOptions, RequestOptions
 from pos2d.runtime.text.sampling_checks import check_sampling
 from pos2d.runtime.text.tokenization import EncodedPrompts, encode, encode_prompts
@@ -72,7 +72,7 @@ async def plan_chat(service: Service, body: ChatRequest) -> Plan:
     """The plan of a chat request.
 
     Raises:
-        RequestError: anything that is wrong with it.
+        RefusedError: anything that is wrong with it.
     """
     service.check_model(body.model)
     demand = chat_demand(body)
@@ -82,15 +82,15 @@ async def plan_chat(service: Service, body: ChatRequest) -> Plan:
     options = resolve(service, chat_sampling(body), names, body.n or 1)
     arguments = options.chat_template_kwargs
     if not body.messages and not body.branches:
-        raise RequestError(400, "`messages` is empty; give at least one message", "messages")
-    with _refusing("messages", names):
-        require_chat_template(service.artifact.tokenizer)
+        raise RefusedError(400, "`messages` is empty; give at least one message", "messages")
+    with refusing("messages", names):
+        service.check_template("messages")
         check_arguments(service.artifact.tokenizer, arguments, uses_template=True)
         messages = turns(body.messages)
         if not body.branches:
             text = await service.templates.for_answer(messages, arguments)
             return await service.in_worker(_plan_rendered, service, text, options.sampling, demand)
-    with _refusing("branches", names):
+    with refusing("branches", names):
         _check_questions(body.branches)
         texts, shared = await service.templates.questions(messages, body.branches, arguments)
         return await service.in_worker(_plan_questions, service, texts, shared, options, demand)
@@ -118,7 +118,7 @@ def plan_completion(service: Service, body: CompletionRequest) -> Plan:
     """The plan of a completion request.
 
     Raises:
-        RequestError: anything that is wrong with it.
+        RefusedError: anything that is wrong with it.
     """
     service.check_model(body.model)
     demand = completion_demand(body)
@@ -128,14 +128,14 @@ def plan_completion(service: Service, body: CompletionRequest) -> Plan:
         return _plan_branches(service, body, body.branches, options, demand)
     scores = bool(body.echo) and body.logprobs is not None
     if scores and demand.branches > 1:
-        raise RequestError(400, "`echo` with `logprobs` takes one answer of each prompt; leave `n` out", "n")
+        raise RefusedError(400, "`echo` with `logprobs` takes one answer of each prompt; leave `n` out", "n")
     prompts = _prompts(body.prompt)
-    if len(prompts) > service.settings.max_prompts:
-        raise RequestError(
-            422, f"`prompt` has {len(prompts)} prompts, a request may have {service.settings.max_prompts}", "prompt"
+    if len(prompts) > service.limits.prompts:
+        raise RefusedError(
+            422, f"`prompt` has {len(prompts)} prompts, a request may have {service.limits.prompts}", "prompt"
         )
     tokenizer = service.artifact.tokenizer
-    with _refusing("prompt", COMPLETION_NAMES):
+    with refusing("prompt", COMPLETION_NAMES):
         ids = [
             encode_plain(tokenizer, prompt, service.positions) if isinstance(prompt, str) else prompt
             for prompt in prompts
@@ -154,7 +154,7 @@ async def plan_response(service: Service, body: ResponseRequest) -> Plan:
     """The plan of a request to ``/v1/responses``; its instructions are a message of the system.
 
     Raises:
-        RequestError: anything that is wrong with it.
+        RefusedError: anything that is wrong with it.
     """
     service.check_model(body.model)
     demand = response_demand(body)
@@ -162,8 +162,8 @@ async def plan_response(service: Service, body: ResponseRequest) -> Plan:
     names = {"max_new_tokens": "max_output_tokens", "json_schema": "text", "logprobs": "include"}
     sampling = resolve(service, response_sampling(body), names).sampling
     messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    with _refusing("input", names):
-        require_chat_template(service.artifact.tokenizer)
+    with refusing("input", names):
+        service.check_template("input")
         asked = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else turns(body.input)
         text = await service.templates.for_answer([*messages, *asked])
         return await service.in_worker(_plan_rendered, service, text, sampling, demand)
@@ -175,12 +175,12 @@ def plan_text(service: Service, prompt: str, given: Mapping[str, Any], wanted: i
     ``wanted`` is the number of new tokens that the request itself asks for.
 
     Raises:
-        RequestError: anything that is wrong with it.
+        RefusedError: anything that is wrong with it.
     """
     demand = text_demand(prompt, wanted)
     service.admit(demand)
     options = resolve(service, given, {})
-    with _refusing("prompt", {}):
+    with refusing("prompt", {}):
         ids = encode_plain(service.artifact.tokenizer, prompt, service.positions)
         return _plan(service, [build_layout([ids], service.spec)], options.sampling, demand)
 
@@ -189,10 +189,10 @@ def _plan_branches(
     service: Service, body: CompletionRequest, branches: Sequence[str], options: RequestOptions, demand: Demand
 ) -> Plan:
     if not isinstance(body.prompt, str | None):
-        raise RequestError(400, "`prompt` must be one text where `branches` continue it", "prompt")
+        raise RefusedError(400, "`prompt` must be one text where `branches` continue it", "prompt")
     if body.echo:
-        raise RequestError(400, "`echo` is not supported with `branches`; leave one of them out", "echo")
-    with _refusing("branches", COMPLETION_NAMES):
+        raise RefusedError(400, "`echo` is not supported with `branches`; leave one of them out", "echo")
+    with refusing("branches", COMPLETION_NAMES):
         _check_questions(branches)
         for text in ((body.prompt or "") + branch for branch in branches):
             check_text(service.artifact.tokenizer, text, service.positions)
@@ -231,7 +231,7 @@ def _plan(
         own = [int((layout.owners == branch).sum()) for branch in range(count)]
         for tokens in own:
             new_token_limit(sampling, context + tokens)
-        room = check_tokens(context, own, demand, service.settings.limits)
+        room = check_tokens(context, own, demand, service.limits)
         limited = replace(
             sampling,
             max_new_tokens=min(sampling.max_new_tokens, room),
@@ -249,7 +249,7 @@ def _side_by_side(service: Service, encoded: EncodedPrompts, options: LayoutOpti
 def _prompts(prompt: Any) -> list[str | list[int]]:
     """The prompts of a completion request, each a text or token ids."""
     if prompt is None:
-        raise RequestError(400, "`prompt` is missing", "prompt")
+        raise RefusedError(400, "`prompt` is missing", "prompt")
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
@@ -259,32 +259,23 @@ def _check_questions(branches: Sequence[str]) -> None:
         raise InputError(f"`branches` {', '.join(empty)} is empty; give it some text")
 
 
-@contextmanager
-def _refusing(param: str, names: Mapping[str, str]) -> Iterator[None]:
-    """Turn the library's errors into refusals of the field ``param``."""
-    try:
-        yield
-    except (InputError, UsageError) as error:
-        raise refusal(error, param, names) from None
-
-
 async def tokens_of(service: Service, body: TokenizeRequest) -> list[int]:
     """The token ids of a text or of messages.
 
     Raises:
-        RequestError: neither or both are given, or fields that have no effect.
+        RefusedError: neither or both are given, or fields that have no effect.
     """
     service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
-        raise RequestError(400, "give either `prompt` or `messages`", "prompt")
+        raise RefusedError(400, "give either `prompt` or `messages`", "prompt")
     tokenizer = service.artifact.tokenizer
     for name in ("chat_template_kwargs", "add_generation_prompt") if body.messages is None else ("add_special_tokens",):
         if getattr(body, name):
-            raise RequestError(400, f"`{name}` has no effect here; leave it out", name)
-    with _refusing("prompt" if body.messages is None else "messages", {}):
+            raise RefusedError(400, f"`{name}` has no effect here; leave it out", name)
+    with refusing("prompt" if body.messages is None else "messages", {}):
         if body.messages is None:
             return await service.in_worker(_counted, service, body.prompt or "", body.add_special_tokens is not False)
-        require_chat_template(tokenizer)
+        service.check_template("messages")
         arguments = PromptOptions(chat_template_kwargs=body.chat_template_kwargs).chat_template_kwargs
         check_arguments(tokenizer, arguments, uses_template=True)
         text = await service.templates.for_answer(turns(body.messages), arguments)

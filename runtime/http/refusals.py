@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from pos2d.errors import Pos2DError
-from pos2d.runtime.serving.jobs import BusyError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -16,39 +15,44 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+# Characters of a message or a field's name that are shown; both may repeat text of the request.
+MAX_SHOWN = 1000
+DEFECT = "the request failed; the server's log has its place"
 
 
 class RefusedError(Pos2DError):
     """A request that is answered with ``status`` and this message alone.
 
-    ``param`` is the request's field that is at fault, and ``retry_after`` the seconds after which the same request may
-    be accepted.
+    ``param`` is the request's field that is at fault, ``code`` a word for programs, and ``retry_after`` the seconds
+    after which the same request may be accepted.
     """
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, retry_after: float | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        *,
+        code: str | None = None,
+        retry_after: float | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message[:MAX_SHOWN])
         self.status = status
-        self.param = param
+        self.param = param[:MAX_SHOWN] if param else param
+        self.code = code
         self.retry_after = retry_after
 
     @property
     def content(self) -> dict[str, Any]:
         """The body of the answer, in the form of OpenAI's errors."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": None}}
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
         """Headers that belong to the status."""
         headers = {} if self.retry_after is None else {"retry-after": str(max(1, math.ceil(self.retry_after)))}
         return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
-
-    @classmethod
-    def of_busy(cls, error: BusyError) -> "RefusedError":
-        """The refusal of a job for which the queue has no room."""
-        return cls(429, str(error), retry_after=error.retry_after)
 
 
 async def send_refusal(send: Send, refusal: RefusedError, *, close: bool = False) -> None:
@@ -59,7 +63,7 @@ async def send_refusal(send: Send, refusal: RefusedError, *, close: bool = False
 
 async def send_json(send: Send, status: int, content: Any, headers: MutableMapping[str, str] | None = None) -> None:
     """Answer with a JSON value."""
-    body = json.dumps(content).encode()
+    body = json.dumps(content).encode()  # in ASCII: a message may repeat text of the request that UTF-8 does not have
     await send_body(send, status, body, "application/json", headers)
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pos2d.errors import UsageError
-from pos2d.runtime.http.errors import RequestError, refusal
+from pos2d.runtime.http.errors import refusal
+from pos2d.runtime.http.refusals import RefusedError
 from pos2d.runtime.http.schemas.chat import ChatRequest
 from pos2d.runtime.http.schemas.completions import CompletionRequest
 from pos2d.runtime.http.schemas.fields import Extended, JsonObject, JsonSchema, ResponseFormat
@@ -31,9 +32,9 @@ DRAWN_SEEDS = 2**53
 def chat_sampling(body: ChatRequest) -> dict[str, Any]:
     """The options of a chat request, by their names in :class:`pos2d.runtime.engine.sampling.Sampling`."""
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
-        raise RequestError(400, "`max_tokens` and `max_completion_tokens` differ; leave one of them out", "max_tokens")
+        raise RefusedError(400, "`max_tokens` and `max_completion_tokens` differ; leave one of them out", "max_tokens")
     if body.top_logprobs and not body.logprobs:
-        raise RequestError(400, "`top_logprobs` has no effect without `logprobs`; leave it out", "top_logprobs")
+        raise RefusedError(400, "`top_logprobs` has no effect without `logprobs`; leave it out", "top_logprobs")
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return _extended(body) | {
         "max_new_tokens": limit,
@@ -46,7 +47,7 @@ def chat_sampling(body: ChatRequest) -> dict[str, Any]:
 def completion_sampling(body: CompletionRequest) -> dict[str, Any]:
     """The options of a completion request; one with ``max_tokens`` 0 only echoes, and generates a token unseen."""
     if body.max_tokens == 0 and not body.echo:
-        raise RequestError(400, "`max_tokens` must be at least 1, except with `echo`", "max_tokens")
+        raise RefusedError(400, "`max_tokens` must be at least 1, except with `echo`", "max_tokens")
     return _extended(body) | {
         "max_new_tokens": None if body.max_tokens is None else max(1, body.max_tokens),
         "logprobs": None if body.logprobs is None else True,
@@ -59,7 +60,7 @@ def response_sampling(body: ResponseRequest) -> dict[str, Any]:
     """The options of a request to ``/v1/responses``."""
     wants_logprobs = bool(body.include)
     if body.top_logprobs and not wants_logprobs:
-        raise RequestError(400, f"`top_logprobs` has no effect without `include` {[LOGPROBS]}", "top_logprobs")
+        raise RefusedError(400, f"`top_logprobs` has no effect without `include` {[LOGPROBS]}", "top_logprobs")
     form = body.text.format if body.text else None
     return {
         "temperature": body.temperature,
@@ -73,11 +74,11 @@ def response_sampling(body: ResponseRequest) -> dict[str, Any]:
 
 def _extended(body: Extended) -> dict[str, Any]:
     if body.visibility and not body.branches:
-        raise RequestError(400, "`visibility` has no effect without `branches`; leave it out", "visibility")
+        raise RefusedError(400, "`visibility` has no effect without `branches`; leave it out", "visibility")
     if body.branches and (body.n or 1) > 1:
-        raise RequestError(400, "`n` and `branches` exclude each other; leave one of them out", "n")
+        raise RefusedError(400, "`n` and `branches` exclude each other; leave one of them out", "n")
     if body.stream_options and not body.stream:
-        raise RequestError(400, "`stream_options` has no effect without `stream`; leave it out", "stream_options")
+        raise RefusedError(400, "`stream_options` has no effect without `stream`; leave it out", "stream_options")
     return {name: getattr(body, name) for name in SAME_NAME} | {
         "top_k": None if body.top_k is None else max(0, body.top_k),
         "stop": [body.stop] if isinstance(body.stop, str) else body.stop or None,
@@ -101,7 +102,7 @@ def resolve(service: Service, given: Mapping[str, Any], names: Mapping[str, str]
     ``names`` are the request's names of options.
 
     Raises:
-        RequestError: a value that is refused, or several answers that would be equal.
+        RefusedError: a value that is refused, or several answers that would be equal.
     """
     values = {name: value for name, value in given.items() if value is not None}
     values.setdefault("seed", secrets.randbelow(DRAWN_SEEDS))
@@ -110,7 +111,7 @@ def resolve(service: Service, given: Mapping[str, Any], names: Mapping[str, str]
     except UsageError as error:
         raise refusal(error, names=names) from None
     if answers > 1 and options.sampling.temperature == 0:
-        raise RequestError(
+        raise RefusedError(
             400, f"greedy decoding would give {answers} equal answers; give a `temperature` above 0, or `n` 1", "n"
         )
     return options

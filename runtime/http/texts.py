@@ -1,51 +1,16 @@
-"""From the messages and texts of requests to token ids, in threads beside the event loop."""
+"""From the messages and texts of requests to token ids."""
 
-import asyncio
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 from pos2d.errors import InputError
 from pos2d.messages import text_messages
 from pos2d.runtime.http.schemas.chat import Message
 from pos2d.runtime.http.schemas.responses import InputMessage
-from pos2d.runtime.text.chat_template import render_for_answer, render_questions
 from pos2d.runtime.text.tokenization import EncodedPrompts, encode, encode_longer, encode_text, share_context
 
 # A text with fewer characters for each position is encoded at once.
 CHARACTERS = 4
-Messages = Sequence[Mapping[str, Any]]
-Arguments = Mapping[str, Any] | None
-
-
-class Templates(Protocol):
-    """Renders messages with the artifact's chat template; raises InputError where the template does not accept them."""
-
-    async def for_answer(self, messages: Messages, arguments: Arguments = None) -> str:
-        """The text that an answer follows; a last message of the assistant is continued."""
-
-    async def questions(
-        self, earlier: Messages, questions: Sequence[str], arguments: Arguments = None
-    ) -> tuple[list[str], str]:
-        """The text of every question after ``earlier``, and the beginning that they share."""
-
-
-class DirectTemplates:
-    """Renders in a thread of this process, without a limit of time."""
-
-    def __init__(self, tokenizer: Any, worker: Executor) -> None:
-        self._tokenizer, self._worker = tokenizer, worker
-
-    async def for_answer(self, messages: Messages, arguments: Arguments = None) -> str:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._worker, render_for_answer, self._tokenizer, messages, arguments)
-
-    async def questions(
-        self, earlier: Messages, questions: Sequence[str], arguments: Arguments = None
-    ) -> tuple[list[str], str]:
-        loop = asyncio.get_running_loop()
-        asked = (self._tokenizer, earlier, questions, arguments)
-        return await loop.run_in_executor(self._worker, render_questions, *asked)
 
 
 def turns(messages: Sequence[Message | InputMessage]) -> list[dict[str, Any]]:

@@ -27,6 +27,8 @@ MAX_BRANCHES = 32
 KEPT_CONTEXTS = 2
 # Weight of the newest interval between the ends of two jobs in their running mean, and bounds of what clients are told.
 NEWEST, LEAST_RETRY, MOST_RETRY = 0.2, 1.0, 60.0
+# Branches and tokens of KV cache of the smallest job: one that would have to wait makes every other one wait.
+SMALLEST = (1, 1)
 # Items for streams, in their order.
 Deliveries = list[tuple[Stream, Item]]
 
@@ -105,6 +107,15 @@ class Engine:
         scorer = PromptScorer(job.layout, top) if job.scores_prompt else None
         return PreparedJob(job.layout, sequence, ColumnEvents(samplers), scorer)
 
+    def check_room(self) -> None:
+        """Check that a job of which nothing is known yet may wait; any thread may call this.
+
+        Raises:
+            BusyError: too many jobs wait.
+        """
+        with self._lock:
+            self._check_room(*SMALLEST)
+
     async def submit(self, job: PreparedJob) -> Stream:
         """Queue a job, once.
 
@@ -117,9 +128,7 @@ class Engine:
         with self._lock:
             if self._defect is not None:
                 raise self._defect
-            if self._waiting(job.sequence) > self._max_waiting:
-                wait = f"{self._max_waiting} requests are waiting already; try again later"
-                raise BusyError(wait, self._retry_after())
+            self._check_room(*_size(job.sequence))
             self._open[stream] = opened
         self._commands.put(lambda: self._add(opened))
         return stream
@@ -139,13 +148,18 @@ class Engine:
         self._commands.put(None)
         self._thread.join()
 
-    def _waiting(self, *new: SequenceState) -> int:
+    def _check_room(self, branches: int, tokens: int) -> None:
+        """Check that a new job may wait, if it has to, that has so many branches and tokens of KV cache."""
+        if self._waiting((branches, tokens)) > self._max_waiting:
+            raise BusyError(f"{self._max_waiting} requests are waiting already; try again later", self._retry_after())
+
+    def _waiting(self, *new: tuple[int, int]) -> int:
         """The number of jobs, of those that have not begun and ``new`` ones, that have to wait for room."""
         branches, tokens = self._load.branches, self._load.kv_tokens
-        queued = [*(opened.job.sequence for opened in self._open.values() if not opened.is_running), *new]
-        for number, sequence in enumerate(queued):
-            branches += len(sequence.live)
-            tokens += sequence.capacity
+        queued = [*(_size(opened.job.sequence) for opened in self._open.values() if not opened.is_running), *new]
+        for number, size in enumerate(queued):
+            branches += size[0]
+            tokens += size[1]
             if branches > self._branches or tokens > self.kv_budget:
                 return len(queued) - number
         return 0
@@ -232,6 +246,11 @@ class Engine:
             kv_budget=self.kv_budget,
         )
         _hand_over(deliveries)
+
+
+def _size(sequence: SequenceState) -> tuple[int, int]:
+    """The branches of a job, and its tokens of KV cache."""
+    return len(sequence.live), sequence.capacity
 
 
 def default_kv_budget(artifact: LoadedArtifact, branches: int) -> int:

@@ -168,10 +168,14 @@ def test_too_many_wait_and_what_never_fits_is_refused_at_once(talker: runtime.Mo
             engine.prepare(Job(build_layout([[1]] * 17, talker.manifest.rope_2d), (Sampling(),) * 17, ((0,),) * 17))
         streams = []
         for _ in range(6):  # two of them run
+            engine.check_room()
             streams.append(await submit(engine, job_of(talker, ["q"] * 8, max_new_tokens=LONG)))
         with pytest.raises(BusyError, match="4 requests are waiting") as refused:
             await submit(engine, job_of(talker, ["q"] * 8, max_new_tokens=LONG))
         assert 1 <= refused.value.retry_after <= 60
+        with pytest.raises(BusyError) as early:
+            engine.check_room()
+        assert str(early.value) == str(refused.value)
         await until(lambda: engine.load().running == 2)
         assert engine.load().branches == 16
         for stream in streams:

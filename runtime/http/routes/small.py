@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request, Response
 from pos2d.runtime.http.answers import start
 from pos2d.runtime.http.choices import collected
 from pos2d.runtime.http.connections import whole
-from pos2d.runtime.http.errors import RequestError
 from pos2d.runtime.http.plans import plan_text, tokens_of
+from pos2d.runtime.http.refusals import RefusedError
 from pos2d.runtime.http.routes.documented import responses
 from pos2d.runtime.http.schemas.small import (
     Cancelled,
@@ -54,9 +54,9 @@ def small_routes(service: Service) -> APIRouter:
         """End a request that is being answered, or one branch of it; what was written so far stays."""
         answer = service.running.get(name)
         if answer is None:
-            raise RequestError(404, "no request with this id is being answered; it may be complete", "id")
+            raise RefusedError(404, "no request with this id is being answered; it may be complete", "id")
         if body.branch is not None and body.branch >= answer.choices:
-            raise RequestError(400, f"`branch` {body.branch} does not exist; there are {answer.choices}", "branch")
+            raise RefusedError(400, f"`branch` {body.branch} does not exist; there are {answer.choices}", "branch")
         answer.cancel(body.branch)
         return Cancelled(id=name, branch=body.branch)
 

@@ -1,7 +1,5 @@
 """A server over the tiny model, in a thread of this process, and the clients that drive it."""
 
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +9,13 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from pos2d import runtime
 from pos2d.runtime.http.app import create_app
-from pos2d.runtime.http.limits import Limits
-from pos2d.runtime.http.options import ServeOptions
 from pos2d.runtime.http.settings import ServerSettings
 from pos2d.runtime.serving.engine import Engine
+from tests.runtime.http.servers import listening, services_of
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -28,19 +24,18 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True)))
 
 
-def limits_of(engine: Engine, **options: Any) -> Limits:
-    chosen = ServeOptions(**options)
-    return Limits.of(chosen, engine.artifact.manifest.context_length, engine.kv_budget)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Server:
-    """A running server: its application, its address, and the model and engine behind it."""
+    """A running server: its application, its address, and the engine behind it."""
 
     app: FastAPI
     url: str
-    model: runtime.Model
     engine: Engine
+
+    @property
+    def model(self) -> Any:
+        """The artifact of the engine, which :func:`pos2d.load` gave."""
+        return self.engine.artifact
 
     @property
     def client(self) -> openai.OpenAI:
@@ -48,28 +43,20 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(talking: Path) -> Iterator[Server]:
-    model = runtime.load(talking / "onnx")
-    engine = Engine(model)
-    app = create_app(engine, ServerSettings(model="tiny", limits=limits_of(engine, max_request_branches=8)))
-    running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    port = running.servers[0].sockets[0].getsockname()[1]
-    yield Server(app, f"http://127.0.0.1:{port}", model, engine)
-    running.should_exit = True
-    thread.join()
+def engine(talking: Path) -> Iterator[Engine]:
+    """An engine over the tiny model, which all tests share."""
+    engine = Engine(runtime.load(talking / "onnx"))
+    yield engine
     engine.close()
 
 
 @pytest.fixture(scope="session")
-def engine(talking: Path) -> Iterator[Engine]:
-    """An engine over the tiny model, for the tests of the guards."""
-    engine = Engine(runtime.load(talking / "onnx"))
-    yield engine
-    engine.close()
+def server(engine: Engine) -> Iterator[Server]:
+    """All routes behind all guards, with the process for templates."""
+    services = services_of(engine, max_request_branches=8)
+    app = create_app(engine, ServerSettings(model="tiny"), services)
+    with listening(app, engine, services) as (url, _):
+        yield Server(app, url, engine)
 
 
 @pytest.fixture

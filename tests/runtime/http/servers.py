@@ -13,7 +13,7 @@ import httpx2
 
 from pos2d.runtime.http.listening import bind, url_of
 from pos2d.runtime.http.options import ServeOptions
-from pos2d.runtime.http.refusals import Receive, Scope, Send, send_body
+from pos2d.runtime.http.refusals import App, Receive, Scope, Send, send_body
 from pos2d.runtime.http.server import run_server
 from pos2d.runtime.http.shell import Services, guarded
 from pos2d.runtime.serving.engine import Engine
@@ -112,19 +112,33 @@ def until(condition: Callable[[], Any], seconds: float = 5) -> None:
 @contextlib.contextmanager
 def serving(engine: Engine, **options: Any) -> Iterator[Running]:
     """The toy behind all guards, with a grace of a second at the end."""
-    chosen = ServeOptions(port=0, **{"grace": 1.0, **options})
-    services = replace(Services.of(engine, chosen), has_template=False)
-    toy, started = Toy(), threading.Event()
-    app = guarded(toy, engine, services)
-    with bind(chosen.host, 0) as bound:
-        url = url_of(bound)
-        thread = threading.Thread(target=run_server, args=(app, bound, services, started.set, lambda: None))
-        thread.start()
+    services = replace(services_of(engine, **options), has_template=False)
+    toy = Toy()
+    with listening(toy, engine, services) as (url, thread):
         try:
-            assert started.wait(5)
             yield Running(url, toy, services, thread)
         finally:
             toy.release.set()
+
+
+def services_of(engine: Engine, **options: Any) -> Services:
+    """The services of a server with these options."""
+    return Services.of(engine, ServeOptions(**{"port": 0, "grace": 1.0, **options}))
+
+
+@contextlib.contextmanager
+def listening(app: App, engine: Engine, services: Services) -> Iterator[tuple[str, threading.Thread]]:
+    """``app`` behind all guards, on a free port and in a thread; its address."""
+    started = threading.Event()
+    shell = guarded(app, engine, services)
+    with bind(services.options.host, 0) as bound:
+        url = url_of(bound)
+        thread = threading.Thread(target=run_server, args=(shell, bound, services, started.set, lambda: None))
+        thread.start()
+        try:
+            assert started.wait(30)
+            yield url, thread
+        finally:
             services.lifecycle.close()
             thread.join(10)
             assert not thread.is_alive()

@@ -89,9 +89,17 @@ def test_an_end_token_counts_as_the_generated_one(server: Server, http: httpx.Cl
     end = server.model.manifest.eos_token_ids[0]
     pairs = [[[first, second] for second in range(256)] for first in range(256)]
     prompt = next(p for row in pairs for p, best in zip(row, next_tokens(server, row), strict=True) if best == end)
-    (choice,) = complete(http, prompt=prompt, max_tokens=1, logprobs=1, echo=True)["choices"]
-    assert len(choice["logprobs"]["tokens"]) == len(choice["logprobs"]["token_logprobs"]) == len(prompt) + 1
+    asked: dict[str, Any] = {"prompt": prompt, "max_tokens": 1, "logprobs": 1, "echo": True}
+    (choice,) = complete(http, **asked)["choices"]
+    assert {len(entries) for entries in choice["logprobs"].values()} == {len(prompt) + 1}
+    assert choice["logprobs"]["tokens"][-1] == ""
     assert choice["finish_reason"] == "stop"
+    streamed = [
+        entry
+        for chunk in events_of(http.post("/v1/completions", json=asked | {"stream": True}).text)
+        for entry in chunk["choices"][0]["logprobs"]["token_logprobs"]
+    ]
+    assert streamed == choice["logprobs"]["token_logprobs"]
 
 
 def next_tokens(server: Server, prompts: list[list[int]]) -> list[int]:

@@ -29,6 +29,7 @@ class EndlessStream:
 
     cached_tokens = 0
     prompt_scores = None
+    admitted_at = None
 
     def __init__(self, branches: int, fails: bool = False) -> None:
         self.live, self.cancelled = set(range(branches)), set[int]()
@@ -130,6 +131,30 @@ def test_a_full_queue_is_429_and_leaves_nothing_behind(
     assert response.headers["Retry-After"] == "4"
     assert response.json()["error"]["type"] == "rate_limit_error"
     assert [stream.cancelled for stream in made] == [{0}, {0}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, ASKED),
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/responses", {"input": "a"}),
+        ("/generate", {"prompt": "a"}),
+    ],
+)
+def test_a_full_queue_refuses_before_a_text_is_rendered_or_encoded(
+    http: httpx.Client, server: Server, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    def full() -> None:
+        raise BusyError("2 requests are waiting; try again later", 3.2)
+
+    monkeypatch.setattr(server.engine, "check_room", full)
+    for module in ("pos2d.runtime.http.texts", "pos2d.runtime.http.plans"):
+        monkeypatch.setattr(f"{module}.encode", None)
+    monkeypatch.setattr(server.app.state.service, "templates", None)
+    response = http.post(path, json=body)
+    assert (response.status_code, response.headers["Retry-After"]) == (429, "4")
+    assert response.json()["error"]["code"] == "queue_full"
 
 
 def test_an_error_while_writing_is_an_event_or_a_status(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

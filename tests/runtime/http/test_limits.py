@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 from pos2d.errors import UsageError
-from pos2d.runtime.http.limits import Demand, Limits, check_demand, check_queue, check_tokens
+from pos2d.runtime.http.errors import refusal as error_of
+from pos2d.runtime.http.limits import Demand, Limits, check_demand, check_tokens
 from pos2d.runtime.http.options import ServeOptions
 from pos2d.runtime.http.refusals import RefusedError
-from pos2d.runtime.serving.jobs import BusyError, EngineLoad
+from pos2d.runtime.serving.engine import MAX_BRANCHES
+from pos2d.runtime.serving.jobs import BusyError
 
 LIMITS = Limits.of(ServeOptions(max_prompt_tokens=100, max_request_tokens=60), context_length=120, kv_budget=1000)
 
@@ -84,23 +86,32 @@ def test_the_kv_budget_is_a_limit_too() -> None:
     assert refusal(check_tokens, 0, [50], demand, small).param == "max_tokens"
 
 
-def test_a_full_queue_says_when_to_come_back() -> None:
-    """After as long as those who wait take, within bounds."""
-    for waiting, seconds, retry in ((64, 0.5, "8"), (64, 1e-6, "1"), (64, 100.0, "60")):
-        refused = refusal(check_queue, EngineLoad(4, waiting, 4, 1, 10), LIMITS, seconds)
-        assert (refused.status, refused.headers) == (429, {"retry-after": retry})
-    check_queue(EngineLoad(4, 63, 4, 1, 10), LIMITS, 1.0)
-
-
-def test_a_job_that_the_engine_does_not_take_is_the_same_refusal() -> None:
-    refused = RefusedError.of_busy(BusyError("full", 2.5))
+def test_a_full_queue_is_429_and_says_when_to_come_back() -> None:
+    refused = error_of(BusyError("full", 2.5))
     assert (refused.status, refused.headers) == (429, {"retry-after": "3"})
-    assert refused.content["error"] == {"message": "full", "type": "rate_limit_error", "param": None, "code": None}
+    assert refused.content["error"] == {
+        "message": "full",
+        "type": "rate_limit_error",
+        "param": None,
+        "code": "queue_full",
+    }
+
+
+def test_a_refusal_shows_a_part_of_what_is_long() -> None:
+    shown = RefusedError(400, "a" * 5000, "b" * 5000).content["error"]
+    assert (len(shown["message"]), len(shown["param"])) == (1000, 1000)
 
 
 def test_limits_of_the_options_are_within_the_model() -> None:
     limits = Limits.of(ServeOptions(max_prompt_tokens=1000), context_length=120, kv_budget=1000)
     assert (limits.prompt_tokens, limits.new_tokens) == (120, 120)
+
+
+def test_a_request_has_no_more_branches_than_may_run() -> None:
+    limits = Limits.of(ServeOptions(max_request_branches=8, max_running_branches=4), context_length=120, kv_budget=1000)
+    assert refusal(check_demand, Demand(branches=5, characters=1), limits).param == "branches"
+    check_demand(Demand(branches=4, characters=1), limits)
+    assert ServeOptions().max_running_branches == MAX_BRANCHES
 
 
 @pytest.mark.parametrize("options", [{"max_body": "1 apple"}, {"kv_cache_memory": "0"}, {"port": 65536}, {"grace": -1}])

@@ -55,6 +55,7 @@ class ScoredStream:
 
     cached_tokens = 0
     prompt_scores = None
+    admitted_at = None
 
     def cancel(self, branch: int | None = None) -> None:
         pass

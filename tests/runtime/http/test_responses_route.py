@@ -16,7 +16,7 @@ ASKED: dict[str, Any] = {"model": "tiny", "input": "one", "instructions": "Be br
 
 def expected_text(server: Server, *, turns: Any = (), **options: Any) -> str:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}, *turns]
-    return server.model.chat(messages, max_new_tokens=12, **options).text
+    return str(server.model.chat(messages, max_new_tokens=12, **options).text)
 
 
 def test_an_answer_is_the_librarys_and_goes_back_as_input(server: Server) -> None:
