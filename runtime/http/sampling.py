@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pos2d.errors import UsageError
+from pos2d.runtime.engine.sampling import NARROWING
 from pos2d.runtime.http.errors import refusal
 from pos2d.runtime.http.refusals import RefusedError
 from pos2d.runtime.http.schemas.chat import ChatRequest
@@ -106,6 +107,8 @@ def resolve(service: Service, given: Mapping[str, Any], names: Mapping[str, str]
     """
     values = {name: value for name, value in given.items() if value is not None}
     values.setdefault("seed", secrets.randbelow(DRAWN_SEEDS))
+    if values.get("temperature") == 0:  # the most likely token is in every narrower choice
+        values = {name: value for name, value in values.items() if name not in NARROWING}
     try:
         options = request_options(service.artifact.path, values, service.defaults)
     except UsageError as error:

@@ -141,6 +141,16 @@ def test_the_most_likely_tokens_and_penalties_are_the_librarys(server: Server, h
         assert likely == pytest.approx([logprob for _, logprob in top], abs=1e-4)
 
 
+def test_greedy_answers_do_not_depend_on_how_a_choice_would_be_narrowed(http: httpx.Client) -> None:
+    """Clients send both; without a temperature it is not clear what is meant."""
+    body: Any = {"messages": ASKED, "max_tokens": 5}
+    plain = http.post("/v1/chat/completions", json=body | {"temperature": 0}).json()["choices"]
+    narrowed = {"top_p": 0.5, "top_k": 3, "min_p": 0.1}
+    assert http.post("/v1/chat/completions", json=body | narrowed | {"temperature": 0}).json()["choices"] == plain
+    refused = http.post("/v1/chat/completions", json=body | narrowed)
+    assert (refused.status_code, "temperature" in refused.text) == (400, True)
+
+
 def test_answers_follow_a_schema(http: httpx.Client) -> None:
     schema = {
         "type": "object",
