@@ -20,6 +20,11 @@ from tests.runtime.http.page.server import Script, make_app, serving
 
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1280,900")
 PATIENCE = 20.0
+# Buttons that may have a name. The browser is asked for the name of few, since every question takes a while.
+BUTTONS = """
+    return [...document.querySelectorAll("button")]
+        .filter((it) => [it.ariaLabel, it.textContent.trim()].includes(arguments[0]))
+"""
 
 
 class Page:
@@ -69,9 +74,9 @@ class Page:
 
     def button(self, name: str) -> WebElement:
         """The visible button with this name, as a screen reader says it."""
-        found = [it for it in self.find_all("button") if it.is_displayed() and it.accessible_name == name]
+        found = [it for it in self.run(BUTTONS, name) if it.is_displayed() and it.accessible_name == name]
         assert found, f"no button {name!r}"
-        return found[0]
+        return found[0]  # type: ignore[no-any-return]
 
     def wait(self, condition: Callable[[], Any]) -> Any:
         started = time.monotonic()
@@ -162,7 +167,6 @@ def server_url(script: Script) -> Iterator[str]:
 def page(driver: webdriver.Chrome, server_url: str, script: Script) -> Iterator[Page]:
     """The page, opened; afterwards the browser must have nothing to complain of, and have asked nobody else."""
     script.reset()
-    driver.get("about:blank")
     driver.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": server_url.rstrip("/"), "storageTypes": "all"})
     opened = Page(driver, server_url)
     opened.read_log("browser")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from selenium.webdriver.common.keys import Keys
@@ -15,7 +15,13 @@ from tests.runtime.http.page.conftest import Page
 
 QUESTIONS = ("One?", "Two, and longer?", "Three?", "Four?")
 TOKENS = 90
-PACE = 0.015  # seconds between two steps, so that there is time to press a button
+
+
+@dataclass
+class Pace:
+    """The time between two steps in seconds; a slow pace leaves time to press a button."""
+
+    seconds: float = 0.04
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +30,13 @@ def server_url(server: Server) -> str:
 
 
 @pytest.fixture(autouse=True)
-def slow_and_long_answers(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def pace(server: Server, monkeypatch: pytest.MonkeyPatch) -> Pace:
     """Answers have no end token before their limit."""
     step: Callable[[Scheduler], list[Progress]] = Scheduler.step
-    prepare = server.engine.prepare
+    prepare, pace = server.engine.prepare, Pace()
 
     def slow(scheduler: Scheduler) -> list[Progress]:
-        time.sleep(PACE)
+        time.sleep(pace.seconds)
         return step(scheduler)
 
     def long(job: Job) -> PreparedJob:
@@ -39,6 +45,7 @@ def slow_and_long_answers(server: Server, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(Scheduler, "step", slow)
     monkeypatch.setattr(server.engine, "prepare", long)
+    return pace
 
 
 def ask(page: Page) -> None:
@@ -48,13 +55,20 @@ def ask(page: Page) -> None:
     page.wait(lambda: len(page.answers()) == 4 and all(page.answers()))
 
 
-def test_a_stopped_answer_stops_while_the_others_are_written_to_their_end(page: Page) -> None:
+def test_a_stopped_answer_stops_while_the_others_are_written_to_their_end(page: Page, pace: Pace) -> None:
     ask(page)
+    before = page.answers()
     assert set(page.states()) == {"Writing"}
+    page.wait(lambda: all(len(now) > len(then) for now, then in zip(page.answers(), before, strict=True)))
+    assert page.texts("article .asked") == list(QUESTIONS)
+    tops = {it.rect["y"] for it in page.find_all("article")[:2]}
+    assert len(tops) == 1, "the first two answers stand side by side"
     page.button("Stop answer 2").send_keys(Keys.ENTER)
     page.wait(lambda: page.states()[1] == "Stopped")
     stopped = page.answers()[1]
     assert [page.states()[k] for k in (0, 2, 3)] == ["Writing"] * 3
+    assert page.run("return document.activeElement.ariaLabel") == "Copy answer 2", "the focus is not lost"
+    pace.seconds = 0
     page.wait_until_done()
     assert page.states() == ["Token limit reached", "Stopped", "Token limit reached", "Token limit reached"]
     assert page.answers()[1] == stopped

@@ -1,4 +1,4 @@
-"""The page in a real browser: several answers are written side by side, and every part of it can be used."""
+"""The page in a real browser: every part of it can be used."""
 
 import json
 from typing import Any
@@ -8,41 +8,7 @@ from selenium.webdriver.common.keys import Keys
 from tests.runtime.http.page.conftest import Page
 from tests.runtime.http.page.server import Script
 
-QUESTIONS = ("When does it open?", "Who sells fish?", "What does Mary sell?", "May I bring a dog?")
 LONG = "2000"
-
-
-def test_four_answers_are_written_side_by_side(page: Page) -> None:
-    page.write("The market opens at eight.", *QUESTIONS)
-    page.enter("max_tokens", LONG)
-    page.ask()
-    page.wait(lambda: len(page.answers()) == 4 and all(page.answers()))
-    before = page.answers()
-    assert set(page.states()) == {"Writing"}
-    page.wait(lambda: all(len(now) > len(then) for now, then in zip(page.answers(), before, strict=True)))
-    assert page.texts("article .asked") == list(QUESTIONS)
-    tops = {it.rect["y"] for it in page.find_all("article")[:2]}
-    assert len(tops) == 1, "the first two answers stand side by side"
-    assert page.find(".plot svg").accessible_name.count("branch ") == 4
-    page.button("Stop all").click()
-    page.wait_until_done()
-    assert set(page.states()) == {"Stopped"}
-
-
-def test_a_stopped_answer_stops_while_the_others_go_on(page: Page) -> None:
-    page.write("A document.", *QUESTIONS)
-    page.enter("max_tokens", LONG)
-    page.ask()
-    page.wait(lambda: len(page.answers()) == 4 and all(page.answers()))
-    page.button("Stop answer 2").send_keys(Keys.ENTER)
-    page.wait(lambda: page.states()[1] == "Stopped")
-    before = page.answers()
-    page.wait(lambda: all(len(page.answers()[k]) > len(before[k]) + 20 for k in (0, 2, 3)))
-    assert page.answers()[1] == before[1]
-    assert [page.states()[k] for k in (0, 2, 3)] == ["Writing"] * 3
-    assert page.run("return document.activeElement.ariaLabel") == "Copy answer 2", "the focus is not lost"
-    page.button("Stop all").click()
-    page.wait_until_done()
 
 
 def test_an_answer_is_copied_as_it_is(page: Page, script: Script) -> None:
