@@ -1,5 +1,6 @@
 """Every command of the README and of the docs, run as it stands there on the real demo model."""
 
+import json
 import os
 import re
 import subprocess
@@ -30,6 +31,8 @@ assert len(answer) == 256
 assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
 assert type(model).__name__ == "LlamaForCausalLM"
 """
+# Lines with programs that have flags of their own.
+OTHER_PROGRAMS = r".*(python benchmarks/|pip install|systemctl |docker run ).*"
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -86,6 +89,34 @@ def test_commands_of_the_docs(workplace: Path, path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
+def test_requests_of_the_page_about_serving(workplace: Path) -> None:
+    """Blocks of sh and py; the first one starts the server, here on a free port."""
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    start, *requests = blocks("sh", text)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{workplace}/.venv/bin:{os.environ['PATH']}"}
+    command = ["bash", "-c", f"exec {start.strip()} --port 0"]
+    with subprocess.Popen(command, cwd=workplace, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            ready = next(filter(None, (re.search(r"^ready at http://(\S+)", line) for line in server.stderr)))
+            answers = []
+            for kind, block in (*(("bash", block) for block in requests), *(("python", b) for b in blocks("py", text))):
+                asked = re.sub(r"(localhost|127\.0\.0\.1):8000", ready[1], block)
+                program = [sys.executable, "-c"] if kind == "python" else ["bash", "-euo", "pipefail", "-c"]
+                done = run(workplace, [*program, asked.replace("curl ", "curl -sf ").replace(": 100}", ": 10}")])
+                assert done.returncode == 0, done.stderr
+                answers.append(done.stdout)
+        finally:
+            server.kill()
+    generated, branches, structured, written = answers
+    assert json.loads(generated)["response"].startswith("你好")
+    assert '"index": 1' in branches
+    assert branches.endswith("data: [DONE]\n\n")
+    choice = json.loads(structured)["choices"][0]
+    assert choice["finish_reason"] == "length" or set(json.loads(choice["message"]["content"])) == {"legs"}
+    assert written.strip()
+
+
 def test_the_retention_table_is_what_its_script_makes() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "retention.py")]
     made = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -100,7 +131,7 @@ def test_the_retention_table_is_what_its_script_makes() -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = {target for path in DOCS for target in re.findall(r"\bmake ([a-z]+)", path.read_text(encoding="utf-8"))}
+    named = {target for path in DOCS for target in re.findall(r"\bmake ([a-z-]+)", path.read_text(encoding="utf-8"))}
     assert {"demo", "test"} <= named
     for target in named - {"it", "sure"}:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
@@ -121,7 +152,7 @@ def test_flags_in_the_docs_exist() -> None:
         "--pe",  # of ParallelMind's scripts
     }
     for path in DOCS:
-        ours = re.sub(r".*python benchmarks/.*", "", path.read_text(encoding="utf-8"))  # those have flags of their own
+        ours = re.sub(OTHER_PROGRAMS, "", path.read_text(encoding="utf-8"))
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", ours):
             assert flag.replace("_", "-") in flags, f"{path.name}: {flag}"
 

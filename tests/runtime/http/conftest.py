@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -26,20 +27,17 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Server:
-    """A running server: its application, its address, and the engine behind it."""
+    """A running server: its application, its address, the engine behind it, and OpenAI's client."""
 
     app: FastAPI
     url: str
     engine: Engine
+    client: openai.OpenAI
 
     @property
     def model(self) -> Any:
         """The artifact of the engine, which :func:`pos2d.load` gave."""
         return self.engine.artifact
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +53,12 @@ def server(engine: Engine) -> Iterator[Server]:
     """All routes behind all guards, with the process for templates."""
     services = services_of(engine, max_request_branches=8)
     app = create_app(engine, ServerSettings(model="tiny"), services)
-    with listening(app, engine, services) as (url, _):
-        yield Server(app, url, engine)
+    with listening(app, engine, services) as (url, _), httpx2.Client(timeout=30, verify=False) as plain:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=plain)
+        yield Server(app, url, engine, client)
 
 
 @pytest.fixture
 def http(server: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=30) as client:
+    with httpx.Client(base_url=server.url, timeout=30, verify=False) as client:  # reads no certificates
         yield client
