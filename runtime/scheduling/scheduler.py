@@ -3,10 +3,11 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
-from pos2d.errors import InputError, Pos2DError
+from pos2d.errors import InputError
 from pos2d.runtime.engine.backend import Backend, Floats
 from pos2d.runtime.engine.sequence import Column, SequenceState
 from pos2d.runtime.scheduling.members import Group, GroupKey, Member, new_member, stacked_logits
@@ -134,38 +135,53 @@ class Scheduler:
 
         The two take turns.
         """
-        self._admit()
+        failed = self._admit()
         writers = sum(len(group.writers) for group in self._groups.values())
         reads = bool(self._reading) and (self._reads_next or not writers)
         self._reads_next = not reads
-        return self._read(writers) if reads else self._write()
+        return failed + (self._read(writers) if reads else self._write())
 
-    def _admit(self) -> None:
-        """Admit the requests that have waited longest, as long as there is room for the first of them."""
+    def _admit(self) -> list[Progress]:
+        """Admit the requests that have waited longest, as long as there is room for the first of them.
+
+        Return those for which there is no memory.
+        """
+        failed: list[Progress] = []
         while self._waiting:
             member, running = self._waiting[0], self.running
             branches = sum(len(m.sequence.live) for m in running) + len(member.sequence.live)
             tokens = self.kv_tokens + member.reserved
             if branches > self.limits.branches or tokens > self._room:
-                return
+                break
             self.store.shrink(self.limits.kv_tokens - tokens)
+            try:
+                self._group(member).add(member)
+            except Exception as error:
+                failed.append(self._fail(member, error))
+                self._close_empty_group(member.key)
+                continue
             self._waiting.popleft()
-            self._group(member).add(member)
             self._reading.append(member)
+        return failed
 
     def _read(self, writers: int) -> list[Progress]:
         """Read a piece of one prompt."""
         member = self._next_reader()
-        group = self._group(member)
-        started = time.perf_counter()
         try:
-            if member.filled == 0:
-                self._copy_prefix(member, group)
-            start, layout = member.filled, member.sequence.layout
-            stop = min(len(layout), start + self._pace.piece(writers))
-            logits = group.read(member, stop)
+            logits = self._read_piece(member, writers)
         except Exception as error:
             return [self._fail(member, error)]
+        return [] if logits is None else [self._advance(member, logits)]
+
+    def _read_piece(self, member: Member, writers: int) -> Floats | None:
+        """Read a piece; return logits ``[N, V]`` for the live branches after the last one."""
+        group = self._group(member)
+        started = time.perf_counter()
+        if member.filled == 0:
+            self._copy_prefix(member, group)
+        start, layout = member.filled, member.sequence.layout
+        stop = min(len(layout), start + self._pace.piece(writers))
+        logits = group.read(member, stop)
         member.filled = stop
         self._pace.read(stop - start, time.perf_counter() - started)
         slots = range(start, stop) if member.is_scored else [slot for slot in layout.last if start <= slot < stop]
@@ -174,12 +190,12 @@ class Scheduler:
         if member.is_scored:
             self._listeners[member.number](start, logits)
         if stop < len(layout):
-            return []
-        self._reading.remove(member)
+            return None
         group.start_writing(member)
+        self._reading.remove(member)
         row_logits = stacked_logits(member)[member.sequence.live]
         member.last_logits = {}
-        return [self._advance(member, row_logits)]
+        return row_logits
 
     def _write(self) -> list[Progress]:
         """Feed the newest tokens of all requests that write, group by group."""
@@ -201,7 +217,7 @@ class Scheduler:
         """Choose the next column of a request from logits ``[N, V]`` of its live branches."""
         try:
             column = member.sequence.step(logits)
-        except Pos2DError as error:
+        except Exception as error:  # whatever it is, it comes from the options and the answer of this request
             return self._fail(member, error)
         if not member.sequence.live:
             self._keep(member)
@@ -219,15 +235,17 @@ class Scheduler:
             return
         if member in self._reading:
             self._reading.remove(member)
-        group = self._group(member)
-        group.remove(member)
-        if not len(group):
-            del self._groups[member.key]
+        self._group(member).remove(member)
+        self._close_empty_group(member.key)
 
     def _group(self, member: Member) -> Group:
         if member.key not in self._groups:
             self._groups[member.key] = Group(self._backend)
         return self._groups[member.key]
+
+    def _close_empty_group(self, key: GroupKey) -> None:
+        if key in self._groups and not len(self._groups[key]):
+            del self._groups[key]
 
     def _next_reader(self) -> Member:
         """The prompt to read now, but none whose beginning is just being read for another request."""
@@ -265,4 +283,5 @@ class Scheduler:
             return
         room = self.store.capacity = min(self.limits.kept_tokens, self.limits.kv_tokens - self.kv_tokens)
         if len(ids) <= room:
-            self.store.add(ids.copy(), self._group(member).take(member, len(ids)))
+            with suppress(MemoryError, RuntimeError):  # what is kept saves time, and is never needed
+                self.store.add(ids.copy(), self._group(member).take(member, len(ids)))

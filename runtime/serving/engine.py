@@ -4,12 +4,12 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 import numpy as np
 
+from pos2d.errors import UsageError
 from pos2d.layout import Layout
 from pos2d.runtime.engine.backend import KVArrays
 from pos2d.runtime.engine.sequence import SequenceState
@@ -83,6 +83,7 @@ class Engine:
         self._lock = threading.Lock()
         self._load = EngineLoad(0, 0, 0, 0, self.kv_budget)  # replaced as a whole by the engine's thread
         self._defect: Exception | None = None
+        self._closed = False
         self._last_end: float | None = None
         self._end_interval = LEAST_RETRY
         self._thread = threading.Thread(target=self._run, name="pos2d-engine", daemon=True)
@@ -121,6 +122,7 @@ class Engine:
 
         Raises:
             BusyError: too many jobs wait.
+            UsageError: the engine was closed.
             Exception: what ended the engine's thread, if that has ended.
         """
         stream = Stream(asyncio.get_running_loop(), self._cancel)
@@ -128,9 +130,11 @@ class Engine:
         with self._lock:
             if self._defect is not None:
                 raise self._defect
+            if self._closed:
+                raise UsageError("the engine is closed")
             self._check_room(*_size(job.sequence))
             self._open[stream] = opened
-        self._commands.put(lambda: self._add(opened))
+            self._commands.put(lambda: self._add(opened))
         return stream
 
     def keep(self, ids: Sequence[int], arrays: KVArrays) -> None:
@@ -145,7 +149,9 @@ class Engine:
 
     def close(self) -> None:
         """Finish the jobs that were accepted, and stop."""
-        self._commands.put(None)
+        with self._lock:
+            self._closed = True
+            self._commands.put(None)
         self._thread.join()
 
     def _check_room(self, branches: int, tokens: int) -> None:
@@ -170,22 +176,25 @@ class Engine:
     def _run(self) -> None:
         try:
             self._serve()
-        except Exception as error:  # a defect of the engine itself: its users must not wait for ever
+        except BaseException as error:  # a defect of the engine itself: its users must not wait for ever
+            defect = error if isinstance(error, Exception) else RuntimeError(f"the engine ended: {error!r}")
             with self._lock:
-                self._defect = error
+                self._defect = defect
                 opened, self._open = list(self._open), {}
             self._load = EngineLoad(0, 0, 0, 0, self.kv_budget)
-            _hand_over([(stream, item) for stream in opened for item in (error, None)])
+            _hand_over([(stream, item) for stream in opened for item in (defect, None)])
             raise
 
     def _serve(self) -> None:
         """Carry out commands and run steps, until the engine is closed and all jobs have ended."""
         closing = False
-        while not (closing and self._scheduler.is_idle):
-            while not closing and (self._scheduler.is_idle or not self._commands.empty()):
+        while True:
+            while not self._commands.empty() or (self._scheduler.is_idle and not closing):
                 command = self._commands.get()
-                closing = command is None
+                closing = closing or command is None
                 self._deliver(command() if command is not None else [])
+            if self._scheduler.is_idle:
+                return
             self._deliver([item for progress in self._scheduler.step() for item in self._items(progress)])
 
     def _add(self, opened: _Open) -> Deliveries:
@@ -209,9 +218,13 @@ class Engine:
         if progress.error is not None:
             return self._failed(opened, progress.error)
         assert progress.column is not None
-        if opened.job.scorer is not None and opened.stream.prompt_scores is None:
-            opened.stream.prompt_scores = opened.job.scorer.scores()
-        items: Deliveries = [(opened.stream, opened.job.events.of(progress.column))]
+        try:
+            if opened.job.scorer is not None and opened.stream.prompt_scores is None:
+                opened.stream.prompt_scores = opened.job.scorer.scores()
+            items: Deliveries = [(opened.stream, opened.job.events.of(progress.column))]
+        except Exception as error:  # of the text of this answer
+            self._scheduler.cancel(progress.number)
+            return self._failed(opened, error)
         return items if opened.job.sequence.live else [*items, *self._ended(opened)]
 
     def _failed(self, opened: _Open, error: Exception) -> Deliveries:
@@ -245,7 +258,8 @@ class Engine:
             kv_tokens=sum(member.reserved for member in running),
             kv_budget=self.kv_budget,
         )
-        _hand_over(deliveries)
+        for stream in _hand_over(deliveries):
+            stream.cancel()
 
 
 def _size(sequence: SequenceState) -> tuple[int, int]:
@@ -261,11 +275,16 @@ def default_kv_budget(artifact: LoadedArtifact, branches: int) -> int:
     return min(room, branches * artifact.manifest.context_length)
 
 
-def _hand_over(deliveries: Deliveries) -> None:
-    """Put items into the queues of their streams, with one call for each event loop."""
+def _hand_over(deliveries: Deliveries) -> set[Stream]:
+    """Put items into the queues of their streams, with one call for each event loop; return those nobody can read."""
+    unread: set[Stream] = set()
     for loop in {stream.loop for stream, _ in deliveries}:
-        with suppress(RuntimeError):  # the loop was closed
-            loop.call_soon_threadsafe(_put_all, [pair for pair in deliveries if pair[0].loop is loop])
+        pairs = [pair for pair in deliveries if pair[0].loop is loop]
+        try:
+            loop.call_soon_threadsafe(_put_all, pairs)
+        except RuntimeError:  # the loop was closed
+            unread |= {stream for stream, _ in pairs}
+    return unread
 
 
 def _put_all(deliveries: Deliveries) -> None:

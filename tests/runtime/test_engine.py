@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pos2d import runtime
-from pos2d.errors import InputError
+from pos2d.errors import InputError, UsageError
 from pos2d.layout import build_layout
 from pos2d.runtime.engine.prompt_scores import score_tokens
 from pos2d.runtime.engine.sampling import Sampling
@@ -233,3 +233,51 @@ def test_closing_finishes_what_was_accepted(talker: runtime.Model) -> None:
 
     assert len(asyncio.run(ask())) >= 1
     assert not engine.is_alive
+
+
+def test_a_closing_engine_can_be_told_to_stop_and_takes_no_more(talker: runtime.Model) -> None:
+    engine = Engine(talker)
+
+    async def ask() -> list[Event]:
+        stream = await submit(engine, job_of(talker, ["a"], max_new_tokens=LONG))
+        closing = asyncio.get_running_loop().run_in_executor(None, engine.close)
+        await until(lambda: engine._closed)
+        with pytest.raises(UsageError, match="closed"):
+            await submit(engine, job_of(talker, ["a"]))
+        stream.cancel()
+        events = await read(stream)
+        await closing
+        return events
+
+    assert asyncio.run(ask())[-1].finish_reason == "cancelled"
+
+
+def test_jobs_of_an_event_loop_that_was_closed_end(talker: runtime.Model, engine: Engine) -> None:
+    async def ask() -> None:
+        await submit(engine, job_of(talker, ["a"] * 8, max_new_tokens=LONG))
+
+    async def another() -> list[Event]:
+        return await read(await submit(engine, job_of(talker, ["a"] * 16, max_new_tokens=2)))
+
+    steps = []
+    step = engine._scheduler.step
+    engine._scheduler.step = lambda: steps.append(1) or step()  # type: ignore[func-returns-value, method-assign]
+    asyncio.run(ask())
+    assert len(asyncio.run(another())) == 32
+    assert len(steps) < LONG / 2
+
+
+def test_an_answer_whose_text_cannot_be_made_fails_alone(
+    talker: runtime.Model, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask() -> tuple[list[Event], Stream]:
+        jobs = [engine.prepare(job_of(talker, [text], max_new_tokens=20)) for text in ("a", "b")]
+        monkeypatch.setattr(jobs[1].events, "of", lambda column: 1 / 0)
+        streams = [await engine.submit(job) for job in jobs]
+        return await read(streams[0]), streams[1]
+
+    events, failed = asyncio.run(ask())
+    assert len(events) == 20
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(read(failed))
+    assert engine.load().kv_tokens == 0

@@ -1,11 +1,14 @@
 """The scheduler: what a request gets depends neither on its company nor on when it comes, and it leaves nothing."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 
 from pos2d import runtime
 from pos2d.errors import InputError
@@ -140,9 +143,9 @@ def test_several_answers_of_one_prompt_find_it_in_the_cache(qwen2: Golden, model
     scheduler = Scheduler(model.backend, ROOM, WholeChunks(8), keeps_prompts=True)
     prompt = list(range(1, 31))
     found = []
-    for count in (3, 1, 2):
-        layout = build_continuations(prompt, count, model.manifest.rope_2d)
-        asked = Asked(layout, (4,) * count, 0)
+    for answers in (3, 1, 2):
+        layout = build_continuations(prompt, answers, model.manifest.rope_2d)
+        asked = Asked(layout, (4,) * answers, 0)
         result = run(scheduler, model, [asked])
         assert same(result.columns[0], asked.alone(model))
         found.append(result.cached[0])
@@ -255,14 +258,15 @@ def test_cancelled_requests_leave_nothing(qwen2: Golden, model_of: ModelOf) -> N
         assert all(same(columns[number], asked[index].alone(model)) for index, number in list(enumerate(numbers))[::2])
 
 
-def test_a_request_that_fails_fails_alone(qwen2: Golden, model_of: ModelOf) -> None:
+@pytest.mark.parametrize("error", [InputError("the logits are not finite"), ValueError("a defect of a library")])
+def test_a_request_that_fails_fails_alone(qwen2: Golden, error: Exception, model_of: ModelOf) -> None:
     model = model_of(qwen2, "onnx")
     asked = [Asked(build_layout([[k + 1]], model.manifest.rope_2d), (5,), 0) for k in range(3)]
     scheduler = Scheduler(model.backend, ROOM, WholeChunks(8))
     sequences = [request.sequence(model) for request in asked]
 
     def fail(logits: Floats) -> Column:
-        raise InputError("the logits are not finite")
+        raise error
 
     sequences[1].step = fail  # type: ignore[method-assign]
     numbers = [scheduler.add(sequence) for sequence in sequences]
@@ -270,6 +274,34 @@ def test_a_request_that_fails_fails_alone(qwen2: Golden, model_of: ModelOf) -> N
     assert [progress.number for progress in results if progress.error is not None] == [numbers[1]]
     for number, request in ((numbers[0], asked[0]), (numbers[2], asked[2])):
         assert same([p.column for p in results if p.number == number and p.column], request.alone(model))
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize("method", ["add", "put", "take", "swap"])
+def test_what_has_no_memory_fails_alone(
+    qwen2: Golden, kind: str, method: str, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where sequences are admitted, copied from each other, exchanged, or kept."""
+    model = model_of(qwen2, kind, device="cpu", dtype="float32")
+    asked = requests(model, 12, seed=4)
+    rows = type(model.backend.new_rows())
+    work, calls = getattr(rows, method), count(1)
+
+    def sometimes(*arguments: Any) -> Any:
+        if next(calls) % 3 == 0:
+            raise MemoryError
+        return work(*arguments)
+
+    monkeypatch.setattr(rows, method, sometimes)
+    scheduler = Scheduler(model.backend, ROOM, WholeChunks(16), keeps_prompts=True)
+    found = run(scheduler, model, asked)
+    assert next(calls) > 3
+    assert scheduler.is_idle
+    assert scheduler.kv_tokens == 0
+    assert all(isinstance(error, MemoryError) for error in found.errors.values())
+    assert 0 < len(set(range(12)) - set(found.errors)) < 12 or method == "take"
+    for index in set(range(12)) - set(found.errors):
+        assert same(found.columns[index], asked[index].alone(model)), index
 
 
 def test_scored_prompts_get_the_logits_of_every_token(qwen2: Golden, model_of: ModelOf) -> None:
@@ -343,6 +375,50 @@ def test_rows_keep_their_contents_when_others_come_and_go(golden: Golden, model_
                 if length != 5:
                     found = np.asarray(next(iter(cache.take(row, length).values())))
                     assert (found == length).all()
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_rows_that_cannot_grow_stay_as_they_are(
+    qwen2: Golden, kind: str, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = model_of(qwen2, kind, device="cpu", dtype="float32").backend
+    cache = backend.new_rows()
+    cache.add()
+    layout = build_layout([[1, 2, 3]], model_of(qwen2, kind).manifest.rope_2d)
+    backend.forward(layout.ids[None], layout.positions[None], layout.pos2d[None], layout.mask()[None], cache.rows(0, 1))
+    before, capacity, calls = cache.take(0, 3), cache.capacity, count(1)
+    library = np if kind == "onnx" else torch
+    zeros = library.zeros
+
+    def sometimes(*arguments: Any, **settings: Any) -> Any:
+        if next(calls) == 3:
+            raise MemoryError
+        return zeros(*arguments, **settings)
+
+    monkeypatch.setattr(library, "zeros", sometimes)
+    with pytest.raises(MemoryError):
+        cache.reserve(1000)
+    assert cache.capacity == capacity
+    after = cache.take(0, 3)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(np.asarray(before[name]), np.asarray(after[name])) for name in before)
+    cache.reserve(1000)
+    assert cache.capacity >= 1000
+
+
+def test_buffers_that_were_replaced_are_freed(qwen2: Golden, model_of: ModelOf) -> None:
+    """Also those that a pass over other rows was bound to."""
+    model = model_of(qwen2, "onnx")
+    cache, layout = model.backend.new_rows(), build_layout([[1, 2, 3]], model.manifest.rope_2d)
+    for _ in range(2):
+        cache.add()
+    for row in range(2):
+        rows = cache.rows(row, row + 1)
+        model.backend.forward(layout.ids[None], layout.positions[None], layout.pos2d[None], layout.mask()[None], rows)
+    del rows
+    replaced = [weakref.ref(buffer) for buffer in cache._buffers.values()]
+    cache.reserve(1000)
+    assert [buffer() for buffer in replaced] == [None] * len(replaced)
 
 
 def as_kind(array: Any, length: int) -> Any:

@@ -1,6 +1,7 @@
 """Keys and values of many sequences in one buffer for each layer, whose rows ONNX Runtime reads and writes in place."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,8 @@ class OnnxRows:
         if not len(self.lengths):
             self._replace(0, 0)
         elif self.capacity > 4 * STEP and 2 * longest < self.capacity:  # what is read in every pass
-            self._replace(self._room, -(-longest // STEP) * STEP)
+            with suppress(MemoryError):  # the larger buffers serve as well
+                self._replace(self._room, -(-longest // STEP) * STEP)
 
     def move(self, source: int, target: int) -> None:
         length = int(self.lengths[source])
@@ -85,15 +87,17 @@ class OnnxRows:
         }
 
     def _replace(self, room: int, capacity: int) -> None:
-        """Move what is filled to buffers of another size."""
-        old, self._buffers = self._buffers, {}
-        for name, (heads, head_dim) in self._shapes.items():
-            # Zeros, not anything: a masked value is multiplied by 0, and 0 times NaN is NaN.
-            new = np.zeros((room, heads, capacity, head_dim), dtype=self._dtype)
+        """Move what is filled to buffers of another size; without memory for them, nothing changes."""
+        # Zeros, not anything: a masked value is multiplied by 0, and 0 times NaN is NaN. They cost nothing yet.
+        new: dict[str, Array] = {
+            name: np.zeros((room, heads, capacity, head_dim), dtype=self._dtype)
+            for name, (heads, head_dim) in self._shapes.items()
+        }
+        self._views.clear()  # they hold the old buffers
+        for name, buffer in new.items():
             for row, length in enumerate(self.lengths):
-                new[row, :, :length] = old[name][row, :, :length]
-            self._buffers[name] = new
-            old.pop(name, None)
+                buffer[row, :, :length] = self._buffers[name][row, :, :length]
+            self._buffers[name] = buffer
         self._room, self.capacity = room, capacity
         self.version += 1
 

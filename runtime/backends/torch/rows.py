@@ -1,6 +1,7 @@
 """Keys and values of many sequences in one buffer for each layer, each sequence in a row of its own."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ class TorchRows:
         self.capacity = 0
         self._form, self._dtype = form, getattr(torch, form.dtype)
         self._room = 0
-        self.layers: list[Buffers] = [(self._buffer(device), self._buffer(device)) for device in devices]
+        self.layers: list[Buffers] = [(self._buffer(device, 0, 0), self._buffer(device, 0, 0)) for device in devices]
 
     @torch.inference_mode()
     def add(self) -> None:
@@ -40,7 +41,8 @@ class TorchRows:
         if not len(self.lengths):
             self._replace(0, 0)
         elif self.capacity > 4 * STEP and 2 * longest < self.capacity:
-            self._replace(self._room, _rounded(longest))
+            with suppress(MemoryError, RuntimeError):  # the larger buffers serve as well
+                self._replace(self._room, _rounded(longest))
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
@@ -81,21 +83,23 @@ class TorchRows:
         if capacity > self.capacity:
             self._replace(self._room, max(_rounded(capacity), self.capacity + self.capacity // 8))
 
-    def _buffer(self, device: torch.device) -> torch.Tensor:
+    def _buffer(self, device: torch.device, room: int, capacity: int) -> torch.Tensor:
         # Zeros, not anything: a masked value is multiplied by 0, and 0 times NaN is NaN.
-        shape = (self._room, self._form.heads, self.capacity, self._form.head_dim)
+        shape = (room, self._form.heads, capacity, self._form.head_dim)
         return torch.zeros(shape, dtype=self._dtype, device=device)
 
     def _buffers(self) -> list[torch.Tensor]:
         return [buffer for buffers in self.layers for buffer in buffers]
 
     def _replace(self, room: int, capacity: int) -> None:
-        """Move what is filled to buffers of another size."""
+        """Move what is filled to buffers of another size; without memory for them, nothing changes."""
+        self.layers = [
+            (self._moved(keys, room, capacity), self._moved(values, room, capacity)) for keys, values in self.layers
+        ]
         self._room, self.capacity = room, capacity
-        self.layers = [(self._moved(keys), self._moved(values)) for keys, values in self.layers]
 
-    def _moved(self, old: torch.Tensor) -> torch.Tensor:
-        new = self._buffer(old.device)
+    def _moved(self, old: torch.Tensor, room: int, capacity: int) -> torch.Tensor:
+        new = self._buffer(old.device, room, capacity)
         for row, length in enumerate(self.lengths.tolist()):
             new[row, :, :length] = old[row, :, :length]
         return new
