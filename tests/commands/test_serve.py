@@ -20,6 +20,8 @@ import psutil
 import pytest
 from click.testing import Result
 
+from pos2d.runtime.http.options import ServeOptions
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "a-key-of-the-test"
@@ -133,3 +135,4 @@ def test_the_memory_of_the_cache_is_tokens(talking: Path, call: Callable[..., Re
     result = call("serve", str(talking / "onnx"), "--port", "0", "--kv-cache-memory", "100B")
     assert result.exit_code == 2
     assert "--kv-cache-memory" in result.stderr
+    assert serve_module.kv_budget(ServeOptions(kv_cache_memory="1kB"), token_bytes=100) == 10

@@ -110,8 +110,9 @@ async function* chunksOf(body) {
 export function piecesOf(chunk) {
   return (chunk.choices ?? []).map((choice) => {
     const text = choice.delta?.content ?? choice.text ?? "";
-    const scored = choice.logprobs?.content?.length ?? choice.logprobs?.tokens?.length;
-    return { index: choice.index, text, tokens: scored ?? (text ? 1 : 0), finished: choice.finish_reason ?? null };
+    // Text without log probabilities is the rest that was held back of an answer that was stopped.
+    const tokens = choice.logprobs?.content?.length ?? choice.logprobs?.tokens?.length ?? 0;
+    return { index: choice.index, text, tokens, finished: choice.finish_reason ?? null };
   });
 }
 

@@ -124,6 +124,8 @@ async def stream(script: Script, body: dict[str, Any], is_chat: bool) -> AsyncIt
             is_over = k in script.cancelled[name] or not left[k]
             if is_over:
                 reason = "length" if script.texts.get(k) is None and k not in script.cancelled[name] else "stop"
+                if k in script.cancelled[name]:  # as the rest of a character that was not complete
+                    yield event([choice(k, "?") | {"logprobs": None}])
                 yield event([choice(k, "", reason)])
                 del left[k]
             else:

@@ -135,6 +135,8 @@ def test_everything_works_with_the_keyboard_alone(page: Page) -> None:
     page.button("Stop all").send_keys(Keys.ENTER)
     page.wait_until_done()
     assert focused() == "Edit and ask again"
+    counts = [int(text.split()[0]) for text in page.texts("article .speed")]
+    assert str(sum(counts)) in page.texts(".stats div")[2].replace(",", "").split(), "as the server counts them"
 
 
 def test_questions_are_added_and_removed(page: Page) -> None:
