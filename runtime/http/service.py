@@ -58,6 +58,15 @@ class Service:
         """End the thread for texts."""
         self._worker.shutdown(wait=False, cancel_futures=True)
 
+    async def planned(self, plan: Callable[..., T], *arguments: Any) -> T:
+        """Make the plan of a request in the thread of texts.
+
+        Raises:
+            BusyError: the queue is full, which does not wait for that thread.
+        """
+        self.engine.check_room()
+        return await self.in_worker(plan, self, *arguments)
+
     async def in_worker(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function that renders or encodes, without blocking the event loop."""
         loop = asyncio.get_running_loop()

@@ -38,7 +38,7 @@ def openai_routes(service: Service) -> APIRouter:
     @router.post("/v1/completions", response_model=Completion, responses=responses(streams=True))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts or token ids as they are."""
-        answer = await start(service, await service.in_worker(plan_completion, service, body), "cmpl-")
+        answer = await start(service, await service.planned(plan_completion, body), "cmpl-")
         chunks = CompletionChunks(
             answer,
             model,

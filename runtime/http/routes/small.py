@@ -31,7 +31,7 @@ def small_routes(service: Service) -> APIRouter:
         """Continue a text as it is; the response has the text and its continuation."""
         given = {"max_new_tokens": body.max_new_tokens, "temperature": body.temperature}
         wanted = body.max_new_tokens if "max_new_tokens" in body.model_fields_set else None
-        answer = await start(service, await service.in_worker(plan_text, service, body.prompt, given, wanted), "gen-")
+        answer = await start(service, await service.planned(plan_text, body.prompt, given, wanted), "gen-")
         prompt_ids = answer.plan.jobs[0].layout.ids.tolist()
 
         async def response() -> bytes:
