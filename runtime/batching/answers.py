@@ -21,6 +21,8 @@ from pos2d.runtime.text.text_decode import ColumnEvents, text_samplers
 # The share of the machine's memory that keys and values may take. All of it counts, not what happens to be free: which
 # lines run together, and so the rounding of their logits, must be the same when an interrupted run continues.
 KV_SHARE = 4
+# More branches than the graph for one can compute.
+MANY = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -85,6 +87,10 @@ class _Window:
         tokens = max(room, longest)
         limits = Limits(max(branches, widest), tokens, tokens)
         self._scheduler = Scheduler(artifact.backend, limits, WholeChunks(artifact.backend.prefill_chunk))
+        # A graph that any line may need computes all of them, and their contexts: graphs round differently, and which
+        # windows came before depends on where a run was interrupted.
+        artifact.backend.expect_branches(MANY)
+        artifact.backend.new_rows()
         self._fill_from_store(artifact, lines)
         self._sequences = {self._scheduler.add(sequence.state): sequence for sequence in sequences}
 

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from pos2d import runtime
 from pos2d.errors import InputError, Pos2DError, StorageError, UsageError
 from pos2d.layout import build_layout
+from pos2d.runtime.backends.onnx.backend import OnnxBackend
 from pos2d.runtime.backends.torch.kv_cache import FixedCache
 from pos2d.runtime.engine.decode import forward_slots
 from pos2d.runtime.engine.prefix_cache import PrefixCache
@@ -388,3 +389,30 @@ def test_batches_read_the_contexts_of_lines(
     with pytest.raises(UsageError, match="every line has messages or an error"):
         output("fourth", cache_context=tmp_path / "kv")
     assert not (tmp_path / "third").exists()
+
+
+def test_a_batch_reads_contexts_with_one_graph_whichever_lines_came_before(
+    talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs round differently, and a run that continues in the second window has computed nothing before it."""
+    fill, graphs = ContextStore.fill, list[int]()
+
+    def noted(store: ContextStore, prefix: PrefixCache, ids: Sequence[int]) -> None:
+        backend = store.artifact.backend
+        assert isinstance(backend, OnnxBackend)
+        graphs.append(max(backend.graphs._variant, backend.graphs._expected))
+        fill(store, prefix, ids)
+
+    monkeypatch.setattr(ContextStore, "fill", noted)
+    lines = [{"prompt": "x"}] * 65
+    lines[0] = lines[64] = {"context": DOCUMENT, "prompt": "y"}
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runtime.batch(
+        talking / "onnx",
+        tmp_path / "in.jsonl",
+        tmp_path / "out.jsonl",
+        cache_context=str(tmp_path / "kv"),
+        max_new_tokens=1,
+    )
+    assert len(graphs) == 2
+    assert len(set(graphs)) == 1
