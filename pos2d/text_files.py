@@ -17,6 +17,8 @@ OTHER_MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 LONGEST_MARK = 4
+# Characters that some programs take for the end of a line, though JSON does not.
+LINE_SEPARATORS = "\x85\u2028\u2029"
 
 
 def read_text(path: Path) -> str:

@@ -47,10 +47,10 @@ def serve(
     """Answer requests of HTTP with a model, until SIGTERM or SIGINT; ``on_ready`` is called once it does.
 
     ``model`` is an artifact or a plain model, as :func:`pos2d.load` takes it. ``context`` is a document that is read
-    before the first request, the system message of a model with a chat template; requests that begin with it do not
-    wait for that. At the signal no request is admitted any
-    more, and those that run are finished within ``grace`` seconds; a second one ends the process at once. Nothing goes
-    to the network once the model is loaded.
+    before the first request; it is the system message of conversations that have none.
+
+    At the signal no request is admitted any more, and those that run are finished within ``grace`` seconds; a second
+    one ends the process at once. Nothing goes to the network once the model is loaded.
 
     Raises:
         UsageError: a value, device or type that cannot be used, or the extra ``serve`` is not installed.
@@ -82,7 +82,7 @@ def serve(
         if context is not None:
             preload(engine, context, caching.cache_context)
         services = Services.of(engine, serving)
-        settings = ServerSettings(model=opened.place.resolve().name, created=int(time.time()))
+        settings = ServerSettings(model=opened.place.resolve().name, context=context, created=int(time.time()))
         app = guarded(create_app(engine, settings, services), engine, services)
 
         def ready() -> None:

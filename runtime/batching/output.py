@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from pos2d.errors import OutputError, StorageError
+from pos2d.text_files import LINE_SEPARATORS
 
 try:
     import fcntl
 except ImportError:  # Windows has none: two runs are not kept from writing one file there
     fcntl = None  # type: ignore[assignment]
-
-# Characters that some programs take for the end of a line, though JSON does not.
-LINE_SEPARATORS = "\x85\u2028\u2029"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,12 @@
 Chunks are put together from text rather than from objects, since there is one for every token.
 """
 
-import json
 from collections.abc import Sequence
 
 from pos2d.runtime.http.answers import RunningAnswer
 from pos2d.runtime.http.choices import FINISH, branch_info, collected, finish_of, head, sse, text_of, token_logprob
 from pos2d.runtime.http.connections import DONE
+from pos2d.runtime.http.json_text import json_bytes, json_text
 from pos2d.runtime.http.token_texts import TokenTexts
 from pos2d.runtime.text.completions import Event
 
@@ -19,7 +19,7 @@ class ChatChunks:
     def __init__(self, answer: RunningAnswer, model: str, tokens: TokenTexts, include_usage: bool) -> None:
         self._answer, self._tokens, self._include_usage = answer, tokens, include_usage
         self._head = head(answer, "chat.completion.chunk", model)
-        self._begin = f'data: {json.dumps(self._head)[:-1]}, "choices": [{{"index": '
+        self._begin = f'data: {json_text(self._head)[:-1]}, "choices": [{{"index": '
         self._end = "}]" + (', "usage": null}\n\n' if include_usage else "}\n\n")
         self._logprobs = answer.plan.sampling.logprobs
 
@@ -27,11 +27,11 @@ class ChatChunks:
         """The role of every choice."""
         written = []
         for choice in range(self._answer.choices):
-            extra = json.dumps(branch_info(self._answer.plan))[1:-1] if choice == 0 else ""
+            extra = json_text(branch_info(self._answer.plan))[1:-1] if choice == 0 else ""
             delta = '"delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null'
             end = self._end.replace("}]", f"}}], {extra}", 1) if extra else self._end
             written.append(f"{self._begin}{choice}, {delta}{end}")
-        return "".join(written).encode()
+        return json_bytes("".join(written))
 
     def step(self, events: Sequence[Event]) -> bytes:
         written = []
@@ -39,7 +39,7 @@ class ChatChunks:
             logprobs = self._logprobs_of(event) if self._logprobs else "null"
             if event.text or logprobs != "null":
                 written.append(
-                    f'{self._begin}{event.branch}, "delta": {{"content": {json.dumps(event.text)}}}, '
+                    f'{self._begin}{event.branch}, "delta": {{"content": {json_text(event.text)}}}, '
                     f'"logprobs": {logprobs}, "finish_reason": null{self._end}'
                 )
             if event.finish_reason is not None:
@@ -47,7 +47,7 @@ class ChatChunks:
                     f'{self._begin}{event.branch}, "delta": {{}}, "logprobs": null, '
                     f'"finish_reason": "{FINISH[event.finish_reason]}"{self._end}'
                 )
-        return "".join(written).encode()
+        return json_bytes("".join(written))
 
     def last(self) -> bytes:
         if not self._include_usage:
@@ -56,7 +56,7 @@ class ChatChunks:
 
     def _logprobs_of(self, event: Event) -> str:
         found = token_logprob(event, self._tokens)
-        return "null" if found is None else json.dumps({"content": [found], "refusal": None})
+        return "null" if found is None else json_text({"content": [found], "refusal": None})
 
 
 async def chat_completion(answer: RunningAnswer, model: str, tokens: TokenTexts) -> bytes:
@@ -70,4 +70,4 @@ async def chat_completion(answer: RunningAnswer, model: str, tokens: TokenTexts)
         message = {"role": "assistant", "content": text_of(events), "refusal": None}
         choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_of(events)})
     body = head(answer, "chat.completion", model) | {"choices": choices, "usage": answer.usage()}
-    return json.dumps(body | branch_info(answer.plan)).encode()
+    return json_bytes(json_text(body | branch_info(answer.plan)))

@@ -1,11 +1,11 @@
 """The choices of a complete answer, and the parts of JSON that several routes write."""
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from pos2d.runtime.http.answers import RunningAnswer
+from pos2d.runtime.http.json_text import json_bytes, json_text
 from pos2d.runtime.http.plans import Plan, context_size
 from pos2d.runtime.http.token_texts import TokenTexts, json_number
 from pos2d.runtime.text.completions import Event
@@ -77,4 +77,4 @@ def _logprob(token: int, logprob: float, tokens: TokenTexts) -> dict[str, Any]:
 
 def sse(body: dict[str, Any]) -> bytes:
     """A body as an event of a stream."""
-    return f"data: {json.dumps(body)}\n\n".encode()
+    return json_bytes(f"data: {json_text(body)}\n\n")

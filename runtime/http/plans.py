@@ -86,7 +86,7 @@ async def plan_chat(service: Service, body: ChatRequest) -> Plan:
     with refusing("messages", names):
         service.check_template("messages")
         check_arguments(service.artifact.tokenizer, arguments, uses_template=True)
-        messages = turns(body.messages)
+        messages = service.with_context(turns(body.messages))
         if not body.branches:
             text = await service.templates.for_answer(messages, arguments)
             return await service.in_worker(_plan_rendered, service, text, options.sampling, demand)
@@ -165,7 +165,7 @@ async def plan_response(service: Service, body: ResponseRequest) -> Plan:
     with refusing("input", names):
         service.check_template("input")
         asked = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else turns(body.input)
-        text = await service.templates.for_answer([*messages, *asked])
+        text = await service.templates.for_answer(service.with_context([*messages, *asked]))
         return await service.in_worker(_plan_rendered, service, text, sampling, demand)
 
 

@@ -86,6 +86,13 @@ class Service:
                 code="model_not_found",
             )
 
+    def with_context(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages after the server's own context, which is the system message where they have none."""
+        context = self.settings.context
+        if context is None or any(message["role"] == "system" for message in messages):
+            return messages
+        return [{"role": "system", "content": context}, *messages]
+
     def check_template(self, field: str) -> None:
         """Check that the messages of ``field`` can be rendered. The page, if they cannot, asks without messages.
 

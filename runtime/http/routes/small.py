@@ -1,6 +1,5 @@
 """``/generate`` of the trainer's guide, ``/tokenize``, and ending a request that is being answered."""
 
-import json
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -8,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pos2d.runtime.http.answers import start
 from pos2d.runtime.http.choices import collected
 from pos2d.runtime.http.connections import whole
+from pos2d.runtime.http.json_text import json_bytes, json_text
 from pos2d.runtime.http.plans import plan_text, tokens_of
 from pos2d.runtime.http.refusals import RefusedError
 from pos2d.runtime.http.routes.documented import responses
@@ -37,7 +37,7 @@ def small_routes(service: Service) -> APIRouter:
         async def response() -> bytes:
             (events,) = await collected(answer)
             ids = [*prompt_ids, *(event.token for event in events if event.token is not None)]
-            return json.dumps({"response": await service.in_worker(_decoded, service, ids)}).encode()
+            return json_bytes(json_text({"response": await service.in_worker(_decoded, service, ids)}))
 
         return await whole(request, answer, response)
 
@@ -50,15 +50,16 @@ def small_routes(service: Service) -> APIRouter:
         return Tokenized(count=len(ids), max_model_len=length, tokens=ids, token_strs=texts)
 
     @router.post("/v1/requests/{name}/cancel", responses=responses(400, 401, 404, 413, 422))
-    async def cancel(name: str, body: CancelRequest) -> Cancelled:
+    async def cancel(name: str, body: CancelRequest | None = None) -> Cancelled:
         """End a request that is being answered, or one branch of it; what was written so far stays."""
         answer = service.running.get(name)
         if answer is None:
             raise RefusedError(404, "no request with this id is being answered; it may be complete", "id")
-        if body.branch is not None and body.branch >= answer.choices:
-            raise RefusedError(400, f"`branch` {body.branch} does not exist; there are {answer.choices}", "branch")
-        answer.cancel(body.branch)
-        return Cancelled(id=name, branch=body.branch)
+        branch = None if body is None else body.branch
+        if branch is not None and branch >= answer.choices:
+            raise RefusedError(400, f"`branch` {branch} does not exist; there are {answer.choices}", "branch")
+        answer.cancel(branch)
+        return Cancelled(id=name, branch=branch)
 
     return router
 

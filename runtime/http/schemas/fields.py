@@ -151,7 +151,7 @@ class Extended(Sampled):
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT), WHOLE] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None

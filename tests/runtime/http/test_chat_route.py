@@ -1,13 +1,20 @@
 """Chat completions over HTTP are the answers that the library gives in process."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from pos2d import runtime
+from pos2d.runtime.http.options import ServeOptions
 from pos2d.runtime.http.schemas.chat import ChatChunk, ChatCompletion
 from pos2d.runtime.http.schemas.completions import Completion
+from pos2d.runtime.http.service import Service
+from pos2d.runtime.http.settings import ServerSettings
+from pos2d.runtime.http.shell import Services
+from pos2d.runtime.serving.engine import Engine
 from tests.runtime.http.conftest import Server
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}]
@@ -167,3 +174,28 @@ def test_answers_follow_a_schema(http: httpx.Client) -> None:
     wrong = body | {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}}}
     refused = http.post("/v1/chat/completions", json=wrong)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "response_format")
+
+
+def test_answers_are_text_in_utf8_on_one_line(http: httpx.Client) -> None:
+    """Characters are themselves, but for those at which readers of streams may end a line."""
+    text = "你好\u2028\x85"
+    body = {"prompt": text, "max_tokens": 1, "echo": True}
+    answer = http.post("/v1/completions", json=body)
+    assert answer.json()["choices"][0]["text"].startswith(text)
+    assert "你好" in answer.content.decode()
+    assert not {"\u2028", "\x85"} & set(answer.content.decode())
+    streamed = http.post("/v1/completions", json=body | {"stream": True}).content.decode()
+    assert "你好" in streamed
+    assert not {"\u2028", "\x85"} & set(streamed)
+
+
+def test_the_context_of_the_server_is_the_system_message_of_conversations_without_one(talking: Path) -> None:
+    engine = Engine(runtime.load(talking / "onnx"))
+    services = Services.of(engine, ServeOptions())
+    service = Service(engine, ServerSettings(model="tiny", context="Be brief."), services)
+    asked = [{"role": "user", "content": "a"}]
+    assert service.with_context(asked) == [{"role": "system", "content": "Be brief."}, *asked]
+    own = [{"role": "system", "content": "Be long."}, *asked]
+    assert service.with_context(own) == own
+    service.close()
+    engine.close()

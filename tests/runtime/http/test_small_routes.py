@@ -72,7 +72,7 @@ def test_models(server: Server) -> None:
         (CHAT, {"max_completion_tokens": 5}, 400, "max_tokens"),
         (CHAT, {"top_logprobs": 3}, 400, "top_logprobs"),
         (CHAT, {"stream_options": {"include_usage": True}}, 400, "stream_options"),
-        (CHAT, {"stop": ["a"] * 5}, 400, "stop"),
+        (CHAT, {"stop": ["a"] * 5}, 422, "stop"),
         (CHAT, {"stop": [""]}, 400, "stop.0"),
         (CHAT, {"seed": -1}, 400, "seed"),
         (CHAT, {"logit_bias": {"300": 1}}, 400, "logit_bias"),
