@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import psutil
 
 from pos2d.errors import Pos2DError
 from pos2d.runtime.batching.lines import Line
@@ -83,6 +82,8 @@ class _Window:
         sequences = [sequence for line in lines for sequence in _sequences(artifact, line)]
         widest = max((len(sequence.state.live) for sequence in sequences), default=1)
         longest = max((sequence.state.capacity for sequence in sequences), default=1)
+        import psutil  # doctor says what is missing, and imports this file
+
         room = psutil.virtual_memory().total // KV_SHARE // artifact.backend.kv_format.token_bytes
         tokens = max(room, longest)
         limits = Limits(max(branches, widest), tokens, tokens)

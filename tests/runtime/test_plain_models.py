@@ -41,6 +41,12 @@ def assert_same_parameters(one: runtime.Model, other: runtime.Model) -> None:
         assert torch.equal(value, right[name]), name
 
 
+def exact(report: runtime.ParityReport) -> bool:
+    """Whether the same weights gave the same logits; a batch adds up in another order than one sequence."""
+    *alone, batch = report.cases
+    return report.passed and all(case.max_abs_diff == 0 for case in alone) and batch.max_abs_diff < 1e-4
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_plain_model_has_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", CONFIGS[name])
@@ -98,7 +104,7 @@ def test_a_model_that_was_merged_elsewhere_can_be_the_reference(talking: Path, t
     shutil.copytree(tmp_path / "merged", tmp_path / "elsewhere", ignore=shutil.ignore_patterns("manifest.json"))
     report = runtime.verify(tmp_path / "merged", tmp_path / "elsewhere")
     assert report.passed
-    assert report.max_abs_diff == 0
+    assert exact(report)
     assert not runtime.verify(tmp_path / "merged", talking / "base").passed
 
 
@@ -261,7 +267,7 @@ def test_a_tokenizer_that_was_saved_by_a_training_is_the_same(talking: Path, tmp
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(model / "tokenizer.json"))
-    assert runtime.verify(model, talking / "base").max_abs_diff == 0
+    assert exact(runtime.verify(model, talking / "base"))
     tokenizer.add_tokens(["another"])
     tokenizer.save(str(model / "tokenizer.json"))
     with pytest.raises(InputError, match=r"not the same model: tokenizer\.json"):
