@@ -72,8 +72,10 @@ async def newcomer(client: Client, work: Workload, writers: int, prompt_tokens: 
     NaN unless all writers write before it comes and when it has its first token.
     """
     long = 8 * work.new_tokens
-    sending = [asyncio.create_task(client.send(work.request(work.text(32), long))) for _ in range(writers)]
-    await asyncio.sleep(1.5)
+    # Nobody may end before the newcomer has its first token.
+    requests = [work.request(work.text(32), long, min_new_tokens=long) for _ in range(writers)]
+    sending = [asyncio.create_task(client.send(request)) for request in requests]
+    await asyncio.sleep(3)
     arrived = time.perf_counter()
     late = await client.send(work.request(work.text(prompt_tokens), 4))
     answers = await asyncio.gather(*sending)

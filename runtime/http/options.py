@@ -53,7 +53,7 @@ class ServeOptions:
         False, "Log method, path, status and time of every request on standard error.", section=LISTENING
     )
     max_waiting: int = option(
-        64, "Number of requests that may wait; further ones are refused with 429.", minimum=0, section=LIMITS
+        16, "Number of requests that may wait; further ones are refused with 429.", minimum=0, section=LIMITS
     )
     kv_cache_memory: str | None = option(
         None,
@@ -63,7 +63,7 @@ class ServeOptions:
         section=LIMITS,
     )
     max_running_branches: int = option(
-        32,
+        16,
         "Number of branches of all requests that are written at once; further requests wait.",
         minimum=1,
         maximum=1024,

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 # A piece may take as long as this many steps, so that nobody's next token is late by more than that.
-STEPS_A_PIECE = 2.0
+STEPS_A_PIECE = 2.5
 LEAST, ROUNDED_TO, FIRST_PIECE = 8, 8, 32
 # Weight of the newest measurement in the running means.
 NEWEST = 0.2
@@ -39,7 +39,7 @@ class WholeChunks:
 
 
 class MeasuredPieces:
-    """Whole chunks while nobody writes, else as many tokens as are read in about two steps of the writers."""
+    """Whole chunks while nobody writes, else as many tokens as are read in :data:`STEPS_A_PIECE` steps."""
 
     def __init__(self, chunk: int) -> None:
         self._chunk = chunk

@@ -22,7 +22,7 @@ from pos2d.runtime.text.artifact import LoadedArtifact
 from pos2d.runtime.text.text_decode import ColumnEvents, text_samplers
 
 # Branches that decode at the same time unless the caller says otherwise.
-MAX_BRANCHES = 32
+MAX_BRANCHES = 16
 # Tokens of ended requests that stay in the KV cache, in contexts of the model.
 KEPT_CONTEXTS = 2
 # Weight of the newest interval between the ends of two jobs in their running mean, and bounds of what clients are told.
@@ -66,7 +66,7 @@ class Engine:
         *,
         branches: int = MAX_BRANCHES,
         kv_budget: int | None = None,
-        max_waiting: int = 64,
+        max_waiting: int = 16,
     ) -> None:
         self.artifact = artifact
         self.kv_budget = kv_budget or default_kv_budget(artifact, branches)
