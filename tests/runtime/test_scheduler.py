@@ -416,7 +416,7 @@ def test_buffers_that_were_replaced_are_freed(qwen2: Golden, model_of: ModelOf) 
         rows = cache.rows(row, row + 1)
         model.backend.forward(layout.ids[None], layout.positions[None], layout.pos2d[None], layout.mask()[None], rows)
     del rows
-    replaced = [weakref.ref(buffer) for buffer in cache._buffers.values()]
+    replaced = [weakref.ref(buffer) for buffer in cache.buffers.values()]
     cache.reserve(1000)
     assert [buffer() for buffer in replaced] == [None] * len(replaced)
 

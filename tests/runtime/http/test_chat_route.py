@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from pos2d import runtime
@@ -50,7 +50,7 @@ def test_a_stream_an_answer_and_the_library_say_the_same(server: Server) -> None
 
 
 @pytest.mark.parametrize("visibility", [None, "columnar", "isolated"])
-def test_branches_are_those_of_the_library(server: Server, http: httpx.Client, visibility: Any) -> None:
+def test_branches_are_those_of_the_library(server: Server, http: httpx2.Client, visibility: Any) -> None:
     expected = server.model.generate(QUESTIONS, "Be brief.", max_new_tokens=9, visibility=visibility)
     body = {"messages": ASKED[:1], "branches": QUESTIONS, "max_tokens": 9, "visibility": visibility}
     whole = http.post("/v1/chat/completions", json=body).json()
@@ -74,7 +74,7 @@ def test_branches_are_those_of_the_library(server: Server, http: httpx.Client, v
     assert texts == [answer.text for answer in expected]
 
 
-def test_branches_need_no_messages(server: Server, http: httpx.Client) -> None:
+def test_branches_need_no_messages(server: Server, http: httpx2.Client) -> None:
     expected = server.model.generate(QUESTIONS[:2], max_new_tokens=5)
     whole = http.post("/v1/chat/completions", json={"messages": [], "branches": QUESTIONS[:2], "max_tokens": 5}).json()
     assert [choice["message"]["content"] for choice in whole["choices"]] == [answer.text for answer in expected]
@@ -123,7 +123,7 @@ def test_a_stop_string_ends_an_answer(server: Server) -> None:
     assert choice.finish_reason == "stop"
 
 
-def test_messages_of_parts_and_of_developers_are_read(server: Server, http: httpx.Client) -> None:
+def test_messages_of_parts_and_of_developers_are_read(server: Server, http: httpx2.Client) -> None:
     plain = {"messages": ASKED, "max_tokens": 5}
     parts = [
         {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
@@ -136,7 +136,7 @@ def test_messages_of_parts_and_of_developers_are_read(server: Server, http: http
     assert texts[0] == texts[1]
 
 
-def test_the_most_likely_tokens_and_penalties_are_the_librarys(server: Server, http: httpx.Client) -> None:
+def test_the_most_likely_tokens_and_penalties_are_the_librarys(server: Server, http: httpx2.Client) -> None:
     options: Any = {"frequency_penalty": 1.5, "presence_penalty": -0.5, "logit_bias": {"65": 2.5}, "top_logprobs": 3}
     expected = server.model.chat(ASKED, max_new_tokens=9, logprobs=True, **options)
     body = {"messages": ASKED, "max_tokens": 9, "logprobs": True, **options}
@@ -148,7 +148,7 @@ def test_the_most_likely_tokens_and_penalties_are_the_librarys(server: Server, h
         assert likely == pytest.approx([logprob for _, logprob in top], abs=1e-4)
 
 
-def test_greedy_answers_do_not_depend_on_how_a_choice_would_be_narrowed(http: httpx.Client) -> None:
+def test_greedy_answers_do_not_depend_on_how_a_choice_would_be_narrowed(http: httpx2.Client) -> None:
     """Clients send both; without a temperature it is not clear what is meant."""
     body: Any = {"messages": ASKED, "max_tokens": 5}
     plain = http.post("/v1/chat/completions", json=body | {"temperature": 0}).json()["choices"]
@@ -158,7 +158,7 @@ def test_greedy_answers_do_not_depend_on_how_a_choice_would_be_narrowed(http: ht
     assert (refused.status_code, "temperature" in refused.text) == (400, True)
 
 
-def test_answers_follow_a_schema(http: httpx.Client) -> None:
+def test_answers_follow_a_schema(http: httpx2.Client) -> None:
     schema = {
         "type": "object",
         "properties": {"a": {"enum": [1, 22]}},
@@ -176,7 +176,7 @@ def test_answers_follow_a_schema(http: httpx.Client) -> None:
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "response_format")
 
 
-def test_answers_are_text_in_utf8_on_one_line(http: httpx.Client) -> None:
+def test_answers_are_text_in_utf8_on_one_line(http: httpx2.Client) -> None:
     """Characters are themselves, but for those at which readers of streams may end a line."""
     text = "你好\u2028\x85"
     body = {"prompt": text, "max_tokens": 1, "echo": True}

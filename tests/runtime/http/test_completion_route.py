@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from pos2d.runtime.http.schemas.completions import Completion
@@ -12,7 +12,7 @@ from tests.runtime.http.test_chat_route import QUESTIONS, events_of
 PROMPTS = ["one and ", "another one, longer, "]
 
 
-def complete(http: httpx.Client, **body: Any) -> Any:
+def complete(http: httpx2.Client, **body: Any) -> Any:
     response = http.post("/v1/completions", json={"max_tokens": 8} | body)
     assert response.status_code == 200, response.text
     Completion.model_validate_json(response.content)
@@ -24,7 +24,7 @@ def plain(server: Server, prompts: list[str], **options: Any) -> list[str]:
     return [server.model.generate(p, ignore_chat_template=True, **options)[0].text for p in prompts]
 
 
-def test_prompts_of_every_form_are_answered_alone(server: Server, http: httpx.Client) -> None:
+def test_prompts_of_every_form_are_answered_alone(server: Server, http: httpx2.Client) -> None:
     expected = plain(server, PROMPTS)
     ids = [server.model.tokenizer(prompt).input_ids for prompt in PROMPTS]
     for prompt, texts in (
@@ -39,7 +39,7 @@ def test_prompts_of_every_form_are_answered_alone(server: Server, http: httpx.Cl
     assert body["usage"]["prompt_tokens"] == sum(map(len, ids))
 
 
-def test_several_answers_of_several_prompts(server: Server, http: httpx.Client) -> None:
+def test_several_answers_of_several_prompts(server: Server, http: httpx2.Client) -> None:
     sampled: Any = {"temperature": 1, "seed": 3}
     texts = [choice["text"] for choice in complete(http, prompt=PROMPTS, n=3, **sampled)["choices"]]
     assert len(set(texts)) == 6
@@ -47,7 +47,7 @@ def test_several_answers_of_several_prompts(server: Server, http: httpx.Client) 
     assert texts[3:] == [choice["text"] for choice in complete(http, prompt=PROMPTS[1], n=3, **sampled)["choices"]]
 
 
-def test_a_stream_of_several_prompts_keeps_them_apart(server: Server, http: httpx.Client) -> None:
+def test_a_stream_of_several_prompts_keeps_them_apart(server: Server, http: httpx2.Client) -> None:
     body = {"prompt": PROMPTS, "max_tokens": 8, "stream": True, "echo": True, "stream_options": {"include_usage": True}}
     chunks = events_of(http.post("/v1/completions", json=body).text)
     texts = ["", ""]
@@ -58,7 +58,7 @@ def test_a_stream_of_several_prompts_keeps_them_apart(server: Server, http: http
 
 
 @pytest.mark.parametrize("as_ids", [False, True])
-def test_echo_has_the_log_probabilities_of_the_prompt(server: Server, http: httpx.Client, as_ids: bool) -> None:
+def test_echo_has_the_log_probabilities_of_the_prompt(server: Server, http: httpx2.Client, as_ids: bool) -> None:
     """With the fields that lm-eval sends, and cut as it cuts them."""
     ids = [server.model.tokenizer(prompt).input_ids for prompt in PROMPTS]
     body = complete(
@@ -84,7 +84,7 @@ def test_echo_has_the_log_probabilities_of_the_prompt(server: Server, http: http
         assert found["text_offset"][:-1] == list(range(len(prompt)))
 
 
-def test_an_end_token_counts_as_the_generated_one(server: Server, http: httpx.Client) -> None:
+def test_an_end_token_counts_as_the_generated_one(server: Server, http: httpx2.Client) -> None:
     """Otherwise a reader of ``echo`` would cut off a token of the prompt."""
     end = server.model.manifest.eos_token_ids[0]
     pairs = [[[first, second] for second in range(256)] for first in range(256)]
@@ -107,14 +107,14 @@ def next_tokens(server: Server, prompts: list[list[int]]) -> list[int]:
     return best
 
 
-def test_echo_alone_generates_nothing(server: Server, http: httpx.Client) -> None:
+def test_echo_alone_generates_nothing(server: Server, http: httpx2.Client) -> None:
     body = complete(http, prompt=PROMPTS[0], max_tokens=0, echo=True, logprobs=0)
     assert body["choices"][0]["text"] == PROMPTS[0]
     assert len(body["choices"][0]["logprobs"]["tokens"]) == len(PROMPTS[0])
     assert body["usage"]["completion_tokens"] == 0
 
 
-def test_branches_share_the_prompt_as_their_context(server: Server, http: httpx.Client) -> None:
+def test_branches_share_the_prompt_as_their_context(server: Server, http: httpx2.Client) -> None:
     expected = server.model.generate(QUESTIONS, "Shared. ", max_new_tokens=8, ignore_chat_template=True)
     body = complete(http, prompt="Shared. ", branches=QUESTIONS)
     assert [choice["text"] for choice in body["choices"]] == [answer.text for answer in expected]

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -75,19 +75,21 @@ def test_a_client_that_goes_away_frees_its_rows(
     server: Server, streams: list[EndlessStream], change: dict[str, Any]
 ) -> None:
     service: Service = server.app.state.service
-    with httpx.Client(base_url=server.url, timeout=0.2) as client:
+    with httpx2.Client(base_url=server.url, timeout=0.2) as client:
         if change:
             with client.stream("POST", CHAT, json=ASKED | change) as response:
                 next(response.iter_raw())
         else:
-            with pytest.raises(httpx.ReadTimeout):
+            with pytest.raises(httpx2.ReadTimeout):
                 client.post(CHAT, json=ASKED)
     assert len(streams) == 1
     assert eventually(lambda: bool(streams[0].cancelled) and not service.running)
     assert streams[0].cancelled == set(range(2 if "branches" in change else 1))
 
 
-def test_one_branch_ends_and_the_others_go_on(http: httpx.Client, server: Server, streams: list[EndlessStream]) -> None:
+def test_one_branch_ends_and_the_others_go_on(
+    http: httpx2.Client, server: Server, streams: list[EndlessStream]
+) -> None:
     body = ASKED | {"branches": ["a", "b", "c"], "stream": True}
     finished: dict[int, str] = {}
     written_after = set[int]()
@@ -99,8 +101,8 @@ def test_one_branch_ends_and_the_others_go_on(http: httpx.Client, server: Server
             choice = chunk["choices"][0]
             path = f"/v1/requests/{chunk['id']}/cancel"
             if "pos2d" in chunk:
-                assert httpx.post(server.url + path, json={"branch": 3}).status_code == 400
-                assert httpx.post(server.url + path, json={"branch": 1}).json() == {"id": chunk["id"], "branch": 1}
+                assert httpx2.post(server.url + path, json={"branch": 3}).status_code == 400
+                assert httpx2.post(server.url + path, json={"branch": 1}).json() == {"id": chunk["id"], "branch": 1}
             if choice["finish_reason"]:
                 finished[choice["index"]] = choice["finish_reason"]
                 if len(finished) == 1:
@@ -108,14 +110,14 @@ def test_one_branch_ends_and_the_others_go_on(http: httpx.Client, server: Server
             elif finished and choice["delta"].get("content"):
                 written_after.add(choice["index"])
                 if written_after == {0, 2}:
-                    httpx.post(server.url + path, json={})
+                    httpx2.post(server.url + path, json={})
     assert written_after == {0, 2}
     assert finished == {0: "stop", 1: "stop", 2: "stop"}
-    assert httpx.post(server.url + path, json={}).status_code == 404
+    assert httpx2.post(server.url + path, json={}).status_code == 404
 
 
 def test_a_full_queue_is_429_and_leaves_nothing_behind(
-    http: httpx.Client, server: Server, monkeypatch: pytest.MonkeyPatch
+    http: httpx2.Client, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[EndlessStream] = []
 
@@ -143,7 +145,7 @@ def test_a_full_queue_is_429_and_leaves_nothing_behind(
     ],
 )
 def test_a_full_queue_refuses_before_a_text_is_rendered_or_encoded(
-    http: httpx.Client, server: Server, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+    http: httpx2.Client, server: Server, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
 ) -> None:
     def full() -> None:
         raise BusyError("2 requests are waiting; try again later", 3.2)

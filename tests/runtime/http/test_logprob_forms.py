@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from pos2d.runtime.http.completion_format import LogprobLists
@@ -74,7 +74,7 @@ def scored(server: Server, monkeypatch: pytest.MonkeyPatch) -> TokenTexts:
     return TokenTexts(server.model.tokenizer)
 
 
-def test_the_most_likely_tokens_stand_beside_each(http: httpx.Client, scored: TokenTexts) -> None:
+def test_the_most_likely_tokens_stand_beside_each(http: httpx2.Client, scored: TokenTexts) -> None:
     asked: Any = {"messages": [{"role": "user", "content": "one"}], "logprobs": True, "top_logprobs": 2}
     content = http.post("/v1/chat/completions", json=asked).json()["choices"][0]["logprobs"]["content"]
     assert [entry["logprob"] for entry in content] == [-0.5, -1.0]

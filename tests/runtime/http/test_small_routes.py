@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from pydantic import BaseModel, ValidationError
 
@@ -21,7 +21,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
-def test_generate_is_the_guides(server: Server, http: httpx.Client) -> None:
+def test_generate_is_the_guides(server: Server, http: httpx2.Client) -> None:
     """It continues the text as it is, and gives the text back before its continuation."""
     expected = server.model.generate("你好", ignore_chat_template=True, max_new_tokens=100)[0].text
     content = '{"prompt": "你好", "max_new_tokens": 100, "temperature": 0}'.encode()
@@ -32,7 +32,7 @@ def test_generate_is_the_guides(server: Server, http: httpx.Client) -> None:
     assert sampled[0] != sampled[1]
 
 
-def test_tokenize(server: Server, http: httpx.Client) -> None:
+def test_tokenize(server: Server, http: httpx2.Client) -> None:
     tokenizer = server.model.tokenizer
     text = http.post("/tokenize", json={"prompt": "one", "return_token_strs": True}).json()
     assert text == {"count": 3, "max_model_len": 512, "tokens": tokenizer("one").input_ids, "token_strs": list("one")}
@@ -107,7 +107,9 @@ def test_models(server: Server) -> None:
         ("/v1/requests/chatcmpl-0/cancel", {}, 404, "id"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(http: httpx.Client, path: str, change: dict[str, Any], status: int, param: str) -> None:
+def test_what_is_wrong_is_named(
+    http: httpx2.Client, path: str, change: dict[str, Any], status: int, param: str
+) -> None:
     body = (ASKED if path == CHAT else {}) | change
     response = http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
     error = response.json()["error"]
@@ -129,7 +131,7 @@ def test_what_is_wrong_is_named(http: httpx.Client, path: str, change: dict[str,
         b"\xff",
     ],
 )
-def test_a_body_that_is_no_request_is_refused(http: httpx.Client, content: bytes) -> None:
+def test_a_body_that_is_no_request_is_refused(http: httpx2.Client, content: bytes) -> None:
     response = http.post(CHAT, content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
@@ -175,13 +177,13 @@ def test_a_long_text_is_refused_before_all_of_it_is_encoded(server: Server, monk
     assert len(encode_plain(tokenizer, "a" * 100, positions)) == 100
 
 
-def test_text_that_is_no_utf8_is_refused(http: httpx.Client) -> None:
+def test_text_that_is_no_utf8_is_refused(http: httpx2.Client) -> None:
     content = b'{"prompt": "\\ud800"}'
     response = http.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
 
 
-def test_other_methods_and_paths_are_refused_in_the_same_form(http: httpx.Client) -> None:
+def test_other_methods_and_paths_are_refused_in_the_same_form(http: httpx2.Client) -> None:
     for method, path, status in (("GET", CHAT, 405), ("POST", "/v2", 404)):
         response = http.request(method, path)
         assert response.status_code == status

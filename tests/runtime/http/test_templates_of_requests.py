@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
@@ -37,7 +37,7 @@ def test_without_a_chat_template_there_are_completions_alone(engine: Engine, mon
 
 
 def test_every_route_has_messages_rendered_by_the_service(
-    server: Server, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+    server: Server, http: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     templates = server.app.state.service.templates
 

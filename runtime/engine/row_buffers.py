@@ -1,0 +1,127 @@
+"""Keys and values of many sequences, each in a row of one buffer for every layer; whatever library has the buffers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from pos2d.layout import Ints
+from pos2d.runtime.engine.backend import KVArrays
+
+FIRST_ROWS, STEP = 4, 64
+
+
+class RowBuffers(ABC):
+    """A :class:`pos2d.runtime.engine.backend.RowCache` in buffers ``[rows, K, capacity, D]``.
+
+    ``buffers`` has them by the names of :func:`pos2d.runtime.engine.backend.kv_name`; ``version`` counts how often they
+    were replaced.
+    """
+
+    pass_rows = 1_000_000
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.lengths: Ints = np.zeros(0, dtype=np.int64)
+        self.capacity = 0
+        self.version = 0
+        self._room = 0
+        self.buffers: dict[str, Any] = {name: self.new_buffer(name, 0, 0) for name in names}
+
+    @abstractmethod
+    def new_buffer(self, name: str, room: int, capacity: int) -> Any:
+        """A buffer for ``room`` rows, of zeros: a masked value is multiplied by 0, and 0 times NaN is NaN."""
+
+    @abstractmethod
+    def copied(self, tokens: Any) -> Any:
+        """A copy of a part of a buffer, ``[K, T, D]``, in the CPU's memory."""
+
+    @abstractmethod
+    def rows(self, first: int, stop: int) -> Any:
+        """As :meth:`pos2d.runtime.engine.backend.RowCache.rows`."""
+
+    def replacing(self) -> None:
+        """Called before the buffers are replaced: whatever holds the old ones must let them go."""
+        self.version += 1
+
+    def add(self) -> None:
+        if len(self.lengths) == self._room:
+            self._replace(max(FIRST_ROWS, 2 * self._room), self.capacity)
+        self.lengths = np.append(self.lengths, 0)
+
+    def pop(self) -> None:
+        self.lengths = self.lengths[:-1]
+        longest = int(self.lengths.max(initial=0))
+        if not len(self.lengths):
+            self._replace(0, 0)
+        elif self.capacity > 4 * STEP and 2 * longest < self.capacity:  # what is read in every pass
+            with suppress(MemoryError, RuntimeError):  # the larger buffers serve as well
+                self._replace(self._room, _rounded(longest))
+
+    def move(self, source: int, target: int) -> None:
+        length = int(self.lengths[source])
+        for buffer in self.buffers.values():
+            buffer[target, :, :length] = buffer[source, :, :length]
+        self.lengths[target] = length
+
+    def swap(self, first: int, second: int) -> None:
+        kept = self.take(first, int(self.lengths[first]))
+        self.move(second, first)
+        self.put(second, kept)
+
+    def take(self, row: int, length: int) -> KVArrays:
+        return {name: self.copied(buffer[row, :, :length]) for name, buffer in self.buffers.items()}
+
+    def put(self, row: int, arrays: KVArrays) -> None:
+        length = next(iter(arrays.values())).shape[1]
+        self.reserve(length)
+        for name, buffer in self.buffers.items():
+            buffer[row, :, :length] = arrays[name]
+        self.lengths[row] = length
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for ``capacity`` tokens in every row."""
+        if capacity > self.capacity:
+            self._replace(self._room, max(_rounded(capacity), self.capacity + self.capacity // 8))
+
+    def _replace(self, room: int, capacity: int) -> None:
+        """Move what is filled to buffers of another size; without memory for them, nothing changes."""
+        new = {name: self.new_buffer(name, room, capacity) for name in self.buffers}
+        self.replacing()
+        for name, buffer in new.items():
+            for row, length in enumerate(self.lengths.tolist()):
+                buffer[row, :, :length] = self.buffers[name][row, :, :length]
+            self.buffers[name] = buffer
+        self._room, self.capacity = room, capacity
+
+
+class RowSpan:
+    """Some neighbouring rows, as a forward pass takes them."""
+
+    def __init__(self, rows: RowBuffers, first: int, stop: int) -> None:
+        self._rows, self._span = rows, slice(first, stop)
+
+    @property
+    def lengths(self) -> Ints:
+        return self._rows.lengths[self._span]
+
+    @lengths.setter
+    def lengths(self, lengths: Ints) -> None:
+        self._rows.lengths[self._span] = lengths
+
+    @property
+    def length(self) -> int:
+        """The number of tokens in the longest row."""
+        return int(self.lengths.max())
+
+    @property
+    def capacity(self) -> int:
+        return self._rows.capacity
+
+    def reserve(self, capacity: int) -> None:
+        self._rows.reserve(capacity)
+
+
+def _rounded(capacity: int) -> int:
+    return -(-capacity // STEP) * STEP
