@@ -32,7 +32,7 @@ assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
 assert type(model).__name__ == "LlamaForCausalLM"
 """
 # Lines with programs that have flags of their own.
-OTHER_PROGRAMS = r".*(python benchmarks/|pip install|systemctl |docker run ).*"
+OTHER_PROGRAMS = r".*(python benchmarks/|pip install|systemctl |docker run |curl ).*"
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
