@@ -76,8 +76,8 @@ class RowCache(Protocol):
     lengths: Ints
     pass_rows: int
 
-    def add(self) -> None:
-        """Append an empty row."""
+    def add(self, capacity: int = 0) -> None:
+        """Append an empty row, with room for ``capacity`` tokens."""
 
     def pop(self) -> None:
         """Drop the last row."""

@@ -45,9 +45,10 @@ class RowBuffers(ABC):
         """Called before the buffers are replaced: whatever holds the old ones must let them go."""
         self.version += 1
 
-    def add(self) -> None:
+    def add(self, capacity: int = 0) -> None:
         if len(self.lengths) == self._room:
-            self._replace(max(FIRST_ROWS, 2 * self._room), self.capacity)
+            self._replace(max(FIRST_ROWS, 2 * self._room), max(_rounded(capacity), self.capacity))
+        self.reserve(capacity)
         self.lengths = np.append(self.lengths, 0)
 
     def pop(self) -> None:

@@ -22,8 +22,8 @@ class SingleRows:
     def lengths(self) -> Ints:
         return np.array([cache.length for cache in self._caches], dtype=np.int64)
 
-    def add(self) -> None:
-        self._caches.append(self._new_cache(0))
+    def add(self, capacity: int = 0) -> None:
+        self._caches.append(self._new_cache(capacity))
 
     def pop(self) -> None:
         self._caches.pop()

@@ -14,7 +14,7 @@ from pos2d.runtime.scheduling.prefixes import plain_length
 # Sequences share passes if their numbers of branches, and of tokens, are within the same bounds: in a pass every
 # sequence costs as much as the one with the most branches and the one with the most tokens.
 BRANCH_BOUNDS = (1, 4, 16)
-TOKEN_BOUNDS = tuple(256 * 4**step for step in range(12))
+TOKEN_BOUNDS = tuple(256 * 2**step for step in range(24))
 
 GroupKey = tuple[int, int]
 
@@ -77,7 +77,8 @@ class Group:
         return self._members[: self._writing]
 
     def add(self, member: Member) -> None:
-        self._cache.add()
+        # Room for all of the prompt at once: buffers that grow with every piece of it would be copied again and again.
+        self._cache.add(len(member.sequence.layout))
         self._members.append(member)
 
     def remove(self, member: Member) -> None:

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 # A piece may take as long as this many steps, so that nobody's next token is late by more than that.
-STEPS_A_PIECE = 2.5
+STEPS_A_PIECE = 1.5
 LEAST, ROUNDED_TO, FIRST_PIECE = 8, 8, 32
 # Weight of the newest measurement in the running means.
 NEWEST = 0.2
@@ -55,7 +55,10 @@ class MeasuredPieces:
         return max(LEAST, min(self._chunk, tokens - tokens % ROUNDED_TO))
 
     def read(self, tokens: int, seconds: float) -> None:
-        self._token_seconds = _mean(self._token_seconds, seconds / tokens)
+        # Short pieces cost more for each token than whole chunks, and late ones more than early ones, so the newest
+        # measurement counts at once where it is higher.
+        newest = seconds / tokens
+        self._token_seconds = max(newest, _mean(self._token_seconds, newest))
 
     def wrote(self, seconds: float) -> None:
         self._step_seconds = _mean(self._step_seconds, seconds)
