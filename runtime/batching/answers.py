@@ -11,7 +11,7 @@ from pos2d.runtime.batching.lines import Line
 from pos2d.runtime.engine.prefix_cache import PrefixCache
 from pos2d.runtime.engine.sequence import SequenceState
 from pos2d.runtime.scheduling.pace import WholeChunks
-from pos2d.runtime.scheduling.scheduler import Limits, Progress, Scheduler
+from pos2d.runtime.scheduling.scheduler import Limits, Scheduler, StepResult
 from pos2d.runtime.text.artifact import LoadedArtifact
 from pos2d.runtime.text.completions import Completion, Event, completion
 from pos2d.runtime.text.requests import fill_from_store
@@ -137,7 +137,7 @@ def _sequences(artifact: LoadedArtifact, line: Line) -> Iterator[_Sequence]:
         first = branches.stop
 
 
-def _note(sequence: _Sequence, progress: Progress) -> None:
+def _note(sequence: _Sequence, progress: StepResult) -> None:
     """Add what a step gave to the events of the line, or its error.
 
     Raises:

@@ -47,6 +47,12 @@ class Member:
         layout = self.sequence.layout
         return layout.ids[: 0 if self.is_scored else min(self.plain, *layout.last)]
 
+    def wanted_slots(self, start: int, stop: int) -> Sequence[int]:
+        """The slots of a piece whose logits are needed: all if the prompt is scored, else the last of each branch."""
+        if self.is_scored:
+            return range(start, stop)
+        return [slot for slot in self.sequence.layout.last if start <= slot < stop]
+
     @property
     def held(self) -> Ints:
         """The tokens in the cache that other sequences may share."""
@@ -65,9 +71,6 @@ class Group:
         self._cache: RowCache = backend.new_rows()
         self._members: list[Member] = []
         self._writing = 0
-
-    def __contains__(self, member: Member) -> bool:
-        return member in self._members
 
     def __len__(self) -> int:
         return len(self._members)
@@ -109,10 +112,10 @@ class Group:
         self._cache.put(self._members.index(member), arrays)
 
     def read(self, member: Member, stop: int) -> Floats:
-        """Read the prompt of a sequence up to slot ``stop``; return logits ``[R, V]`` of the slots it wants."""
-        layout, start, row = member.sequence.layout, member.filled, self._members.index(member)
-        slots = range(start, stop) if member.is_scored else [slot for slot in layout.last if start <= slot < stop]
-        (logits,) = forward_spans(self._backend, [layout], [(start, stop)], self._cache.rows(row, row + 1), [slots])
+        """Read the prompt of a sequence up to slot ``stop``; return logits ``[R, V]`` of its wanted slots."""
+        span, row = (member.filled, stop), self._members.index(member)
+        rows, slots = self._cache.rows(row, row + 1), member.wanted_slots(*span)
+        (logits,) = forward_spans(self._backend, [member.sequence.layout], [span], rows, [slots])
         return logits
 
     def write(self) -> list[tuple[Member, Floats]]:

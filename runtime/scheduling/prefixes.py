@@ -39,22 +39,19 @@ class _Entry:
 class PrefixStore:
     """Keys and values of prefixes that no running sequence holds, at most ``capacity`` tokens of them.
 
-    What was used least recently is dropped first, but never what stays.
+    What was used least recently is dropped first, but never what stays. ``staying_tokens`` is the number of tokens that
+    are never dropped; other threads may read it.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.staying_tokens = 0
         self._entries: list[_Entry] = []  # what was used last is last
 
     @property
     def tokens(self) -> int:
         """The number of tokens that are kept."""
         return sum(len(entry.ids) for entry in self._entries)
-
-    @property
-    def staying_tokens(self) -> int:
-        """The number of tokens that are never dropped."""
-        return sum(len(entry.ids) for entry in self._entries if entry.stays)
 
     def find(self, ids: Ints) -> tuple[int, KVArrays | None]:
         """The longest beginning of ``ids`` that is kept: its length, and keys and values that begin with its own."""
@@ -75,6 +72,7 @@ class PrefixStore:
             entry for entry in self._entries if entry.stays or shared_length(entry.ids, ids) < len(entry.ids)
         ]
         self._entries.append(_Entry(ids, arrays, stays))
+        self.staying_tokens += len(ids) * stays
         self.shrink(self.capacity)
 
     def shrink(self, tokens: int) -> None:

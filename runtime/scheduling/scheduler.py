@@ -33,7 +33,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class StepResult:
     """What a step did for one request: the next ``column`` of its tokens, or the ``error`` that ended it.
 
     ``cached_tokens`` of its prompt did not have to be read.
@@ -85,7 +85,7 @@ class Scheduler:
         return sum(member.reserved for member in self.running)
 
     @property
-    def _room(self) -> int:
+    def room(self) -> int:
         """The tokens of KV cache that running requests can have."""
         return self.limits.kv_tokens - self.store.staying_tokens
 
@@ -98,9 +98,9 @@ class Scheduler:
         branches, tokens = len(sequence.layout.last), sequence.capacity
         if branches > self.limits.branches:
             raise InputError(f"the request has {branches} branches, at most {self.limits.branches} run at once")
-        if tokens > self._room:
+        if tokens > self.room:
             raise InputError(
-                f"the request may grow to {tokens} tokens, the KV cache has room for {self._room}; "
+                f"the request may grow to {tokens} tokens, the KV cache has room for {self.room}; "
                 "shorten the prompt or lower `max_new_tokens`"
             )
 
@@ -130,7 +130,7 @@ class Scheduler:
         if branch is None or not member.sequence.live:
             self._drop(member)
 
-    def step(self) -> list[Progress]:
+    def step(self) -> list[StepResult]:
         """Run the next forward pass, or passes: a piece of a prompt, or the next tokens of all that write.
 
         The two take turns.
@@ -141,17 +141,17 @@ class Scheduler:
         self._reads_next = not reads
         return failed + (self._read(writers) if reads else self._write())
 
-    def _admit(self) -> list[Progress]:
+    def _admit(self) -> list[StepResult]:
         """Admit the requests that have waited longest, as long as there is room for the first of them.
 
         Return those for which there is no memory.
         """
-        failed: list[Progress] = []
+        failed: list[StepResult] = []
         while self._waiting:
             member, running = self._waiting[0], self.running
             branches = sum(len(m.sequence.live) for m in running) + len(member.sequence.live)
             tokens = self.kv_tokens + member.reserved
-            if branches > self.limits.branches or tokens > self._room:
+            if branches > self.limits.branches or tokens > self.room:
                 break
             self.store.shrink(self.limits.kv_tokens - tokens)
             try:
@@ -164,7 +164,7 @@ class Scheduler:
             self._reading.append(member)
         return failed
 
-    def _read(self, writers: int) -> list[Progress]:
+    def _read(self, writers: int) -> list[StepResult]:
         """Read a piece of one prompt."""
         member = self._next_reader()
         try:
@@ -184,9 +184,9 @@ class Scheduler:
         logits = group.read(member, stop)
         member.filled = stop
         self._pace.read(stop - start, time.perf_counter() - started)
-        slots = range(start, stop) if member.is_scored else [slot for slot in layout.last if start <= slot < stop]
+        rows_by_slot = zip(member.wanted_slots(start, stop), logits, strict=True)
         last = set(layout.last)
-        member.last_logits |= {slot: row for slot, row in zip(slots, logits, strict=True) if slot in last}
+        member.last_logits |= {slot: row for slot, row in rows_by_slot if slot in last}
         if member.is_scored:
             self._listeners[member.number](start, logits)
         if stop < len(layout):
@@ -197,9 +197,9 @@ class Scheduler:
         member.last_logits = {}
         return row_logits
 
-    def _write(self) -> list[Progress]:
+    def _write(self) -> list[StepResult]:
         """Feed the newest tokens of all requests that write, group by group."""
-        found: list[Progress] = []
+        found: list[StepResult] = []
         started = time.perf_counter()
         for group in [group for group in self._groups.values() if group.writers]:
             try:
@@ -213,7 +213,7 @@ class Scheduler:
         self._pace.wrote(time.perf_counter() - started)
         return found
 
-    def _advance(self, member: Member, logits: Floats) -> Progress:
+    def _advance(self, member: Member, logits: Floats) -> StepResult:
         """Choose the next column of a request from logits ``[N, V]`` of its live branches."""
         try:
             column = member.sequence.step(logits)
@@ -222,11 +222,11 @@ class Scheduler:
         if not member.sequence.live:
             self._keep(member)
             self._drop(member)
-        return Progress(member.number, column, member.cached)
+        return StepResult(member.number, column, member.cached)
 
-    def _fail(self, member: Member, error: Exception) -> Progress:
+    def _fail(self, member: Member, error: Exception) -> StepResult:
         self._drop(member)
-        return Progress(member.number, None, member.cached, error)
+        return StepResult(member.number, None, member.cached, error)
 
     def _drop(self, member: Member) -> None:
         self._listeners.pop(member.number, None)
@@ -281,7 +281,8 @@ class Scheduler:
         has_context = member.plain < len(member.sequence.layout) and (member.sequence.layout.owners == -1).any()
         if len(ids) < LEAST_SHARED or not (self._keeps_prompts or has_context) or self.store.holds(ids):
             return
-        room = self.store.capacity = min(self.limits.kept_tokens, self.limits.kv_tokens - self.kv_tokens)
+        room = min(self.limits.kept_tokens, self.limits.kv_tokens - self.kv_tokens)
         if len(ids) <= room:
             with suppress(MemoryError, RuntimeError):  # what is kept saves time, and is never needed
                 self.store.add(ids.copy(), self._group(member).take(member, len(ids)))
+                self.store.shrink(room)

@@ -14,7 +14,7 @@ from pos2d.layout import Layout
 from pos2d.runtime.engine.backend import KVArrays
 from pos2d.runtime.engine.sequence import SequenceState
 from pos2d.runtime.scheduling.pace import MeasuredPieces
-from pos2d.runtime.scheduling.scheduler import Limits, Progress, Scheduler
+from pos2d.runtime.scheduling.scheduler import Limits, Scheduler, StepResult
 from pos2d.runtime.serving.jobs import BusyError, EngineLoad, Job
 from pos2d.runtime.serving.prompt_scorer import PromptScorer
 from pos2d.runtime.serving.streams import Item, Stream
@@ -69,11 +69,11 @@ class Engine:
         max_waiting: int = 16,
     ) -> None:
         self.artifact = artifact
-        self.kv_budget = kv_budget or default_kv_budget(artifact, branches)
-        self._branches, self._max_waiting = branches, max_waiting
+        self._max_waiting = max_waiting
+        tokens = kv_budget or default_kv_budget(artifact, branches)
         self._scheduler = Scheduler(
             artifact.backend,
-            Limits(branches, self.kv_budget, min(self.kv_budget, KEPT_CONTEXTS * artifact.manifest.context_length)),
+            Limits(branches, tokens, min(tokens, KEPT_CONTEXTS * artifact.manifest.context_length)),
             MeasuredPieces(artifact.backend.prefill_chunk),
             keeps_prompts=True,
         )
@@ -88,6 +88,11 @@ class Engine:
         self._end_interval = LEAST_RETRY
         self._thread = threading.Thread(target=self._run, name="pos2d-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def kv_budget(self) -> int:
+        """The tokens of KV cache that running jobs can have: without those of :meth:`keep`."""
+        return self._scheduler.room
 
     @property
     def is_alive(self) -> bool:
@@ -140,7 +145,6 @@ class Engine:
     def keep(self, ids: Sequence[int], arrays: KVArrays) -> None:
         """Keep the keys and values of tokens with which later prompts begin; before the first job is submitted."""
         self._scheduler.store.add(np.array(ids, dtype=np.int64), arrays, stays=True)
-        self.kv_budget -= len(ids)
 
     def load(self) -> EngineLoad:
         """What the engine is doing now."""
@@ -166,7 +170,7 @@ class Engine:
         for number, size in enumerate(queued):
             branches += size[0]
             tokens += size[1]
-            if branches > self._branches or tokens > self.kv_budget:
+            if branches > self._scheduler.limits.branches or tokens > self.kv_budget:
                 return len(queued) - number
         return 0
 
@@ -211,7 +215,7 @@ class Engine:
             return []
         return [(stream, opened.job.events.cancelled()), *self._ended(opened)]
 
-    def _items(self, progress: Progress) -> Deliveries:
+    def _items(self, progress: StepResult) -> Deliveries:
         """What the stream of a job gets after a step."""
         opened = self._by_number[progress.number]
         opened.stream.cached_tokens = progress.cached_tokens

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from pos2d.runtime.scheduling.scheduler import Progress, Scheduler
+from pos2d.runtime.scheduling.scheduler import Scheduler, StepResult
 from pos2d.runtime.serving.engine import PreparedJob
 from pos2d.runtime.serving.jobs import Job
 from tests.runtime.http.conftest import Server
@@ -32,10 +32,10 @@ def server_url(server: Server) -> str:
 @pytest.fixture(autouse=True)
 def pace(server: Server, monkeypatch: pytest.MonkeyPatch) -> Pace:
     """Answers have no end token before their limit."""
-    step: Callable[[Scheduler], list[Progress]] = Scheduler.step
+    step: Callable[[Scheduler], list[StepResult]] = Scheduler.step
     prepare, pace = server.engine.prepare, Pace()
 
-    def slow(scheduler: Scheduler) -> list[Progress]:
+    def slow(scheduler: Scheduler) -> list[StepResult]:
         time.sleep(pace.seconds)
         return step(scheduler)
 
