@@ -4,8 +4,9 @@ Editors and shells of Windows begin a file with the mark U+FEFF, which is no cha
 """
 
 import codecs
+import json
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from pos2d.errors import InputError
 
@@ -17,8 +18,8 @@ OTHER_MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 LONGEST_MARK = 4
-# Characters that some programs take for the end of a line, though JSON does not.
-LINE_SEPARATORS = "\x85\u2028\u2029"
+# Characters that some programs take for the end of a line, though JSON does not, and their escapes.
+LINE_SEPARATORS = {ord(separator): f"\\u{ord(separator):04x}" for separator in "\x85\u2028\u2029"}
 
 
 def read_text(path: Path) -> str:
@@ -82,3 +83,8 @@ def check_mark(data: bytes, name: str) -> None:
     for mark, encoding in OTHER_MARKS.items():
         if data.startswith(mark):
             raise InputError(f"{name} is text in {encoding}; save it as UTF-8")
+
+
+def json_line(value: Any) -> str:
+    """A value as JSON on one line, with all other characters as themselves."""
+    return json.dumps(value, ensure_ascii=False).translate(LINE_SEPARATORS)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pos2d.errors import OutputError, StorageError
-from pos2d.text_files import LINE_SEPARATORS
+from pos2d.text_files import json_line
 
 try:
     import fcntl
@@ -128,10 +128,7 @@ class BatchOutput:
 
 def write_records(file: IO[bytes], records: Sequence[Mapping[str, Any]]) -> None:
     """Append records, one a line, and force them to the disk."""
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    for separator in LINE_SEPARATORS:
-        lines = lines.replace(separator, f"\\u{ord(separator):04x}")
-    file.write(lines.encode())
+    file.write("".join(json_line(record) + "\n" for record in records).encode())
     file.flush()
     os.fsync(file.fileno())
 

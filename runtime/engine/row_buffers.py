@@ -84,7 +84,7 @@ class RowBuffers(ABC):
     def reserve(self, capacity: int) -> None:
         """Make room for ``capacity`` tokens in every row."""
         if capacity > self.capacity:
-            self._replace(self._room, max(_rounded(capacity), self.capacity + self.capacity // 8))
+            self._replace(self._room, enlarged(self.capacity, capacity))
 
     def _replace(self, room: int, capacity: int) -> None:
         """Move what is filled to buffers of another size; without memory for them, nothing changes."""
@@ -122,6 +122,15 @@ class RowSpan:
 
     def reserve(self, capacity: int) -> None:
         self._rows.reserve(capacity)
+
+
+def enlarged(capacity: int, needed: int) -> int:
+    """The new capacity of a buffer for ``needed`` tokens, which is more than its ``capacity``.
+
+    Slots are added in multiples, and at least an eighth of them: a buffer that grew by one would be copied for every
+    token.
+    """
+    return max(_rounded(needed), capacity + capacity // 8)
 
 
 def _rounded(capacity: int) -> int:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pos2d.runtime.http.answers import RunningAnswer
 from pos2d.runtime.http.choices import FINISH, branch_info, collected, finish_of, head, sse, text_of, token_logprob
 from pos2d.runtime.http.connections import DONE
-from pos2d.runtime.http.json_text import json_bytes, json_text
+from pos2d.runtime.http.json_bytes import json_bytes
 from pos2d.runtime.http.token_texts import TokenTexts
 from pos2d.runtime.text.completions import Event
+from pos2d.text_files import json_line
 
 
 class ChatChunks:
@@ -19,7 +20,7 @@ class ChatChunks:
     def __init__(self, answer: RunningAnswer, model: str, tokens: TokenTexts, include_usage: bool) -> None:
         self._answer, self._tokens, self._include_usage = answer, tokens, include_usage
         self._head = head(answer, "chat.completion.chunk", model)
-        self._begin = f'data: {json_text(self._head)[:-1]}, "choices": [{{"index": '
+        self._begin = f'data: {json_line(self._head)[:-1]}, "choices": [{{"index": '
         self._end = "}]" + (', "usage": null}\n\n' if include_usage else "}\n\n")
         self._logprobs = answer.plan.sampling.logprobs
 
@@ -27,7 +28,7 @@ class ChatChunks:
         """The role of every choice."""
         written = []
         for choice in range(self._answer.choices):
-            extra = json_text(branch_info(self._answer.plan))[1:-1] if choice == 0 else ""
+            extra = json_line(branch_info(self._answer.plan))[1:-1] if choice == 0 else ""
             delta = '"delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null'
             end = self._end.replace("}]", f"}}], {extra}", 1) if extra else self._end
             written.append(f"{self._begin}{choice}, {delta}{end}")
@@ -39,7 +40,7 @@ class ChatChunks:
             logprobs = self._logprobs_of(event) if self._logprobs else "null"
             if event.text or logprobs != "null":
                 written.append(
-                    f'{self._begin}{event.branch}, "delta": {{"content": {json_text(event.text)}}}, '
+                    f'{self._begin}{event.branch}, "delta": {{"content": {json_line(event.text)}}}, '
                     f'"logprobs": {logprobs}, "finish_reason": null{self._end}'
                 )
             if event.finish_reason is not None:
@@ -56,7 +57,7 @@ class ChatChunks:
 
     def _logprobs_of(self, event: Event) -> str:
         found = token_logprob(event, self._tokens)
-        return "null" if found is None else json_text({"content": [found], "refusal": None})
+        return "null" if found is None else json_line({"content": [found], "refusal": None})
 
 
 async def chat_completion(answer: RunningAnswer, model: str, tokens: TokenTexts) -> bytes:
@@ -70,4 +71,4 @@ async def chat_completion(answer: RunningAnswer, model: str, tokens: TokenTexts)
         message = {"role": "assistant", "content": text_of(events), "refusal": None}
         choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_of(events)})
     body = head(answer, "chat.completion", model) | {"choices": choices, "usage": answer.usage()}
-    return json_bytes(json_text(body | branch_info(answer.plan)))
+    return json_bytes(json_line(body | branch_info(answer.plan)))

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from pos2d.runtime.http.answers import RunningAnswer
-from pos2d.runtime.http.json_text import json_bytes, json_text
+from pos2d.runtime.http.json_bytes import json_bytes
 from pos2d.runtime.http.plans import Plan, context_size
 from pos2d.runtime.http.token_texts import TokenTexts, json_number
 from pos2d.runtime.text.completions import Event
+from pos2d.text_files import json_line
 
 # What clients of OpenAI see for the finish reasons of the engine.
 FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
@@ -77,4 +78,4 @@ def _logprob(token: int, logprob: float, tokens: TokenTexts) -> dict[str, Any]:
 
 def sse(body: dict[str, Any]) -> bytes:
     """A body as an event of a stream."""
-    return json_bytes(f"data: {json_text(body)}\n\n")
+    return json_bytes(f"data: {json_line(body)}\n\n")

@@ -6,9 +6,10 @@ from typing import Any
 from pos2d.runtime.http.answers import RunningAnswer
 from pos2d.runtime.http.choices import FINISH, branch_info, head, sse
 from pos2d.runtime.http.connections import DONE
-from pos2d.runtime.http.json_text import json_bytes, json_text
+from pos2d.runtime.http.json_bytes import json_bytes
 from pos2d.runtime.http.token_texts import TokenTexts, json_number
 from pos2d.runtime.text.completions import Event
+from pos2d.text_files import json_line
 
 KIND = "text_completion"
 Top = Sequence[tuple[int, float]]
@@ -50,7 +51,7 @@ class CompletionChunks:
         self._answer, self._tokens = answer, tokens
         self._include_usage, self._echo_only = include_usage, echo_only
         self._head = head(answer, KIND, model)
-        self._begin = f'data: {json_text(self._head)[:-1]}, "choices": [{{"index": '
+        self._begin = f'data: {json_line(self._head)[:-1]}, "choices": [{{"index": '
         self._end = "}]" + (', "usage": null}\n\n' if include_usage else "}\n\n")
         self._wants_logprobs = answer.plan.sampling.logprobs
         self._offsets = [0] * answer.choices
@@ -68,8 +69,8 @@ class CompletionChunks:
             if text or logprobs or event.finish_reason is not None:
                 finish = "null" if event.finish_reason is None else f'"{self.finish(event)}"'
                 written.append(
-                    f'{self._begin}{event.branch}, "text": {json_text(text)}, '
-                    f'"logprobs": {json_text(logprobs) if logprobs else "null"}, "finish_reason": {finish}{self._end}'
+                    f'{self._begin}{event.branch}, "text": {json_line(text)}, '
+                    f'"logprobs": {json_line(logprobs) if logprobs else "null"}, "finish_reason": {finish}{self._end}'
                 )
         return json_bytes("".join(written))
 
@@ -133,7 +134,7 @@ class CompletionChunks:
                 if event.finish_reason is not None:
                     choice["finish_reason"] = self.finish(event)
         body = self._head | {"choices": choices, "usage": self.usage()} | branch_info(self._answer.plan)
-        return json_bytes(json_text(body))
+        return json_bytes(json_line(body))
 
 
 def _joined(before: dict[str, list[Any]] | None, new: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:

@@ -7,10 +7,11 @@ from typing import Any
 
 from pos2d.runtime.http.answers import RunningAnswer
 from pos2d.runtime.http.choices import token_logprob
-from pos2d.runtime.http.json_text import json_bytes, json_text
+from pos2d.runtime.http.json_bytes import json_bytes
 from pos2d.runtime.http.schemas.responses import ResponseRequest
 from pos2d.runtime.http.token_texts import TokenTexts
 from pos2d.runtime.text.completions import Event
+from pos2d.text_files import json_line
 
 
 class ResponseEvents:
@@ -64,7 +65,7 @@ class ResponseEvents:
         async for events in self._answer.steps():
             for event in events:
                 self._add(event)
-        return json_bytes(json_text(self._response(self._status())))
+        return json_bytes(json_line(self._response(self._status())))
 
     def _add(self, event: Event) -> list[dict[str, Any]]:
         """Take the text of an event over; the value is its log probability, if the request wants it."""
@@ -80,7 +81,7 @@ class ResponseEvents:
     def _event(self, kind: str, **facts: Any) -> bytes:
         body = {"type": kind, **facts, "sequence_number": self._number}
         self._number += 1
-        return json_bytes(f"event: {kind}\ndata: {json_text(body)}\n\n")
+        return json_bytes(f"event: {kind}\ndata: {json_line(body)}\n\n")
 
     def _part(self) -> dict[str, Any]:
         return {"type": "output_text", "text": "".join(self._text), "annotations": [], "logprobs": self._logprobs}

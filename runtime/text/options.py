@@ -8,7 +8,7 @@ from typing import Any
 from pos2d.errors import UsageError
 from pos2d.options import check_options, option, split_options
 from pos2d.runtime.engine.sampling import Sampling, resolve_sampling
-from pos2d.runtime.text.cache_place import check_place, names_one_file
+from pos2d.runtime.text.cache_place import check_contexts
 from pos2d.spec import MAX_STRIDE, Align, Rope2DSpec, Visibility
 
 MAX_BRANCHES = 16
@@ -157,14 +157,7 @@ class RequestOptions:
         Raises:
             UsageError: there is no context, there are several for one file, or something else is in its place.
         """
-        if self.cache_context is None:
-            return
-        place, given = Path(self.cache_context), set(contexts) - {None}
-        if not given:
-            raise UsageError("`cache_context` stores a `context`, and there is none; give one, or leave it out")
-        if len(given) > 1 and names_one_file(place):
-            raise UsageError(f"`cache_context` {place} is one file, and there are several contexts; name a directory")
-        check_place(place)
+        check_contexts(self.cache_context, contexts)
 
 
 def request_options(

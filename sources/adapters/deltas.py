@@ -60,12 +60,11 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LowRank(Delta):
-    """``weight * scale * b @ a`` with ``a`` ``[r, in]`` and ``b`` ``[out, r]``."""
+class Factors(Delta):
+    """A delta that has a product ``b @ a`` with ``a`` ``[r, in]`` and ``b`` ``[out, r]``."""
 
     a: "torch.Tensor"
     b: "torch.Tensor"
-    scale: float = 1.0
 
     @property
     def rank(self) -> int | None:
@@ -74,30 +73,27 @@ class LowRank(Delta):
     @property
     def height(self) -> int | None:
         return int(self.b.shape[0])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank(Factors):
+    """``weight * scale * b @ a``."""
+
+    scale: float = 1.0
 
     def of_rows(self, base: "torch.Tensor", rows: slice) -> "torch.Tensor":
         return (self.b[rows] * (self.weight * self.scale)) @ self.a
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dora(Delta):
+class Dora(Factors):
     """DoRA (arXiv 2402.09353): rows of ``W + scale * b @ a`` are rescaled to the norms in ``magnitude`` ``[out]``.
 
     A row of zeros has no direction. It stays zero where its magnitude is zero; any other magnitude is refused.
     """
 
-    a: "torch.Tensor"
-    b: "torch.Tensor"
     magnitude: "torch.Tensor"
     scale: float = 1.0
-
-    @property
-    def rank(self) -> int | None:
-        return int(self.a.shape[0])
-
-    @property
-    def height(self) -> int | None:
-        return int(self.b.shape[0])
 
     def of_rows(self, base: "torch.Tensor", rows: slice) -> "torch.Tensor":
         direction = base + (self.b[rows] * self.scale) @ self.a

@@ -13,8 +13,8 @@ from pos2d.errors import InputError, UsageError
 from pos2d.layout import build_layout
 from pos2d.runtime.backends.onnx import cuda as onnx_cuda
 from pos2d.runtime.backends.onnx.backend import OnnxBackend
-from pos2d.runtime.backends.onnx.kv_cache import STEP
 from pos2d.runtime.engine.decode import forward, prefill
+from pos2d.runtime.engine.row_buffers import STEP
 from tests.bounds import logits_bound
 from tests.conftest import Golden
 

@@ -10,9 +10,7 @@ import onnxruntime as ort
 from pos2d.layout import Ints
 from pos2d.onnx_io import PAST_PREFIX, present_of
 from pos2d.runtime.engine.backend import KVArrays
-
-# Slots are added in multiples of this: a cache that grew by one slot would be copied for every token.
-STEP = 64
+from pos2d.runtime.engine.row_buffers import enlarged
 
 
 class OnnxCache:
@@ -45,7 +43,7 @@ class OnnxCache:
     def reserve(self, capacity: int) -> None:
         """Make room for ``capacity`` tokens."""
         if capacity > self.capacity:
-            self.capacity = max(-(-capacity // STEP) * STEP, self.capacity + self.capacity // 8)
+            self.capacity = enlarged(self.capacity, capacity)
             self._buffers = {name: self._enlarged(name) for name in self._shapes}
 
     def rewind(self, length: int) -> None:

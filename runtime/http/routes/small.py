@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pos2d.runtime.http.answers import start
 from pos2d.runtime.http.choices import collected
 from pos2d.runtime.http.connections import whole
-from pos2d.runtime.http.json_text import json_bytes, json_text
+from pos2d.runtime.http.json_bytes import json_bytes
 from pos2d.runtime.http.plans import plan_text, tokens_of
 from pos2d.runtime.http.refusals import RefusedError
 from pos2d.runtime.http.routes.documented import responses
@@ -20,6 +20,7 @@ from pos2d.runtime.http.schemas.small import (
     TokenizeRequest,
 )
 from pos2d.runtime.http.service import Service
+from pos2d.text_files import json_line
 
 
 def small_routes(service: Service) -> APIRouter:
@@ -37,7 +38,7 @@ def small_routes(service: Service) -> APIRouter:
         async def response() -> bytes:
             (events,) = await collected(answer)
             ids = [*prompt_ids, *(event.token for event in events if event.token is not None)]
-            return json_bytes(json_text({"response": await service.in_worker(_decoded, service, ids)}))
+            return json_bytes(json_line({"response": await service.in_worker(_decoded, service, ids)}))
 
         return await whole(request, answer, response)
 
