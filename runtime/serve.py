@@ -18,6 +18,7 @@ from pos2d.runtime.load import load_opened
 from pos2d.runtime.opening.opened_model import OpenedModel, open_model
 from pos2d.runtime.serving.engine import Engine
 from pos2d.runtime.serving.preload import preload
+from pos2d.runtime.text.cache_place import check_contexts
 from pos2d.runtime.text.options import ContextOptions
 from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.positions import TrainedFrequencies, TrainedPositions
@@ -65,8 +66,7 @@ def serve(
     from pos2d.runtime.http.shell import Services, guarded
 
     serving, loading, base, caching = read_options(options, ServeOptions, LoadOptions, BaseOptions, ContextOptions)
-    if caching.cache_context is not None and context is None:
-        raise UsageError("`cache_context` stores the keys and values of a `context`; give one, or leave it out")
+    check_contexts(caching.cache_context, [context])
     (trained,) = split_options(options, TrainedFrequencies)
     serving = with_keys(serving)
     with bind(serving.host, serving.port) as bound:  # before loading, which takes longer
@@ -79,17 +79,17 @@ def serve(
             kv_budget=kv_budget(serving, loaded.backend.kv_format.token_bytes),
             max_waiting=serving.max_waiting,
         )
-        if context is not None:
-            preload(engine, context, caching.cache_context)
-        services = Services.of(engine, serving)
-        settings = ServerSettings(model=opened.place.resolve().name, context=context, created=int(time.time()))
-        app = guarded(create_app(engine, settings, services), engine, services)
 
         def ready() -> None:
             if on_ready is not None:
-                on_ready(Serving(url_of(bound), (*opened.warnings, *open_door(serving)), opened.notes))
+                on_ready(Serving(url_of(bound), (*opened.warnings, *access_warnings(serving)), opened.notes))
 
         try:
+            if context is not None:
+                preload(engine, context, caching.cache_context)
+            services = Services.of(engine, serving)
+            settings = ServerSettings(model=opened.place.resolve().name, context=context, created=int(time.time()))
+            app = guarded(create_app(engine, settings, services), engine, services)
             run_server(app, bound, services, ready, lambda: remove_temporary(opened))
         finally:
             engine.close()
@@ -112,7 +112,7 @@ def with_keys(options: ServeOptions) -> ServeOptions:
     return options if options.api_key else replace(options, api_key=keys)
 
 
-def open_door(options: ServeOptions) -> tuple[str, ...]:
+def access_warnings(options: ServeOptions) -> tuple[str, ...]:
     """A warning where everybody in the network may use the server."""
     from pos2d.runtime.http.access import is_loopback
 

@@ -278,7 +278,7 @@ async def tokens_of(service: Service, body: TokenizeRequest) -> list[int]:
         service.check_template("messages")
         arguments = PromptOptions(chat_template_kwargs=body.chat_template_kwargs).chat_template_kwargs
         check_arguments(tokenizer, arguments, uses_template=True)
-        text = await service.templates.for_answer(turns(body.messages), arguments)
+        text = await service.templates.for_answer(service.with_context(turns(body.messages)), arguments)
         return await service.in_worker(_counted, service, text, False)
 
 

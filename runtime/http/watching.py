@@ -101,5 +101,4 @@ class _Run:
 
 
 def _stopped(event: Event) -> Event:
-    known = event.finish_reason in (None, "stop", "length")
-    return event if known else replace(event, finish_reason="length")
+    return replace(event, finish_reason="length") if event.finish_reason == "cancelled" else event

@@ -1,5 +1,6 @@
 """Chat completions over HTTP are the answers that the library gives in process."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 
 from pos2d import runtime
 from pos2d.runtime.http.options import ServeOptions
+from pos2d.runtime.http.plans import tokens_of
 from pos2d.runtime.http.schemas.chat import ChatChunk, ChatCompletion
 from pos2d.runtime.http.schemas.completions import Completion
+from pos2d.runtime.http.schemas.small import TokenizeRequest
 from pos2d.runtime.http.service import Service
 from pos2d.runtime.http.settings import ServerSettings
 from pos2d.runtime.http.shell import Services
@@ -197,5 +200,17 @@ def test_the_context_of_the_server_is_the_system_message_of_conversations_withou
     assert service.with_context(asked) == [{"role": "system", "content": "Be brief."}, *asked]
     own = [{"role": "system", "content": "Be long."}, *asked]
     assert service.with_context(own) == own
+
+    async def ids(messages: list[dict[str, str]]) -> list[int]:
+        return await tokens_of(service, TokenizeRequest.model_validate({"messages": messages}))
+
+    async def counted() -> tuple[list[int], list[int]]:
+        try:
+            return await ids(asked), await ids(service.with_context(asked))
+        finally:
+            await services.templates.close()
+
+    alone, whole = asyncio.run(counted())
+    assert alone == whole
     service.close()
     engine.close()
