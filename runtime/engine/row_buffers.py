@@ -9,8 +9,11 @@ import numpy as np
 
 from pos2d.layout import Ints
 from pos2d.runtime.engine.backend import KVArrays
+from pos2d.runtime.engine.row_growth import RowGrowth
 
 FIRST_ROWS, STEP = 4, 64
+# Larger buffers are filled while the last so many tokens of the old ones are written.
+LEAD = 32
 
 
 class RowBuffers(ABC):
@@ -27,6 +30,7 @@ class RowBuffers(ABC):
         self.capacity = 0
         self.version = 0
         self._room = 0
+        self._growth: RowGrowth | None = None
         self.buffers: dict[str, Any] = {name: self.new_buffer(name, 0, 0) for name in names}
 
     @abstractmethod
@@ -50,6 +54,7 @@ class RowBuffers(ABC):
             self._replace(max(FIRST_ROWS, 2 * self._room), max(_rounded(capacity), self.capacity))
         self.reserve(capacity)
         self.lengths = np.append(self.lengths, 0)
+        self._changed(len(self.lengths) - 1)
 
     def pop(self) -> None:
         self.lengths = self.lengths[:-1]
@@ -65,6 +70,7 @@ class RowBuffers(ABC):
         for buffer in self.buffers.values():
             buffer[target, :, :length] = buffer[source, :, :length]
         self.lengths[target] = length
+        self._changed(target)
 
     def swap(self, first: int, second: int) -> None:
         kept = self.take(first, int(self.lengths[first]))
@@ -80,21 +86,46 @@ class RowBuffers(ABC):
         for name, buffer in self.buffers.items():
             buffer[row, :, :length] = arrays[name]
         self.lengths[row] = length
+        self._changed(row)
 
     def reserve(self, capacity: int) -> None:
         """Make room for ``capacity`` tokens in every row."""
         if capacity > self.capacity:
-            self._replace(self._room, enlarged(self.capacity, capacity))
+            growth, self._growth = self._growth, None
+            if growth is None or growth.capacity < capacity:
+                growth = RowGrowth(self._room, enlarged(self.capacity, capacity))
+            self._finish(growth)
+
+    def prepare(self, capacity: int) -> None:
+        """Fill a part of larger buffers, if they are needed soon after ``capacity`` tokens.
+
+        A pass then waits for a part of the copy only; where memory is short, it waits for all of it later.
+        """
+        written = capacity - (self.capacity - LEAD)
+        if written <= 0:
+            return
+        if self._growth is None:
+            self._growth = RowGrowth(self._room, enlarged(self.capacity, self.capacity + 1))
+        try:
+            self._growth.fill(self, written / LEAD)
+        except (MemoryError, RuntimeError):
+            self._growth = None
 
     def _replace(self, room: int, capacity: int) -> None:
         """Move what is filled to buffers of another size; without memory for them, nothing changes."""
-        new = {name: self.new_buffer(name, room, capacity) for name in self.buffers}
+        self._growth = None
+        self._finish(RowGrowth(room, capacity))
+
+    def _finish(self, growth: RowGrowth) -> None:
+        growth.fill(self, 1.0)
         self.replacing()
-        for name, buffer in new.items():
-            for row, length in enumerate(self.lengths.tolist()):
-                buffer[row, :, :length] = self.buffers[name][row, :, :length]
-            self.buffers[name] = buffer
-        self._room, self.capacity = room, capacity
+        self.buffers = growth.buffers
+        self._room, self.capacity = growth.room, growth.capacity
+
+    def _changed(self, row: int) -> None:
+        """Note that a row has another content than a growth copied."""
+        if self._growth is not None:
+            self._growth.forget(row)
 
 
 class RowSpan:
@@ -122,6 +153,7 @@ class RowSpan:
 
     def reserve(self, capacity: int) -> None:
         self._rows.reserve(capacity)
+        self._rows.prepare(capacity)
 
 
 def enlarged(capacity: int, needed: int) -> int:
