@@ -12,8 +12,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from pos2d.errors import InputError, Pos2DError, UsageError
+from pos2d.options import nearest
 from pos2d.runtime.http.refusals import DEFECT, RefusedError
 from pos2d.runtime.serving.jobs import BusyError
+
+# What the routes, and other programs, call the largest number of new tokens.
+NEW_TOKENS = ("max_tokens", "max_new_tokens", "max_output_tokens", "max_completion_tokens")
+# A longer key of a request is no misspelt field.
+LONGEST_NAME = 64
 
 
 def error_response(error: RefusedError, headers: Mapping[str, str] | None = None) -> Response:
@@ -52,15 +58,26 @@ def refusing(param: str, names: Mapping[str, str]) -> Iterator[None]:
         raise refusal(error, param, names) from None
 
 
-def invalid(error: RequestValidationError) -> RefusedError:
-    """A body that does not have the declared form: the deepest field that is wrong, and what it must be."""
+def invalid(error: RequestValidationError, known: Sequence[str] = ()) -> RefusedError:
+    """A body that does not have the declared form: the deepest field that is wrong, and what it must be.
+
+    ``known`` are the fields that the body may have.
+    """
     faults = [(_path(fault["loc"], error.body, fault["type"] == "missing"), fault) for fault in error.errors()]
     deepest = max(faults, key=lambda found: len(found[0]))[0]
-    reasons = dict.fromkeys(_reason(fault) for path, fault in faults if path == deepest)
+    meant = _meant(str(deepest[0]), known) if len(deepest) == 1 else ""
+    reasons = dict.fromkeys(_reason(fault, meant) for path, fault in faults if path == deepest)
     name = ".".join(map(str, deepest))
     if not name and faults[0][1]["type"] not in ("json_invalid", "too_many_keys"):
         return RefusedError(400, "the body is not a JSON object; send one with `Content-Type: application/json`")
     return RefusedError(400, f"{f'`{name}`' if name else 'the body'} {' or '.join(reasons)}", name or None)
+
+
+def _meant(wrong: str, known: Sequence[str]) -> str:
+    """``; did you mean 'max_tokens'?``, or nothing where no field is similar."""
+    if len(wrong) > LONGEST_NAME:
+        return ""
+    return nearest(wrong, [name for name in NEW_TOKENS if name in known] if wrong in NEW_TOKENS else list(known))
 
 
 def _path(location: Sequence[Any], body: Any, missing: bool) -> tuple[Any, ...]:
@@ -79,9 +96,9 @@ def _path(location: Sequence[Any], body: Any, missing: bool) -> tuple[Any, ...]:
     return tuple(path)
 
 
-def _reason(fault: Mapping[str, Any]) -> str:
+def _reason(fault: Mapping[str, Any], meant: str) -> str:
     if fault["type"] == "extra_forbidden":
-        return "is not a field that this server knows; leave it out"
+        return f"is not a field that this server knows{meant or '; leave it out'}"
     if fault["type"] == "json_invalid":
         return "is not JSON"
     if fault["type"] == "missing":
@@ -92,15 +109,21 @@ def _reason(fault: Mapping[str, Any]) -> str:
     return re.sub(r"^(Input|Value|String|List|Dictionary) should ", "should ", message)
 
 
+def _fields(request: Request) -> list[str]:
+    """The fields that the body of the request's route may have."""
+    body = getattr(request.scope.get("route"), "body_field", None)
+    return list(getattr(body and body.field_info.annotation, "model_fields", ()))
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Make every error of ``app`` a response in OpenAI's form."""
 
     async def refused(_: Request, error: Exception) -> Response:
         return error_response(refusal(error))
 
-    async def not_valid(_: Request, error: Exception) -> Response:
+    async def not_valid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(invalid(error))
+        return error_response(invalid(error, _fields(request)))
 
     async def of_http(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -20,6 +20,8 @@ from pos2d.runtime.http.template_worker import LENGTH, packed
 # got that time on a busy machine, or if its system has no such limit.
 WALL_FACTOR, WALL_SECONDS = 4, 5
 START_SECONDS = 120
+# The return code after SIGKILL, which another process or the kernel sent; the limit of CPU time is another signal.
+KILLED = -9
 # Requests that may wait for the process.
 MAX_QUEUE = 64
 PROGRAM = (
@@ -64,7 +66,7 @@ class Templates:
 
         Raises:
             InputError: the template does not accept these messages.
-            RefusedError: 422, it takes too long for them; 503, too many requests wait for it.
+            RefusedError: 422, it takes too long for them; 503, too many requests wait for it, or it was killed.
         """
         texts, _ = await self._render({"call": "for_answer", "messages": list(messages), "arguments": arguments})
         return texts[0]
@@ -108,9 +110,15 @@ class Templates:
             try:
                 async with asyncio.timeout(WALL_FACTOR * self._timeout + WALL_SECONDS):
                     return await self._send(process, message)
-            except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
+            except TimeoutError:
+                await self._end(process)
+                was_killed = False
+            except (asyncio.IncompleteReadError, ConnectionError):
+                was_killed = await process.wait() == KILLED
                 await self._end(process)
         self._start_again()
+        if was_killed:
+            raise RefusedError(503, "the process for chat templates was killed; send the request again", retry_after=1)
         raise RefusedError(
             422, f"the chat template takes more than {self._timeout:g} s for these messages", param="messages"
         )

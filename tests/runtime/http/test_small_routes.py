@@ -119,6 +119,22 @@ def test_what_is_wrong_is_named(
 
 
 @pytest.mark.parametrize(
+    ("path", "field", "said"),
+    [
+        (CHAT, "temprature", "; did you mean 'temperature'?"),
+        (COMPLETIONS, "max_new_tokens", "; did you mean 'max_tokens'?"),
+        ("/generate", "max_tokens", "; did you mean 'max_new_tokens'?"),
+        (CHAT, "zzz", "; leave it out"),
+    ],
+)
+def test_a_misspelt_field_is_answered_with_the_one_that_was_meant(
+    http: httpx2.Client, path: str, field: str, said: str
+) -> None:
+    body = (ASKED if path == CHAT else {"prompt": "a"}) | {field: 1}
+    assert http.post(path, json=body).json()["error"]["message"].endswith(said)
+
+
+@pytest.mark.parametrize(
     "content",
     [
         b"",

@@ -120,6 +120,20 @@ def test_a_template_without_end_is_ended(in_loop: Run) -> None:
     in_loop(check)
 
 
+def test_a_process_that_others_killed_is_not_the_fault_of_the_messages(in_loop: Run) -> None:
+    async def check(templates: Templates) -> None:
+        await templates.for_answer([user("hi")])
+        process = templates._process
+        assert process is not None
+        process.kill()
+        with pytest.raises(RefusedError, match="was killed; send the request again") as caught:
+            await templates.for_answer([user("hi")])
+        assert (caught.value.status, caught.value.param) == (503, None)
+        assert await templates.for_answer([user("hi")]) == "<user>hi\n<assistant>"
+
+    in_loop(check)
+
+
 def test_a_client_that_goes_away_leaves_no_answer_behind(in_loop: Run) -> None:
     async def check(templates: Templates) -> None:
         gone = [asyncio.create_task(templates.for_answer([user(f"gone {number}")])) for number in range(20)]
