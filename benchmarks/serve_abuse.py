@@ -30,6 +30,8 @@ IN_USE = ("pos2d:num_requests_running", "pos2d:num_requests_waiting", "pos2d:kv_
 SETTLED = 15.0
 # At once: more than the engine has rows, so that some are in the queue.
 AT_ONCE = 24
+# The server keeps the tokens of two contexts, each of 8192 tokens on the demo model.
+FILLING_TOKENS, PROMPT_TOKENS = 18_000, 1000
 
 
 @click.command()
@@ -65,6 +67,7 @@ async def _disconnects(
     asked = work.request(work.text(64))
     client = Client(server.port)
     before = (await client.send(asked)).texts
+    await _fill(client, work)
     await _go_away(server, work, max(count // 5, AT_ONCE), draw)  # until buffers and allocators have their size
     await _settle(server)
     memory = server.memory()
@@ -80,6 +83,12 @@ async def _disconnects(
         Check("statuses but 200 and 429", wrong, at_most=0),
         Check("the same answer before and after", float(before == after and bool(before)), at_least=1),
     ]
+
+
+async def _fill(client: Client, work: Workload) -> None:
+    """Answer long prompts until what is kept of earlier requests takes all the memory that it may."""
+    for _ in range(FILLING_TOKENS // PROMPT_TOKENS):
+        await client.send(work.request(work.text(PROMPT_TOKENS), 1))
 
 
 async def _go_away(server: Served, work: Workload, count: int, draw: random.Random) -> dict[str, int]:

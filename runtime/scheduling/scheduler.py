@@ -179,11 +179,11 @@ class Scheduler:
         started = time.perf_counter()
         if member.filled == 0:
             self._copy_prefix(member, group)
-        start, layout = member.filled, member.sequence.layout
-        stop = min(len(layout), start + self._pace.piece(writers))
+        start, layout, bound = member.filled, member.sequence.layout, member.key[1]
+        stop = min(len(layout), start + self._pace.piece(writers, bound))
         logits = group.read(member, stop)
         member.filled = stop
-        self._pace.read(stop - start, time.perf_counter() - started)
+        self._pace.read(stop - start, bound, time.perf_counter() - started)
         rows_by_slot = zip(member.wanted_slots(start, stop), logits, strict=True)
         last = set(layout.last)
         member.last_logits |= {slot: row for slot, row in rows_by_slot if slot in last}

@@ -10,7 +10,7 @@ from click.testing import Result
 from transformers import LlamaConfig
 
 from tests.bases import SHAPE, write_base, write_tokenizer
-from tests.docs.test_readme import ROOT, blocks
+from tests.docs.pages import ROOT, blocks
 
 ARTIFACT = re.compile(r"my/(?:merged|onnx|bnb)[\w-]*")
 
