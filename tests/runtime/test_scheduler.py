@@ -13,6 +13,7 @@ import torch
 from pos2d import runtime
 from pos2d.errors import InputError
 from pos2d.layout import Layout, build_continuations, build_layout
+from pos2d.runtime.backends.onnx import rows as onnx_rows
 from pos2d.runtime.engine.backend import Floats
 from pos2d.runtime.engine.decode import decode, forward_slots
 from pos2d.runtime.engine.sampler import Sampler
@@ -387,7 +388,7 @@ def test_rows_that_cannot_grow_stay_as_they_are(
     layout = build_layout([[1, 2, 3]], model_of(qwen2, kind).manifest.rope_2d)
     backend.forward(layout.ids[None], layout.positions[None], layout.pos2d[None], layout.mask()[None], cache.rows(0, 1))
     before, capacity, calls = cache.take(0, 3), cache.capacity, count(1)
-    library = np if kind == "onnx" else torch
+    library: Any = onnx_rows if kind == "onnx" else torch
     zeros = library.zeros
 
     def sometimes(*arguments: Any, **settings: Any) -> Any:

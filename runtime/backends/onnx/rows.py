@@ -1,5 +1,7 @@
 """Keys and values of many sequences in one buffer for each layer, whose rows ONNX Runtime reads and writes in place."""
 
+import math
+import mmap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +32,7 @@ class OnnxRows(RowBuffers):
 
     def new_buffer(self, name: str, room: int, capacity: int) -> Array:
         heads, head_dim = self._sizes[name]
-        return np.zeros((room, heads, capacity, head_dim), dtype=self._dtype)
+        return zeros((room, heads, capacity, head_dim), self._dtype)
 
     def copied(self, tokens: Array) -> Array:
         return tokens.copy()
@@ -48,6 +50,22 @@ class OnnxRows(RowBuffers):
             self._past_names[name]: ort.OrtValue.ortvalue_from_numpy(buffer[rows], "cpu", 0)
             for name, buffer in self.buffers.items()
         }
+
+
+def zeros(shape: tuple[int, ...], dtype: str) -> Array:
+    """An array of zeros in pages of its own, which take no time and no memory before they are used.
+
+    :func:`numpy.zeros` clears memory that was used before, which takes as long as several steps for a long prompt.
+
+    Raises:
+        MemoryError: there is not enough.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    try:
+        pages = mmap.mmap(-1, max(1, size))
+    except OSError as error:
+        raise MemoryError(f"no memory for {size} bytes of keys and values") from error
+    return np.frombuffer(pages, dtype=dtype, count=math.prod(shape)).reshape(shape)
 
 
 class OnnxRowsView(RowSpan):
