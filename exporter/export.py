@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pos2d.errors import UsageError
+from pos2d.exporter.artifact.card import with_card
+from pos2d.exporter.artifact.figures import parity_text
 from pos2d.exporter.artifact.staging import check_output, file_facts, staged
 from pos2d.exporter.formats import format_of, load_format
 from pos2d.exporter.formats.options import ExportOptions, FormatName
@@ -16,7 +18,6 @@ from pos2d.exporter.quantisation.summary import QuantisationSummary
 from pos2d.manifest import Manifest
 from pos2d.options import read_options, takes_options
 from pos2d.recipes import ALL_BITS
-from pos2d.reference import COLUMNS, ONE_BRANCH
 from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.files.parallel import limited_threads
 from pos2d.sources.positions import TrainedPositions
@@ -57,32 +58,15 @@ class ExportReport:
         if self.quant == "auto" and self.bits is not None and self.weights_bytes is not None:
             size = f"weights of {size_text(self.weights_bytes)}"
             yield f"8 bits for {self.bits[8]} of {sum(self.bits.values())} layers, {size}"
-        exact = (self.parity or {}).get("exact")
         totals = self.quantised
         if totals is not None:
             # The error of calibrated weights says nothing of the model: it is larger where the model is better.
             noise = f", noise {totals.noise:.2%}" if self.format != "onnx" else ""
             yield f"{totals.quantised} of {totals.tensors} tensors quantised{noise}"
-        if exact is not None:
-            yield _distance(exact)
-        elif self.parity is not None:
-            yield (
-                f"logits within {self.parity['max_rel_diff']:.1e} of the largest one of the model that was exported, "
-                f"top token agrees on {self.parity['top1_agreement']:.1%}"
-            )
+        if self.parity is not None:
+            yield parity_text(self.parity)
         elif "no_verify" in load_format(self.format).OPTIONS and not (self.format == "stock" and self.quant):
             yield "not verified"
-
-
-def _distance(exact: Mapping[str, Any]) -> str:
-    """The distance to the exact model in one sequence of each kind; the batch repeats both."""
-    cases = [case for case in exact["cases"] if case["name"] in (ONE_BRANCH, COLUMNS)]
-    weights = sum(case["positions"] for case in cases)
-    top1, kl = (
-        sum(case[name] * case["positions"] for case in cases) / weights for name in ("top1_agreement", "mean_kl")
-    )
-    tokens = "held-out text" if exact["is_text"] else "held-out random tokens"
-    return f"on {tokens}, the exact model's top token on {top1:.1%}, mean KL {kl:.1e}"
 
 
 @takes_options(ExportOptions, BaseOptions, TrainedPositions, ThreadOptions)
@@ -124,9 +108,8 @@ def export(
         manifest = source.manifest(kind=chosen.format, files=file_facts(staging), **facts)
         manifest.write(staging)
         parity = None if chosen.no_verify else form.check(staging, source, plan)
-        if parity is not None:
-            manifest = replace(manifest, parity=parity)
-            manifest.write(staging)
+        manifest = with_card(staging, replace(manifest, parity=parity), source)
+        manifest.write(staging)
     return _report(output, chosen.format, manifest, source, time.monotonic() - started)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pos2d.dtypes import ComputeDtype
 from pos2d.errors import UsageError
-from pos2d.exporter.artifact.card import write_card
+from pos2d.exporter.artifact.card import with_card
 from pos2d.exporter.artifact.staging import JOURNAL, check_output, file_facts, staged
 from pos2d.exporter.merging.journal import Journal
 from pos2d.exporter.merging.ledger import Ledger, Totals, read_ledger, total, warnings
@@ -194,12 +194,13 @@ def _write_settings(merge: CheckedMerge, ledger: Ledger, staging: Path) -> Manif
             "tensors": {name: entry.to_dict() for name, entry in ledger.items()},
         },
     )
+    manifest = with_card(staging, manifest, merge.source)
     manifest.write(staging)
     return manifest
 
 
 def _write_small_files(merge: CheckedMerge, target: Path) -> None:
-    """Write everything but weights and manifest."""
+    """Write everything but weights, manifest and card."""
     base, plan = merge.source.base, merge.plan
     index = merge.layout.index()
     if index is not None:
@@ -207,8 +208,6 @@ def _write_small_files(merge: CheckedMerge, target: Path) -> None:
     write_json(target / CONFIG, artifact_config(base, merge.source.spec, plan.dtype, plan.tied))
     if merge.source.spec.is_2d:
         copy_code(target)
-    else:
-        write_card(target, merge.source, plan.dtype, None, merge.source.one_branch_of)
     write_sidecars(merge.source.sidecars, target, base.sizes.family)
 
 

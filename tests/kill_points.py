@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil  # noqa: F401 - everything is imported before the first fork
 import torch  # noqa: F401
+from huggingface_hub import ModelCard  # noqa: F401
 
 from pos2d import exporter
 from pos2d.exporter.artifact import staging

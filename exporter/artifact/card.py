@@ -1,76 +1,154 @@
-"""The model card of a checkpoint that loads without code of its own."""
+"""The model card of an artifact: what it is, what it was made from, how close it is to that, and how to run it."""
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from pos2d import __version__
-from pos2d.manifest import CARD
-from pos2d.recipes import BnbRecipe
+from pos2d.exporter.artifact.card_usage import usage
+from pos2d.exporter.artifact.figures import parity_text
+from pos2d.hashing import sha256
+from pos2d.manifest import CARD, Manifest
 from pos2d.sources.source import Source
 from pos2d.spec import Rope2DSpec, spans
+from pos2d.units import size_text
 
 ONE_BRANCH = """
 ## One branch only
 
-This checkpoint was made from a model with 2D RoPE, which answers several prompts as branches of one sequence: its
-rotary frequencies {frequencies} of {count} encode branch and time. Here is **one branch** of it, as an ordinary
-{family} model in which rope type `longrope` keeps the branch frequencies from turning. For one prompt it computes what
-the trained model computes. Several branches in one sequence need pos2d, and a merged directory with 2D RoPE.
+This was made from a model with 2D RoPE, which answers several prompts as branches of one sequence: its rotary
+frequencies {frequencies} of {count} encode branch and time. Here is **one branch** of it, as an ordinary {family}
+model in which the frequencies of the branches never turn. For one prompt it computes what the trained model computes.
+Several branches in one sequence need pos2d, and an artifact with 2D RoPE.
 """
-LOADING = """
-## How to load it
-
-`MODEL` is the path of this directory, or its name on the Hub. transformers 4.57 and 5 load it{needs}, without
-`trust_remote_code`:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("MODEL")
-tokenizer = AutoTokenizer.from_pretrained("MODEL")
-```
-"""
-SERVING = """
-vLLM serves it:
-
-```bash
-vllm serve MODEL
-```
-"""
+# What a program that lists models groups this one under, by kind.
+LIBRARIES = {"merged": "transformers", "bnb": "transformers", "stock": "transformers", "onnx": "pos2d"} | {
+    "gguf": "llama.cpp",
+    "genai": "onnxruntime-genai",
+}
+NAMES = {"onnx": "ONNX", "bnb": "bitsandbytes", "gguf": "GGUF", "genai": "onnxruntime-genai"}
+LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
-def write_card(
-    target: Path, source: Source, dtype: str, quant: BnbRecipe | None, one_branch_of: Rope2DSpec | None
-) -> None:
-    """Write the card of a checkpoint of ``source`` into ``target``; equal inputs give equal bytes.
+def with_card(staging: Path, manifest: Manifest, source: Source) -> Manifest:
+    """Write the card of an artifact that is complete and checked, and return its manifest with the card in it.
 
-    ``dtype`` is torch's name of the type of its weights, and ``one_branch_of`` as in :class:`pos2d.manifest.Manifest`.
+    Equal inputs give equal bytes. The manifest itself is not written.
     """
+    manifest = replace(manifest, files=manifest.checked_files)  # a resumed merge may have left a card
+    write_card(staging, manifest, licence_of(source.base.directory, source.base.config))
+    facts = {"bytes": (staging / CARD).stat().st_size, "sha256": sha256(staging / CARD)}
+    return replace(manifest, files={**manifest.files, CARD: facts})
+
+
+def write_card(target: Path, manifest: Manifest, licence: Mapping[str, str]) -> None:
+    """Write the card of ``manifest`` into ``target``; ``licence`` are the metadata that :func:`licence_of` returns."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    base = source.origin["base"]
+    base = manifest.base
+    on_hub = base["name"] if base["revision"] else None
     data = ModelCardData(
-        base_model=base["name"] if base["revision"] else None,
-        library_name="transformers",
+        base_model=on_hub,
+        base_model_relation=_relation(manifest) if on_hub else None,
+        library_name=LIBRARIES[manifest.kind],
         pipeline_tag="text-generation",
+        tags=["pos2d", manifest.kind, *(["2d-rope"] if manifest.rope_2d.is_2d else [])],
     )
-    adapters = [adapter["file"] for adapter in source.origin["adapters"]]
-    weights = f"in {dtype}" if quant is None else f"quantised to {quant.name} by the formats of bitsandbytes"
-    parts = [
-        f"# {' + '.join([base['name'], *adapters])}\n\n",
-        f"{_contents(base['name'], adapters)} The weights are {weights}.\n"
-        f"pos2d {__version__} wrote it, and `manifest.json` says what it was made from.\n",
-    ]
-    if one_branch_of is not None:
-        indices, count = sorted(one_branch_of.pair_indices), one_branch_of.num_frequencies
-        parts.append(ONE_BRANCH.format(frequencies=spans(indices), count=count, family=source.base.sizes.family))
-    parts.append(LOADING.format(needs="" if quant is None else ", with bitsandbytes installed"))
-    if quant is None:
-        parts.append(SERVING)
+    for key, value in licence.items():
+        data[key] = value
+    parts = [f"# {_title(manifest)}\n\n", _contents(manifest), "\n\n| | |\n|---|---|\n"]
+    parts += [f"| {label} | {text} |\n" for label, text in _facts(manifest)]
+    trained = manifest.one_branch_of
+    if trained is not None:
+        frequencies, count = spans(sorted(trained.pair_indices)), trained.num_frequencies
+        parts.append(ONE_BRANCH.format(frequencies=frequencies, count=count, family=manifest.family))
+    parts += ["\n## How to run it\n", usage(manifest)]
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{''.join(parts)}").save(target / CARD)
 
 
-def _contents(base: str, adapters: list[str]) -> str:
-    if not adapters:
-        return f"This is the model `{base}`."
-    names = ", ".join(f"`{adapter}`" for adapter in adapters)
-    return f"This is the model `{base}` with the LoRA adapter{'s' * (len(adapters) > 1)} {names} merged."
+def licence_of(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The licence that the card of a base states, or else its configuration, as metadata of a card; empty for none."""
+    from huggingface_hub import ModelCard
+
+    try:
+        stated = ModelCard.load(directory / CARD, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # no card, or one that is damaged in any way: then it says nothing
+        stated = {}
+    if not isinstance(stated.get("license"), str):
+        stated = dict(config)
+    found = {key: stated[key] for key in LICENCE_KEYS if isinstance(stated.get(key), str)}
+    return found if "license" in found else {}
+
+
+def _relation(manifest: Manifest) -> str | None:
+    """How the Hub is to list this below its base: quantised weights of another model are a fine-tune, too."""
+    if manifest.adapters:
+        return "finetune"
+    return "quantized" if manifest.quant or manifest.graph_quant else None
+
+
+def _title(manifest: Manifest) -> str:
+    recipe = manifest.quant or manifest.graph_quant
+    form = [NAMES.get(manifest.kind, ""), "" if recipe is None else recipe.name]
+    names = " + ".join([manifest.base["name"], *(adapter["file"] for adapter in manifest.adapters)])
+    return ", ".join(filter(None, (names, " ".join(filter(None, form)))))
+
+
+def _contents(manifest: Manifest) -> str:
+    names = ", ".join(f"`{adapter['file']}`" for adapter in manifest.adapters)
+    merged = f" with the LoRA adapter{'s' * (len(manifest.adapters) > 1)} {names} merged" if names else ""
+    return (
+        f"This is the model `{manifest.base['name']}`{merged}. pos2d {manifest.tool_version} wrote it, and "
+        "`manifest.json` says what it was made from."
+    )
+
+
+def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Labels and texts of the table."""
+    yield "base", _base(manifest.base)
+    for adapter in manifest.adapters:
+        yield "adapter", _adapter(adapter)
+    yield "positions", _positions(manifest.rope_2d, manifest.one_branch_of)
+    yield "weights", _weights(manifest)
+    yield "size", size_text(manifest.total_bytes)
+    yield "context", f"{manifest.context_length} tokens"
+    retention = (manifest.ledger or {}).get("totals", {}).get("retention")
+    if retention is not None:
+        yield "retention", f"{retention:.1%} of what the adapter changes is left after rounding to {manifest.dtype}"
+    if manifest.parity is not None:
+        yield "checked", parity_text(manifest.parity)
+
+
+def _base(base: Mapping[str, Any]) -> str:
+    revision = f" at revision `{base['revision']}`" if base["revision"] else ""
+    digest = base.get("config_sha256")
+    return f"`{base['name']}`{revision}" + (f", SHA-256 of its configuration `{digest}`" if digest else "")
+
+
+def _adapter(adapter: Mapping[str, Any]) -> str:
+    ranks = sorted(adapter.get("ranks") or [])
+    rank = "" if not ranks else f", rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+    weight = "" if adapter.get("weight", 1) == 1 else f", weight {adapter['weight']:g}"
+    return f"`{adapter['file']}`{rank}{weight}, SHA-256 `{adapter.get('sha256')}`"
+
+
+def _positions(spec: Rope2DSpec, one_branch_of: Rope2DSpec | None) -> str:
+    if not spec.is_2d:
+        return "ordinary" if one_branch_of is None else "ordinary: one branch of a model with 2D RoPE"
+    count, total = len(spec.pair_indices), spec.num_frequencies
+    return (
+        f"2D RoPE: rotary frequencies {spans(sorted(spec.pair_indices))} of {total} (ratio {count / total:g}) encode "
+        f"branch and time; stride {spec.branch_stride}, align {spec.align_to}, {spec.visibility}"
+    )
+
+
+def _weights(manifest: Manifest) -> str:
+    if manifest.quant is not None:
+        return f"quantised to {manifest.quant.name} in the format of bitsandbytes, others in {manifest.dtype}"
+    graph = manifest.graph_quant
+    if graph is None:
+        return f"in {manifest.dtype}"
+    counts = {bits: list(graph.bits.values()).count(bits) for bits in sorted(set(graph.bits.values()))}
+    layers = " and ".join(f"{count} layers in {bits} bits" for bits, count in counts.items())
+    calibrated = ", calibrated with GPTQ" if graph.calibrated else ""
+    return f"{layers}, in blocks of {graph.block_size}{calibrated}; the others in {manifest.dtype}"

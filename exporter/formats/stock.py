@@ -6,7 +6,6 @@ from typing import Any, get_args
 
 from pos2d.bnb_format import BnbQuant
 from pos2d.errors import UsageError
-from pos2d.exporter.artifact.card import write_card
 from pos2d.exporter.artifact.closing_check import closing_check
 from pos2d.exporter.formats.checkpoint import CheckpointPlan, plan_checkpoint, write_checkpoint
 from pos2d.exporter.formats.options import ExportOptions
@@ -38,7 +37,7 @@ def plan(source: Source, options: ExportOptions) -> CheckpointPlan:
 
 
 def write(source: Source, plan: CheckpointPlan, target: Path) -> dict[str, Any]:
-    """Write weights, index, configuration and card into ``target``; returns the manifest's fields for them.
+    """Write weights, index and configuration into ``target``; returns the manifest's fields for them.
 
     Raises:
         InputError: values that are not finite, or a base that changed while it was read.
@@ -47,7 +46,6 @@ def write(source: Source, plan: CheckpointPlan, target: Path) -> dict[str, Any]:
     config = stock_config(source.base, spec, plan.dtype, plan.tied)
     facts = write_checkpoint(source, plan, config, target)
     one_branch_of = spec if spec.is_2d else source.one_branch_of
-    write_card(target, source, plan.dtype, plan.recipe, one_branch_of)
     ordinary = Rope2DSpec(spec.num_frequencies, (), visibility="isolated") if spec.is_2d else spec
     return facts | {"rope_2d": ordinary, "one_branch_of": one_branch_of}
 

@@ -11,7 +11,7 @@ from pos2d.exporter.artifact.staging import discard_workspace
 from pos2d.exporter.merging.ledger import TensorEntry, read_ledger
 from pos2d.exporter.merging.shards import Shard, ShardLayout
 from pos2d.hashing import sha256
-from pos2d.manifest import CARD, Manifest, read_manifest
+from pos2d.manifest import Manifest, read_manifest
 from pos2d.sources.checkpoints.checkpoint import Checkpoint
 from pos2d.sources.files.tensor_io import PIECE_BYTES, opened, pieces, sha256_of
 from pos2d.sources.tensors.tensor_plan import PlannedTensor
@@ -41,7 +41,7 @@ def finished_artifact(
 ) -> Manifest | None:
     """The manifest of ``output`` if that is complete, has the same recipe and was made from the same weights.
 
-    ``small_files``: the SHA-256 of every file that this run would write besides weights, by name. A run
+    ``small_files``: the SHA-256 of every file that this run would write besides weights and card, by name. A run
     may be killed after its last step but before it could report; its leftover workspace is then removed.
     """
     try:
@@ -52,7 +52,7 @@ def finished_artifact(
     made = manifest.to_dict()
     if json.loads(json.dumps({key: made[key] for key in recipe})) != json.loads(json.dumps(recipe)):
         return None
-    hashed = {name: facts["sha256"] for name, facts in manifest.files.items() if "sha256" in facts}
+    hashed = {name: facts["sha256"] for name, facts in manifest.checked_files.items() if "sha256" in facts}
     if hashed != small_files or not _is_complete(output, hashed, layout, ledger):
         return None
     if not is_made_from(base.directory, layout.tensors, ledger):
@@ -64,7 +64,7 @@ def finished_artifact(
 def _is_complete(
     output: Path, hashed: Mapping[str, str], layout: ShardLayout, ledger: Mapping[str, TensorEntry]
 ) -> bool:
-    return all(sha256(output / name) == digest for name, digest in hashed.items() if name != CARD) and all(
+    return all(sha256(output / name) == digest for name, digest in hashed.items()) and all(
         is_intact(shard, {t.name: ledger[t.name] for t in shard.tensors if t.name in ledger}, output)
         for shard in layout.shards
     )
