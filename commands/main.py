@@ -39,6 +39,9 @@ WORKFLOWS = {
         "eval": "Measure quality: perplexity, and KL from a reference.",
         "bench": "Measure speed and memory.",
     },
+    "Publish an artifact": {
+        "push": "Publish an artifact on the Hugging Face Hub.",
+    },
 }
 COMMANDS = tuple(command for commands in WORKFLOWS.values() for command in commands)
 # The function of a command has the name of its module; most are the command's own.

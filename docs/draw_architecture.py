@@ -20,6 +20,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "sources": ("files", "sidecars", "checkpoints", "adapters", "tensors", VERBS),
     "exporter": (
         "artifact",
+        "publishing",
         "merging",
         "quantisation",
         "formats",

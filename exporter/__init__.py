@@ -4,5 +4,17 @@ from pos2d.exporter.export import ExportReport, export
 from pos2d.exporter.inspect import InspectReport, inspect
 from pos2d.exporter.merge import MergeReport, merge
 from pos2d.exporter.plan import PlanReport, plan
+from pos2d.exporter.push import PushReport, push
 
-__all__ = ["ExportReport", "InspectReport", "MergeReport", "PlanReport", "export", "inspect", "merge", "plan"]
+__all__ = [
+    "ExportReport",
+    "InspectReport",
+    "MergeReport",
+    "PlanReport",
+    "PushReport",
+    "export",
+    "inspect",
+    "merge",
+    "plan",
+    "push",
+]

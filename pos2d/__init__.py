@@ -18,6 +18,7 @@ from pos2d.lazy import lazy_attributes
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pos2d.errors import (
+        HubError,
         InputError,
         OutputError,
         ParityError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pos2d.exporter.inspect import InspectReport, inspect
     from pos2d.exporter.merge import MergeReport, merge
     from pos2d.exporter.plan import PlanReport, plan
+    from pos2d.exporter.push import PushReport, push
     from pos2d.runtime.batch import BatchReport, batch
     from pos2d.runtime.bench import BenchReport, bench
     from pos2d.runtime.doctor import DoctorReport, doctor
@@ -55,6 +57,7 @@ __all__ = [
     "EvalReport",
     "Event",
     "ExportReport",
+    "HubError",
     "InputError",
     "InspectReport",
     "LayoutReport",
@@ -65,6 +68,7 @@ __all__ = [
     "ParityReport",
     "PlanReport",
     "Pos2DError",
+    "PushReport",
     "RunReport",
     "Sampling",
     "StorageError",
@@ -79,13 +83,15 @@ __all__ = [
     "load",
     "merge",
     "plan",
+    "push",
     "run",
     "serve",
     "show_layout",
     "verify",
 ]
 
-_EXPORTER = ("ExportReport", "InspectReport", "MergeReport", "PlanReport", "export", "inspect", "merge", "plan")
+_REPORTS = ("ExportReport", "InspectReport", "MergeReport", "PlanReport", "PushReport")
+_EXPORTER = (*_REPORTS, "export", "inspect", "merge", "plan", "push")
 _MODULES = {name: "pos2d.exporter" if name in _EXPORTER else "pos2d.runtime" for name in __all__}
 _MODULES |= {name: "pos2d.errors" for name in __all__ if name.endswith("Error")}
 

@@ -6,7 +6,8 @@
     ├── UnsafeInputError  4  input that could run code or leave its directory
     ├── StorageError      5  disk full, unreadable or unwritable files
     ├── OutputError       6  the output exists already or is busy
-    └── ParityError       7  the artifact does not agree with its reference
+    ├── ParityError       7  the artifact does not agree with its reference
+    └── HubError          8  the Hugging Face Hub cannot be reached, or refuses what is sent to it
 
 Messages are one sentence that names the file, the key and the cure; parameters are in backticks. Only the command line
 (``commands/shared/errors.py``) prints them and sets the exit code.
@@ -43,3 +44,7 @@ class OutputError(Pos2DError):
 
 class ParityError(Pos2DError):
     exit_code = 7
+
+
+class HubError(Pos2DError):
+    exit_code = 8

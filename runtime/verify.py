@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pos2d.errors import ParityError, UsageError
+from pos2d.file_checks import check_files
 from pos2d.layout import Layout, build_layout
 from pos2d.options import takes_options
 from pos2d.progress import Progress
@@ -17,7 +18,7 @@ from pos2d.runtime.engine.backend import Floats
 from pos2d.runtime.engine.decode import forward
 from pos2d.runtime.engine.spans import batch_cache, forward_spans
 from pos2d.runtime.evaluation.exact_probe import ExactDistance, distance_in_batch, distance_in_sequence, judged
-from pos2d.runtime.evaluation.integrity import check_files, check_settings
+from pos2d.runtime.evaluation.integrity import check_settings
 from pos2d.runtime.evaluation.parity import CaseParity, check_same_model, compare
 from pos2d.runtime.load import load_opened
 from pos2d.runtime.model.model import Model

@@ -160,6 +160,7 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
         ("export", exporter.export),
         ("inspect", exporter.inspect),
         ("plan", exporter.plan),
+        ("push", exporter.push),
         ("verify", runtime.verify),
         ("eval", runtime.evaluate),
         ("run", runtime.run),

@@ -15,6 +15,7 @@ from pos2d.errors import Pos2DError
 EXIT_CODES = (
     "Exit codes: 0 done, 1 internal error, 2 wrong usage, 3 bad or mismatching input, "
     "4 unsafe input, 5 disk or I/O, 6 the output exists or is in use, 7 verification failed, "
+    "8 the Hub cannot be reached or refuses, "
     "130 interrupted, 141 standard output was closed, 143 terminated."
 )
 TERMINATED, CLOSED_PIPE = 143, 141
