@@ -144,7 +144,8 @@ def _positions(spec: Rope2DSpec, one_branch_of: Rope2DSpec | None) -> str:
 
 def _weights(manifest: Manifest) -> str:
     if manifest.quant is not None:
-        return f"quantised to {manifest.quant.name} in the format of bitsandbytes, others in {manifest.dtype}"
+        form = "llama.cpp" if LIBRARIES[manifest.kind] == "llama.cpp" else "bitsandbytes"
+        return f"quantised to {manifest.quant.name}, in the format of {form}; the others in {manifest.dtype}"
     graph = manifest.graph_quant
     if graph is None:
         return f"in {manifest.dtype}"

@@ -9,7 +9,7 @@ ANYWHERE = """
 `MODEL` is the path of this directory, or its name on the Hub.
 """
 BRANCHES = """
-pos2d answers one prompt, or several {how}:
+pos2d answers one prompt, or several at the same time, {how}:
 
 ```sh
 pos2d run MODEL --prompt "What is tea?"
@@ -99,7 +99,7 @@ def usage(manifest: Manifest) -> str:
     if kind == "genai":
         return DOWNLOADED + GENAI.format(prompt=TEMPLATED if TEMPLATE in manifest.files else UNTEMPLATED)
     is_2d = manifest.rope_2d.is_2d
-    ours = BRANCHES.format(how="as branches of one sequence" if is_2d else "at a time, which do not see each other")
+    ours = BRANCHES.format(how="as branches of one sequence" if is_2d else "that do not see each other")
     if kind == "onnx":
         return DOWNLOADED + ours + GRAPHS
     if is_2d:

@@ -7,7 +7,9 @@ from pos2d.reference import COLUMNS, ONE_BRANCH
 
 
 def parity_text(parity: Mapping[str, Any]) -> str:
-    """What the report of ``verify`` says of an artifact: its distance to the exact model, or to its source."""
+    """The distance to the exact model, or to the model that was exported; or how many tensors were read back."""
+    if "tensors" in parity:
+        return f"{parity['tensors']} tensors read back and compared"
     exact = parity.get("exact")
     if exact is not None:
         return _distance(exact)

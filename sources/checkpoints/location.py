@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 from pos2d.errors import InputError, UnsafeInputError, UsageError
-from pos2d.manifest import FILE_NAME, Kind, is_artifact
+from pos2d.manifest import CARD, FILE_NAME, Kind, is_artifact
 from pos2d.sources.checkpoints.checkpoint import read_config
 from pos2d.sources.checkpoints.minimind import ITS_VOCABULARY, describe_minimind, has_its_vocabulary
 from pos2d.sources.checkpoints.weight_files import (
@@ -24,7 +24,7 @@ from pos2d.sources.files.links import refuse_broken_link
 from pos2d.sources.files.pth import load_pth
 
 # Everything but weights. Subfolders hold the same model in other forms, but for the tokenizer's further templates.
-SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", CARD]
 TEMPLATES = "additional_chat_templates/*.jinja"
 PICKLES = (".pth", ".pt", ".bin")
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".json")

@@ -18,6 +18,8 @@ ADDING_CLASSES = {"CodeLlamaTokenizer", "CohereTokenizer", "GemmaTokenizer", "Ll
 INPUT_NAMES = ["input_ids", "attention_mask"]
 # What transformers 5 writes for itself, and the code of a class that is not used.
 DROPPED = ("auto_map", "backend", "is_local", "local_files_only", "tokenizer_file")
+# Places on the machine where a tokenizer was saved; nothing reads them, and artifacts get published.
+PLACES = ("name_or_path", "special_tokens_map_file")
 NAMED_TOKENS = {
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 }  # fmt: skip
@@ -30,7 +32,7 @@ def readable_settings(settings: Mapping[str, Any], *, whole: bool) -> dict[str, 
     ``whole``: they stand beside a tokenizer.json, which has all of the tokenizer. The lists of further special tokens
     have one name in 4.57 and another in 5, which reads both; those with names of their own are an object in both.
     """
-    result = dict(settings)
+    result = {key: value for key, value in settings.items() if key not in PLACES}
     extra = result.pop(EXTRA, None)
     named = dict(extra) if isinstance(extra, dict) else {}
     listed = list(extra) if isinstance(extra, list) else []

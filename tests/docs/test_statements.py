@@ -9,7 +9,7 @@ import pytest
 from tests.docs.pages import PAGES, README, ROOT
 
 # Lines with programs that have flags of their own.
-OTHER_PROGRAMS = r".*(python benchmarks/|pip install|systemctl |docker run |curl ).*"
+OTHER_PROGRAMS = r".*(hf download |python benchmarks/|pip install|systemctl |docker run |curl ).*"
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 
 
