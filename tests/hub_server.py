@@ -157,7 +157,7 @@ class Handler(BaseHTTPRequestHandler):
         if branch is None:
             return
         asked = json.loads(self.body)
-        ignored = self.hub.ignored if "gitIgnore" not in asked else ()
+        ignored = () if asked.get("gitIgnore") else self.hub.ignored
         files = []
         for file in asked["files"]:
             name = file["path"]

@@ -114,7 +114,8 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "context", f"{manifest.context_length} tokens"
     retention = (manifest.ledger or {}).get("totals", {}).get("retention")
     if retention is not None:
-        yield "retention", f"{retention:.1%} of what the adapter changes is left after rounding to {manifest.dtype}"
+        lossy = "quantising" if manifest.quant or manifest.graph_quant else f"rounding to {manifest.dtype}"
+        yield "retention", f"{retention:.1%} of what the adapter changes is left after {lossy}"
     if manifest.parity is not None:
         yield "checked", parity_text(manifest.parity)
 

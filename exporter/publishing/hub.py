@@ -86,8 +86,8 @@ def publish(contents: Contents, target: Target, message: str) -> Published:
             CommitOperationAdd(file.name, contents.changed.get(file.name, contents.directory / file.name))
             for file in contents.files
         ]
-        # An empty .gitignore, since one in the repository would leave out files in silence.
-        api.preupload_lfs_files(target.repo, additions, revision=target.branch, gitignore_content="")
+        # In place of the .gitignore in the repository, which would leave out files in silence.
+        api.preupload_lfs_files(target.repo, additions, revision=target.branch, gitignore_content="# none\n")
         commit = api.create_commit(
             target.repo,
             [*additions, *(CommitOperationDelete(name) for name in deleted)],
