@@ -49,7 +49,7 @@ For a program of your own: beside `input_ids` the graphs take `position_ids`, an
 `[batch, sequence, 2]` and has branch and time. `manifest.json` names all their inputs and outputs.
 """
 LLAMA_CPP = """
-llama.cpp, and programs that are built on it, run one prompt at a time:
+llama.cpp and the programs that are built on it run it:
 
 ```sh
 llama-cli -m MODEL/{file}
@@ -66,7 +66,7 @@ ollama run NAME
 ```
 """
 GENAI = """
-onnxruntime-genai runs it as it is:
+onnxruntime-genai runs it:
 
 ```python
 import onnxruntime_genai as og

@@ -81,10 +81,20 @@ def test_what_each_kind_says(made: Path) -> None:
         "2D RoPE: rotary frequencies 1, 3, 5, 6 of 6 (ratio 0.666667) encode branch and time; stride 128, align left"
     )
     expected = {
-        "merged": [stated, "in float32", "trust_remote_code=True", "100.0% of what the adapter changes is left after rounding to"],
+        "merged": [
+            stated,
+            "in float32",
+            "trust_remote_code=True",
+            "100.0% of what the adapter changes is left after rounding to",
+        ],
         "plain": ["ordinary", "vllm serve MODEL", "in float32", "that do not see each other", "100.0% of what"],
         "onnx": [stated, "in float32", "`manifest.json` names all their inputs"],
-        "int8": [stated, "15 layers in 8 bits, in blocks of 32; the others in float32", "mean KL", "left after quantising"],
+        "int8": [
+            stated,
+            "15 layers in 8 bits, in blocks of 32; the others in float32",
+            "mean KL",
+            "left after quantising",
+        ],
         "bnb": [stated, "quantised to 8bit, in the format of bitsandbytes", "with bitsandbytes installed"],
         "stock": ["one branch of a model with 2D RoPE", "## One branch only", "vllm serve MODEL", "top token agrees"],
     }
