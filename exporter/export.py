@@ -110,10 +110,17 @@ def export(
         parity = None if chosen.no_verify else form.check(staging, source, plan)
         manifest = with_card(staging, replace(manifest, parity=parity), source)
         manifest.write(staging)
-    return _report(output, chosen.format, manifest, source, time.monotonic() - started)
+    return _report(output, chosen.format, manifest, source, plan.warnings, time.monotonic() - started)
 
 
-def _report(output: Path, format: FormatName, manifest: Manifest, source: Source, seconds: float) -> ExportReport:
+def _report(
+    output: Path,
+    format: FormatName,
+    manifest: Manifest,
+    source: Source,
+    warnings: tuple[str, ...],
+    seconds: float,
+) -> ExportReport:
     graph = manifest.graph_quant
     recipe = manifest.quant or graph
     totals = (manifest.ledger or {}).get("totals", {})
@@ -129,7 +136,7 @@ def _report(output: Path, format: FormatName, manifest: Manifest, source: Source
         quantised=quantised,
         bits=None if graph is None else {bits: list(graph.bits.values()).count(bits) for bits in ALL_BITS},
         weights_bytes=None if manifest.graph is None else manifest.files[manifest.graph.data]["bytes"],
-        warnings=(*source.warnings, *lost),
+        warnings=(*source.warnings, *warnings, *lost),
         notes=source.notes,
     )
 

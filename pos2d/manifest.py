@@ -17,13 +17,18 @@ from pos2d.families import CLASS_NAMES
 from pos2d.git_lfs import refuse_pointer
 from pos2d.manifest_upgrades import upgraded
 from pos2d.onnx_io import GraphInfo
-from pos2d.recipes import BnbRecipe, GraphRecipe
+from pos2d.recipes import BnbRecipe, GgufQuant, GgufRecipe, GraphRecipe, weight_recipe
 from pos2d.spec import Rope2DSpec
 from pos2d.text_files import read_text
 
-Kind = Literal["merged", "stock", "bnb", "onnx"]
+Kind = Literal["merged", "stock", "bnb", "onnx", "gguf"]
 # The kinds that ``merge`` writes, with weights in floating point; a stock checkpoint may also be quantised.
 MERGES = ("merged", "stock")
+# What runs the kinds that are for other programs alone, and how.
+PROGRAMS: Mapping[Kind, str] = {
+    "gguf": "llama.cpp and the programs that are built on it run: `llama-server -m FILE.gguf`, or "
+    "`ollama create NAME -f Modelfile`",
+}
 
 FORMAT_VERSION = 6
 # The types of values that no class checks; a list is a tuple until the manifest is written.
@@ -56,7 +61,7 @@ class Manifest:
     ``rope_2d``: the positions that the artifact has. ``one_branch_of``: those of the training, where the artifact has
     one branch of them and is an ordinary model otherwise.
     ``base``, ``adapters``: where the weights came from; ``options``: how they were summed and rounded.
-    ``quant``, ``graph_quant``: how the linear layers of a torch or an ONNX artifact are quantised, if they are.
+    ``quant``, ``graph_quant``: how the weights of a torch artifact or GGUF file, or of an ONNX artifact, are quantised.
     ``ledger``: totals and tensors of a merge, totals of a quantisation.
     ``graph``: dimensions, files, inputs and outputs of an ONNX artifact.
     ``parity``: the results of the check at the end of the export, unless it was skipped.
@@ -75,7 +80,7 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]]
     tool_version: str
     one_branch_of: Rope2DSpec | None = None
-    quant: BnbRecipe | None = None
+    quant: BnbRecipe | GgufRecipe | None = None
     graph_quant: GraphRecipe | None = None
     ledger: Mapping[str, Any] | None = None
     graph: GraphInfo | None = None
@@ -119,7 +124,7 @@ class Manifest:
                 **block,
                 "rope_2d": Rope2DSpec.from_dict(block["rope_2d"]),
                 "one_branch_of": Rope2DSpec.from_dict(block["one_branch_of"]) if block["one_branch_of"] else None,
-                "quant": BnbRecipe.from_dict(block["quant"]) if block["quant"] is not None else None,
+                "quant": weight_recipe(block["quant"]) if block["quant"] is not None else None,
                 "graph_quant": GraphRecipe.from_dict(block["graph_quant"]) if block["graph_quant"] else None,
                 "graph": GraphInfo.from_dict(block["graph"]) if block["graph"] is not None else None,
                 "eos_token_ids": tuple(block["eos_token_ids"]),
@@ -158,6 +163,8 @@ def _check_types(block: Mapping[str, Any]) -> None:
             "ledger": all(type(ledger.get(key, {})) is dict for key in ("totals", "tensors"))
             and all(type(entry) is dict for entry in ledger.get("tensors", {}).values()),
             "graph": (block["graph"] is not None) == (block["kind"] == "onnx"),
+            "quant": (type(block["quant"]) is dict and block["quant"].get("name") in get_args(GgufQuant))
+            <= (block["kind"] == "gguf"),
         }
         wrong = [name for name, valid in is_valid.items() if not valid]
     if wrong:

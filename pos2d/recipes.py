@@ -9,6 +9,9 @@ from pos2d.config_values import ConfigValues
 from pos2d.errors import InputError
 
 GraphQuant = Literal["int8", "int4", "auto"]
+# Types of llama.cpp: blocks of 32 inputs with one float16 scale, 8 or 4 bits a value.
+GgufQuant = Literal["q8_0", "q4_0"]
+GGUF_BLOCK = 32
 # Bits of most layers; for "auto", of the layers that get no more.
 BITS: Mapping[GraphQuant, int] = {"int8": 8, "int4": 4, "auto": 4}
 ALL_BITS = tuple(sorted(set(BITS.values())))
@@ -74,6 +77,49 @@ class BnbRecipe:
         _check_keys(cls, block)
         values = ConfigValues(block, "quantisation")
         return cls(values.text("name"), tuple(values.texts("skip_modules")))
+
+
+@dataclass(frozen=True, slots=True)
+class GgufRecipe:
+    """How a GGUF file is quantised: ``name`` is the type of most weights, in lower case.
+
+    The head, and an embedding that is the head as well, have 8 bits in either. ``skip_modules``: full names of the
+    linear layers that are not quantised.
+
+    Raises:
+        InputError: another name.
+    """
+
+    name: GgufQuant
+    skip_modules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(GgufQuant):
+            raise InputError(f"quantisation {self.name!r} is not one of {', '.join(get_args(GgufQuant))}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"skip_modules": list(self.skip_modules)}
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> "GgufRecipe":
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: unknown or missing keys, or values of other types.
+        """
+        _check_keys(cls, block)
+        values = ConfigValues(block, "quantisation")
+        return cls(values.text("name"), tuple(values.texts("skip_modules")))
+
+
+def weight_recipe(block: Mapping[str, Any]) -> BnbRecipe | GgufRecipe:
+    """The recipe of a torch artifact or of a GGUF file, from its JSON.
+
+    Raises:
+        InputError: see :meth:`BnbRecipe.from_dict`.
+    """
+    kind = GgufRecipe if block.get("name") in get_args(GgufQuant) else BnbRecipe
+    return kind.from_dict(block)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from pos2d.errors import InputError
+from pos2d.manifest import PROGRAMS
 from pos2d.options import read_options, takes_options
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.engine.backend import Backend
@@ -35,6 +37,9 @@ def load(path: str | Path | None = None, **options: Any) -> Model:
 
 def load_opened(opened: OpenedModel, options: LoadOptions) -> Model:
     """Load a model that is opened; see :func:`load`."""
+    program = PROGRAMS.get(opened.manifest.kind)
+    if program is not None:
+        raise InputError(f"{opened.directory} is of kind {opened.manifest.kind}, which {program}")
     backend: Backend
     if opened.manifest.kind == "onnx":
         from pos2d.runtime.backends.onnx.backend import OnnxBackend

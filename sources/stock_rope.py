@@ -32,7 +32,7 @@ def one_branch_rope(inv_freq: Floats, scaling: float, theta: float, length: int,
     positions that the configuration states. transformers takes from the block exactly these frequencies, or the nearest
     that its formula ``1 / (factor * theta ** (2 i / d))`` reaches in float32, one unit in the last place away.
     """
-    powers = _powers(theta, len(inv_freq))
+    powers = frequency_powers(theta, len(inv_freq))
     factors = [
         STILL if axis == BRANCH else _factor(frequency, power)
         for axis, frequency, power in zip(spec.axes, inv_freq, powers, strict=True)
@@ -65,7 +65,7 @@ def still_frequencies(settings: Mapping[str, Any]) -> list[int]:
     return [index for index, factor in enumerate(settings.get("short_factor", ()), 1) if factor >= STILL]
 
 
-def _powers(theta: float, count: int) -> Floats:
+def frequency_powers(theta: float, count: int) -> Floats:
     """``theta ** (2 i / d)``, float32 ``[F]``, by the very operations of transformers."""
     import torch
 

@@ -15,6 +15,7 @@ FORMATS: Mapping[FormatName, str] = {
     "onnx": "pos2d.exporter.formats.onnx.format",
     "bnb": "pos2d.exporter.formats.bnb",
     "stock": "pos2d.exporter.formats.stock",
+    "gguf": "pos2d.exporter.formats.gguf.format",
 }
 
 
@@ -24,6 +25,10 @@ class Plan(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the format cannot keep as it is, in sentences."""
 
 
 class ExportFormat(Protocol):

@@ -63,6 +63,7 @@ class CheckpointPlan:
     recipe: BnbRecipe | None
     dtype: str
     tied: bool
+    warnings: tuple[str, ...] = ()
 
     @property
     def places(self) -> dict[str, TensorPlace]:

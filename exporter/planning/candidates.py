@@ -9,6 +9,7 @@ from typing import get_args
 from pos2d import hf
 from pos2d.bnb_format import BnbQuant
 from pos2d.dtypes import ITEM_BYTES
+from pos2d.errors import InputError
 from pos2d.exporter.planning.footprint import (
     HEADER_ENTRY_BYTES,
     Footprint,
@@ -21,7 +22,7 @@ from pos2d.exporter.planning.footprint import (
 from pos2d.exporter.planning.graph_footprint import default_layout
 from pos2d.exporter.quantisation.held_out import reference_bytes
 from pos2d.families import Dimensions, expected_tensors
-from pos2d.manifest import Manifest, read_manifest
+from pos2d.manifest import PROGRAMS, Manifest, read_manifest
 from pos2d.onnx_io import DATA_FILE
 from pos2d.recipes import BITS, BnbRecipe
 from pos2d.sources.checkpoints.checkpoint import Checkpoint, read_config
@@ -106,7 +107,7 @@ def candidates_of_artifact(directory: Path, run: PlannedRun) -> list[Candidate]:
     if manifest.kind == "onnx":
         return [_existing_graph(manifest, ["pos2d", "run", str(directory), "--prompt", PROMPT], run)]
     command = _run_command(str(directory), run)
-    if manifest.quant is not None:
+    if isinstance(manifest.quant, BnbRecipe):
         # On the CPU, 8-bit layers are computed in bfloat16, whatever the other weights are stored in.
         dtype = "bfloat16" if manifest.quant.name == "8bit" and not run.on_gpu else manifest.dtype
         form = Format(manifest.kind, dtype, manifest.quant.name)
@@ -137,9 +138,12 @@ def artifact_sizes(directory: Path) -> tuple[Dimensions, str]:
     """The dimensions of an artifact, and its description.
 
     Raises:
-        InputError: see :func:`pos2d.manifest.read_manifest`; a configuration or graph that cannot be read.
+        InputError: see :func:`pos2d.manifest.read_manifest`; a configuration or graph that cannot be read, or a kind
+            that only other programs run.
     """
     manifest = read_manifest(directory)
+    if manifest.kind in PROGRAMS:
+        raise InputError(f"{directory} is of kind {manifest.kind}, which {PROGRAMS[manifest.kind]}")
     description = f"{manifest.kind} artifact, {manifest.dtype}"
     if manifest.graph is not None:
         return manifest.graph.sizes, description

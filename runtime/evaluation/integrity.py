@@ -6,7 +6,7 @@ from pathlib import Path
 from pos2d.errors import InputError
 from pos2d.families import Dimensions
 from pos2d.graph_metadata import REPEATED, differing, differing_keys
-from pos2d.manifest import FILE_NAME, Manifest
+from pos2d.manifest import FILE_NAME, PROGRAMS, Manifest
 
 
 def check_settings(directory: Path, manifest: Manifest) -> None:
@@ -15,6 +15,8 @@ def check_settings(directory: Path, manifest: Manifest) -> None:
     Raises:
         InputError: they disagree.
     """
+    if manifest.kind in PROGRAMS:
+        return  # the file of another program, whose hash is compared
     if manifest.graph is None:
         _check_config(directory, manifest)
         return

@@ -52,6 +52,7 @@ class OnnxPlan:
     tensors: Mapping[str, PlannedTensor]
     recipe: GraphRecipe | None
     compared: bool
+    warnings: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

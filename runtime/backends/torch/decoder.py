@@ -65,7 +65,7 @@ def _recipe(place: Path, manifest: Manifest, options: LoadOptions) -> BnbRecipe 
     Raises:
         UsageError: the artifact is quantised in another way.
     """
-    if manifest.quant is None:
+    if not isinstance(manifest.quant, BnbRecipe):
         return None if options.quant is None else BnbRecipe(options.quant, (HEAD,))
     if options.quant not in (None, manifest.quant.name):
         raise UsageError(
