@@ -94,10 +94,10 @@ def _of_characters(tokenizer: Mapping[str, Any], place: str) -> Splitting:
         scheme = words[0].get("prepend_scheme", "always")
         if words[0].get("replacement") == UNDERSCORE and not words[0].get("split", True):
             notes = (
-                "the tokenizer puts a space at the beginning of a text alone, and llama.cpp also after every special "
-                "token",
+                "the tokenizer puts a space before a text that begins with none; llama.cpp puts one before every text "
+                "and after every special token",
             )
-            return Splitting("llama", "default", scheme != "never", notes if scheme == "first" else ())
+            return Splitting("llama", "default", scheme != "never", notes if scheme != "never" else ())
     raise InputError(f"{place} changes or splits texts in a way that llama.cpp's SentencePiece does not; {CURE}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pos2d.errors import InputError
-from pos2d.exporter.formats.gguf.tokenizer_json import UNDERSCORE, Splitting, splitting_of
+from pos2d.exporter.formats.gguf.tokenizer_json import CURE, UNDERSCORE, Splitting, splitting_of
 from pos2d.hf.tokenizer import load_tokenizer
 from pos2d.sources.files.json_object import write_json
 from pos2d.sources.sidecars.sidecars import TOKENIZER, write_sidecars
@@ -92,6 +92,9 @@ def read_vocabulary(tokenizer: "PreTrainedTokenizerFast", source: Source) -> Voc
     ends = _end_tokens(tokenizer, source, last, place)
     unknown = tokenizer.unk_token_id if splitting.model == "llama" else None
     begins = first[0] if first else tokenizer.bos_token_id
+    named = source.base.config.get("bos_token_id")
+    if begins is None and type(named) is int and 0 <= named < source.base.sizes.vocab:
+        begins = named
     # llama.cpp would take a token of its own for the beginning where none is named.
     ids = {"bos": ends[0] if begins is None else begins, **dict(zip(END_KEYS, ends, strict=False))}
     ids |= {key: token for key, token in (("unk", unknown), ("pad", tokenizer.pad_token_id)) if token is not None}
@@ -100,6 +103,8 @@ def read_vocabulary(tokenizer: "PreTrainedTokenizerFast", source: Source) -> Voc
         raise InputError(
             f"{place} has no merges, without which llama.cpp reads no tokenizer; give another one as `tokenizer`"
         )
+    if splitting.model == "llama":
+        _check_all_pairs(pairs, tokens, types, place)
     template = _template(tokenizer)
     return Vocabulary(
         splitting=splitting,
@@ -208,6 +213,24 @@ def _template(tokenizer: "PreTrainedTokenizerFast") -> str | None:
         return str(tokenizer.get_chat_template())
     except ValueError:  # several, and none of them is the default
         return None
+
+
+def _check_all_pairs(pairs: Sequence[Sequence[str]], tokens: Sequence[str], types: Sequence[int], place: str) -> None:
+    """Check that every two tokens that make a third one are merged, as in a vocabulary of SentencePiece.
+
+    Raises:
+        InputError: some are not; llama.cpp, which has no list of merges for these vocabularies, merges them.
+    """
+    known = {text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+    merged = {(one, other) for one, other in pairs}
+    for text in known:
+        for end in range(1, len(text)):
+            pair = text[:end], text[end:]
+            if known.issuperset(pair) and pair not in merged:
+                raise InputError(
+                    f"{place} does not merge {pair[0]!r} and {pair[1]!r} to its token {text!r}, as SentencePiece and "
+                    f"llama.cpp do; {CURE}"
+                )
 
 
 def _scores(pairs: Sequence[Sequence[str]], tokens: Sequence[str]) -> list[float]:
