@@ -23,7 +23,7 @@ from pos2d.threads import ThreadOptions
 @force_flag
 @json_flag
 def export(as_json: bool, **flags: Any) -> None:
-    """Write ONNX graphs, a bitsandbytes checkpoint, or a stock checkpoint for other programs.
+    """Write ONNX graphs, a bitsandbytes checkpoint, or a stock checkpoint or GGUF file for other programs.
 
     MODEL is a directory that merge wrote, or a plain model: a Hugging Face directory, or NAME@REVISION on the Hugging
     Face Hub. With --base-model and --lora in its place, the sum of base and adapter is quantised exactly, without being
@@ -32,7 +32,7 @@ def export(as_json: bool, **flags: Any) -> None:
     ONNX graphs are checked at the end, and deleted if they fail: float graphs of a MODEL are compared with it, and
     quantised graphs with the same graphs in float activations and with the exact model on a held-out text. A stock
     checkpoint is compared with MODEL, too, unless it is rounded further. Float weights from --lora are not
-    checked.
+    checked, except in a GGUF file: it is read back, and all that it has is compared with the exact sum.
     """
     from pos2d import exporter
 

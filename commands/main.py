@@ -26,7 +26,7 @@ WORKFLOWS = {
     },
     "Make an artifact": {
         "merge": "Merge adapters into a base model, as a Hugging Face directory.",
-        "export": "Write ONNX graphs, or a bitsandbytes or stock checkpoint.",
+        "export": "Write ONNX graphs, a checkpoint, or a GGUF file.",
     },
     "Use an artifact": {
         "run": "Answer prompts, or chat.",

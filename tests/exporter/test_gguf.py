@@ -177,7 +177,7 @@ def test_our_commands_say_which_program_runs_it(tmp_path: Path, call: Callable[.
         assert "kind gguf" in result.stderr, (arguments, result.stderr)
         assert result.stderr.count("\n") <= 2
     (path,) = (tmp_path / "out").glob("*.gguf")
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
     with pytest.raises(InputError, match="SHA-256"):
         runtime.verify(tmp_path / "out")
 
