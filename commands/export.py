@@ -23,7 +23,8 @@ from pos2d.threads import ThreadOptions
 @force_flag
 @json_flag
 def export(as_json: bool, **flags: Any) -> None:
-    """Write ONNX graphs, a bitsandbytes checkpoint, or a stock checkpoint or GGUF file for other programs.
+    """Write ONNX graphs, a bitsandbytes checkpoint, or what other programs load: a stock checkpoint, a GGUF file, or a
+    graph for onnxruntime-genai.
 
     MODEL is a directory that merge wrote, or a plain model: a Hugging Face directory, or NAME@REVISION on the Hugging
     Face Hub. With --base-model and --lora in its place, the sum of base and adapter is quantised exactly, without being

@@ -15,7 +15,7 @@ from pos2d.exporter.formats.options import ExportOptions, FormatName
 from pos2d.exporter.merging.ledger import RETENTION_THRESHOLD
 from pos2d.exporter.merging.preflight import SIDECAR_BYTES, check_disk, disk_free
 from pos2d.exporter.quantisation.summary import QuantisationSummary
-from pos2d.manifest import Manifest
+from pos2d.manifest import GRAPH_KINDS, Manifest
 from pos2d.options import read_options, takes_options
 from pos2d.recipes import ALL_BITS
 from pos2d.sources.base_options import BaseOptions
@@ -61,7 +61,7 @@ class ExportReport:
         totals = self.quantised
         if totals is not None:
             # The error of calibrated weights says nothing of the model: it is larger where the model is better.
-            noise = f", noise {totals.noise:.2%}" if self.format != "onnx" else ""
+            noise = f", noise {totals.noise:.2%}" if self.format not in GRAPH_KINDS else ""
             yield f"{totals.quantised} of {totals.tensors} tensors quantised{noise}"
         if self.parity is not None:
             yield parity_text(self.parity)

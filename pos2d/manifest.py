@@ -21,9 +21,11 @@ from pos2d.recipes import BnbRecipe, GgufQuant, GgufRecipe, GraphRecipe, weight_
 from pos2d.spec import Rope2DSpec
 from pos2d.text_files import read_text
 
-Kind = Literal["merged", "stock", "bnb", "onnx", "gguf"]
+Kind = Literal["merged", "stock", "bnb", "onnx", "gguf", "genai"]
 # The kinds that ``merge`` writes, with weights in floating point; a stock checkpoint may also be quantised.
 MERGES = ("merged", "stock")
+# The kinds that are ONNX graphs.
+GRAPH_KINDS = ("onnx", "genai")
 # What runs the kinds that are for other programs alone, and how.
 PROGRAMS: Mapping[Kind, str] = {
     "gguf": "llama.cpp and the programs that are built on it run: `llama-server -m FILE.gguf`, or "
@@ -91,6 +93,11 @@ class Manifest:
     def checked_files(self) -> Mapping[str, Mapping[str, Any]]:
         """The files that must be as they were written: all but the card."""
         return {name: facts for name, facts in self.files.items() if name != CARD}
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether one sequence may have several branches; the graph for onnxruntime-genai takes no mask."""
+        return self.kind != "genai"
 
     @property
     def total_bytes(self) -> int:
@@ -162,7 +169,7 @@ def _check_types(block: Mapping[str, Any]) -> None:
             "files": all(_is_file(name, facts) for name, facts in block["files"].items()),
             "ledger": all(type(ledger.get(key, {})) is dict for key in ("totals", "tensors"))
             and all(type(entry) is dict for entry in ledger.get("tensors", {}).values()),
-            "graph": (block["graph"] is not None) == (block["kind"] == "onnx"),
+            "graph": (block["graph"] is not None) == (block["kind"] in GRAPH_KINDS),
             "quant": (type(block["quant"]) is dict and block["quant"].get("name") in get_args(GgufQuant))
             <= (block["kind"] == "gguf"),
         }

@@ -23,6 +23,7 @@ PROCESS_BYTES: Mapping[Kind, int] = {
     "stock": 370_000_000,
     "bnb": 370_000_000,
     "onnx": 79_000_000,
+    "genai": 79_000_000,
 }
 
 

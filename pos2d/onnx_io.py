@@ -18,24 +18,28 @@ DATA_FILE = "model.onnx.data"
 #   causal   one sequence without a mask: every token attends to all tokens before it
 #   general  one sequence with any mask
 #   batch    several sequences, each with a mask and a length of its own
-GraphName = Literal["causal", "general", "batch"]
+#   genai    the graph of onnxruntime-genai, alone in its artifact: sequences without branches
+GraphName = Literal["causal", "general", "batch", "genai"]
 MOST_GENERAL: GraphName = "batch"
+GENAI: GraphName = "genai"
 GRAPH_FILES: Mapping[GraphName, str] = {
     "causal": "model_causal.onnx",
     "general": "model.onnx",
     "batch": "model_batch.onnx",
+    "genai": "model.onnx",
 }
 
-# Inputs of every graph: token ids and positions int64 [batch, sequence], pos2d int64 [batch, sequence, 2] (branch and
-# time), logits_rows int64 [batch, rows] (the tokens of this pass that get logits).
+# Inputs of every graph: token ids and positions int64 [batch, sequence]. Of all but genai: pos2d int64 [batch,
+# sequence, 2] (branch and time), logits_rows int64 [batch, rows] (the tokens of this pass that get logits).
 INPUT_IDS, POSITION_IDS, POS2D, LOGITS_ROWS = "input_ids", "position_ids", "pos2d", "logits_rows"
 # Of causal and general: int32 [batch], the index of the last token. Of causal: int32 scalar, cached and new tokens.
 SEQLENS_K, TOTAL_SEQUENCE_LENGTH = "seqlens_k", "total_sequence_length"
-# Of general and batch: bool [batch, 1, sequence, cached and new tokens], True where attention is allowed.
+# Of general and batch: bool [batch, 1, sequence, cached and new tokens], True where attention is allowed. Of genai:
+# int64 [batch, cached and new tokens], 1 for tokens and 0 for the padding after them.
 ATTENTION_MASK = "attention_mask"
 # Of batch: int64 [batch], the tokens that each sequence has in the cache.
 CACHE_LENGTHS = "cache_lengths"
-# Output: [batch, rows, vocab] in the type of the graph.
+# Output: [batch, rows, vocab] in the type of the graph; of genai, a row for every token.
 LOGITS = "logits"
 # The KV cache of a layer: [batch, kv_heads, capacity, head_dim], bound as input and output over the same memory.
 PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
@@ -128,8 +132,10 @@ class GraphInfo:
             sizes = Dimensions.from_dict(block["sizes"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"graph: it cannot be read ({type(error).__name__}: {error})") from None
-        if MOST_GENERAL not in graphs or not set(graphs) <= set(get_args(GraphName)):
-            raise InputError(f"graph: graphs has {', '.join(graphs) or 'none'}, not {', '.join(get_args(GraphName))}")
+        known_graphs = set(get_args(GraphName))
+        if set(graphs) != {GENAI} and (MOST_GENERAL not in graphs or not set(graphs) <= known_graphs - {GENAI}):
+            others = [name for name in get_args(GraphName) if name != GENAI]
+            raise InputError(f"graph: graphs has {', '.join(graphs) or 'none'}, not {', '.join(others)}, nor {GENAI}")
         return cls(ConfigValues(block, "graph").text("data"), sizes, graphs)
 
 

@@ -19,8 +19,8 @@ from pos2d.sources.positions import TrainedPositions
 def load(path: str | Path | None = None, **options: Any) -> Model:
     """Load an artifact, a plain model, or ``base_model`` with the adapters of ``lora``, which are added in memory.
 
-    ONNX artifacts run on ONNX Runtime, and everything else on torch. A plain model is a Hugging Face directory, or the
-    id of one on the Hub as ``ORG/NAME@REVISION``.
+    ONNX and genai artifacts run on ONNX Runtime, and everything else on torch. A plain model is a Hugging Face
+    directory, or the id of one on the Hub as ``ORG/NAME@REVISION``.
 
     Raises:
         InputError: neither an artifact nor a model, files that are missing or truncated, or see :func:`pos2d.merge`.
@@ -45,6 +45,10 @@ def load_opened(opened: OpenedModel, options: LoadOptions) -> Model:
         from pos2d.runtime.backends.onnx.backend import OnnxBackend
 
         backend = OnnxBackend(opened.directory, opened.manifest, options)
+    elif opened.manifest.kind == "genai":
+        from pos2d.runtime.backends.onnx.genai import GenAIBackend
+
+        backend = GenAIBackend(opened.directory, opened.manifest, options)
     else:
         from pos2d.runtime.backends.torch.backend import TorchBackend
 

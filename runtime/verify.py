@@ -1,6 +1,6 @@
 """Check an artifact: its files, and its logits against another artifact or against what the exact model predicts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ import numpy as np
 from pos2d.errors import ParityError, UsageError
 from pos2d.file_checks import check_files
 from pos2d.layout import Layout, build_layout
+from pos2d.manifest import GRAPH_KINDS
 from pos2d.options import takes_options
 from pos2d.progress import Progress
-from pos2d.reference import Reference, read_reference
+from pos2d.reference import COLUMNS, ONE_BRANCH, Reference, read_reference
 from pos2d.runtime.backends.options import LoadDtype, LoadOptions
 from pos2d.runtime.engine.backend import Floats
 from pos2d.runtime.engine.decode import forward
@@ -36,7 +37,10 @@ PROBE_SEED = 20240601
 # Decode steps after the prompts of a probe.
 STEPS = 8
 # Tokens of the context and of each branch; a model with fewer than PROBE_SPAN positions gets shorter probes.
-PROBES = {"one branch": (0, (48,)), "four branches after a context": (24, (12, 7, 16, 9))}
+PROBES: Mapping[str, tuple[int, tuple[int, ...]]] = {
+    ONE_BRANCH: (0, (48,)),
+    COLUMNS: (24, (12, 7, 16, 9)),
+}
 PROBE_SPAN = 128
 
 
@@ -155,14 +159,14 @@ def _refuse_quantised(*compared: OpenedModel) -> None:
 
 def _verify_against(candidate: Model, reference: Model, rtol: float) -> ParityReport:
     cases = _compare_models(candidate, reference)
-    if candidate.manifest.dtype == "float16" and candidate.manifest.kind == "onnx":
+    if candidate.manifest.dtype == "float16" and candidate.manifest.kind in GRAPH_KINDS:
         return _report(cases, max(rtol, HALF_RTOL), HALF_TOP1, HALF_MEAN_KL)
     return _report(cases, rtol)
 
 
 def _load(opened: OpenedModel, threads: int | None) -> Model:
     """Load a model in float32 on the CPU; a graph has only one type."""
-    dtype: LoadDtype = "auto" if opened.manifest.kind == "onnx" else "float32"
+    dtype: LoadDtype = "auto" if opened.manifest.kind in GRAPH_KINDS else "float32"
     return load_opened(opened, LoadOptions(device="cpu", dtype=dtype, threads=threads))
 
 
@@ -176,15 +180,19 @@ def _verify_quantised(model: Model, reference: Reference | None) -> ParityReport
     report = replace(_report(cases, None, MIN_TOP1, MAX_MEAN_KL), cure=cure)
     if reference is None:
         return report
-    exact = judged(model.manifest, reference, [*distances, distance_in_batch(model, predictions)])
+    if model.manifest.has_branches:
+        distances.append(distance_in_batch(model, predictions))
+    exact = judged(model.manifest, reference, distances)
     return replace(report, exact=exact, passed=report.passed and exact.passed)
 
 
 def _compare_models(candidate: Model, reference: Model) -> list[CaseParity]:
-    """Every probe with a cache and in one pass, and all probes in one batch."""
+    """Every probe with a cache and in one pass, and all probes in one batch, as far as the candidate has branches."""
     cases: list[CaseParity] = []
-    with Progress("verifying", 2 * len(PROBES) + 1) as progress:
-        for name, (context, lengths) in PROBES.items():
+    has_branches = candidate.manifest.has_branches
+    probes = PROBES if has_branches else {ONE_BRANCH: PROBES[ONE_BRANCH]}
+    with Progress("verifying", 2 * len(probes) + has_branches) as progress:
+        for name, (context, lengths) in probes.items():
             layout, steps = _probe(candidate, context, lengths)
             expected, tokens = _decode_steps(reference, layout, [None] * steps)
             actual, _ = _decode_steps(candidate, layout, tokens)
@@ -194,8 +202,9 @@ def _compare_models(candidate: Model, reference: Model) -> list[CaseParity]:
             one_pass = (forward(model.backend, whole, len(whole)) for model in (reference, candidate))
             cases.append(compare(f"{name}, one pass", *one_pass))
             progress.advance()
-        cases.append(compare("batch of two, cached", *_batched(candidate, reference)))
-        progress.advance()
+        if has_branches:
+            cases.append(compare("batch of two, cached", *_batched(candidate, reference)))
+            progress.advance()
     return cases
 
 

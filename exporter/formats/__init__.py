@@ -13,6 +13,7 @@ from pos2d.sources.source import Source
 # The module of every format, imported when the format is used.
 FORMATS: Mapping[FormatName, str] = {
     "onnx": "pos2d.exporter.formats.onnx.format",
+    "genai": "pos2d.exporter.formats.genai.format",
     "bnb": "pos2d.exporter.formats.bnb",
     "stock": "pos2d.exporter.formats.stock",
     "gguf": "pos2d.exporter.formats.gguf.format",

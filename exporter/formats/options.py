@@ -5,9 +5,9 @@ from typing import Literal
 
 from pos2d.options import check_options, option
 
-FormatName = Literal["onnx", "bnb", "stock", "gguf"]
+FormatName = Literal["onnx", "genai", "bnb", "stock", "gguf"]
 # Headings of help pages, for options that one format takes.
-ONNX, CHECKPOINTS = "For --format onnx", "For --format bnb and stock"
+ONNX, CHECKPOINTS = "For --format onnx and genai", "For --format bnb and stock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,13 +20,14 @@ class ExportOptions:
 
     format: FormatName = option(
         "onnx",
-        "onnx: decoder graphs with a KV cache. bnb: a bitsandbytes checkpoint. stock: a checkpoint of the base's own "
-        "architecture, which other programs load without extra code. gguf: a file for llama.cpp and a Modelfile for "
-        "Ollama. Of a model with 2D RoPE, stock and gguf have one branch.",
+        "onnx: decoder graphs with a KV cache. genai: the same decoder as onnxruntime-genai runs it. bnb: a "
+        "bitsandbytes checkpoint. stock: a checkpoint of the base's own architecture, which other programs load "
+        "without extra code. gguf: a file for llama.cpp and a Modelfile for Ollama. Of a model with 2D RoPE, genai, "
+        "stock and gguf have one branch.",
     )
     quant: Literal["none", "int8", "int4", "auto", "8bit", "nf4", "q8_0", "q4_0"] = option(
         "none",
-        "Precision of the linear layers. onnx: none, int8, int4, or auto, which mixes 4 and 8 bits and needs "
+        "Precision of the linear layers. onnx and genai: none, int8, int4, or auto, which mixes 4 and 8 bits and needs "
         "`target_size`. bnb: 8bit or nf4; one of the two is required. stock: none, 8bit or nf4. gguf: none, q8_0 or "
         "q4_0.",
     )
@@ -35,12 +36,12 @@ class ExportOptions:
         "Linear layers that are not quantised: full names (lm_head), last parts of names (down_proj) or whole layers "
         "of the decoder (model.layers.0), separated by commas.",
         metavar="NAMES",
-        default_text="none of onnx and gguf, lm_head of bnb and stock",
+        default_text="none of onnx, genai and gguf, lm_head of bnb and stock",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(
         "auto",
-        "Type of the weights that are not quantised. onnx: float32 (auto) or float16, also for activations and KV "
-        "cache. bnb and stock: auto keeps the type of each weight, and makes bfloat16 of a float32 base that is "
+        "Type of the weights that are not quantised. onnx and genai: float32 (auto) or float16, also for activations "
+        "and KV cache. bnb and stock: auto keeps the type of each weight, and makes bfloat16 of a float32 base that is "
         "quantised. gguf: float16 (auto), float32 or bfloat16.",
     )
     block_size: int | None = option(
@@ -73,8 +74,8 @@ class ExportOptions:
     )
     no_verify: bool = option(
         False,
-        "onnx and stock: skip the final check of what was written, the same check as that of the verify command. gguf: "
-        "skip reading the file back and comparing it.",
+        "onnx, genai and stock: skip the final check of what was written, the same check as that of the verify "
+        "command. gguf: skip reading the file back and comparing it.",
     )
     max_shard_size: str | None = option(
         None,

@@ -27,6 +27,7 @@ from pos2d.onnx_io import (
 class AttentionVariant(ABC):
     """The inputs of a graph variant that attention needs, and the attention nodes of every layer."""
 
+    branches = True  # the graph takes branch and time of every token
     head_dim_multiple = 1  # the kernels need a head_dim that is a multiple of this
     opset = 21  # ONNX Runtime's CUDA provider has all operators of the graph in the versions that this opset names
 
@@ -81,6 +82,22 @@ class Causal(AttentionVariant):
         )
         self.present(layer, present)
         return attention
+
+
+class GenAI(Causal):
+    """Sequences without branches, each padded after its tokens, with the inputs that onnxruntime-genai feeds."""
+
+    branches = False
+
+    def __init__(self, builder: GraphBuilder, sizes: Dimensions) -> None:
+        AttentionVariant.__init__(self, builder, sizes)
+        mask = builder.input(ATTENTION_MASK, INT64, ["batch", "total"])
+        one, last_axis = (builder.constant(f"axis_{axis}", np.array([axis], dtype=np.int64)) for axis in (1, -1))
+        tokens = builder.op("ReduceSum", [mask, last_axis], keepdims=0)
+        self.last_index = builder.op("Cast", [builder.op("Sub", [tokens, one])], to=INT32)
+        axis = builder.constant("total_axis", np.array(1, dtype=np.int64))
+        length = builder.op("Gather", [builder.op("Shape", [mask]), axis])
+        self.total_length = builder.op("Cast", [length], to=INT32)
 
 
 class General(Causal):
@@ -142,4 +159,9 @@ def additive_mask(builder: GraphBuilder, mask: ir.Value) -> ir.Value:
     )
 
 
-ATTENTION_VARIANTS: Mapping[GraphName, type[AttentionVariant]] = {"causal": Causal, "general": General, "batch": Batch}
+ATTENTION_VARIANTS: Mapping[GraphName, type[AttentionVariant]] = {
+    "causal": Causal,
+    "general": General,
+    "batch": Batch,
+    "genai": GenAI,
+}

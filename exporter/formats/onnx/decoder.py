@@ -19,7 +19,7 @@ from pos2d.families import Dimensions
 from pos2d.onnx_io import INPUT_IDS, LOGITS, LOGITS_ROWS, POS2D, POSITION_IDS, fused_name
 from pos2d.recipes import GraphRecipe
 from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD, LM_HEAD
-from pos2d.spec import Rope2DSpec
+from pos2d.spec import BRANCH, Rope2DSpec
 
 IR_VERSION = 10
 # MatMulNBits: activations are rounded to 8 bits, or stay as they are.
@@ -44,16 +44,16 @@ def build_decoder(
     recipe: GraphRecipe | None,
     variant: type[AttentionVariant],
 ) -> ir.Model:
-    """Build a decoder whose KV cache is inputs and outputs. ``inv_freq`` is float32 ``[F]``."""
+    """Build a decoder whose KV cache is inputs and outputs. ``inv_freq`` is float32 ``[F]``.
+
+    A variant without branches takes positions alone and returns the logits of every token.
+    """
     decoder = _Decoder(sizes, layout, recipe)
     builder = decoder.builder
-    ids, positions, pos2d = (
-        builder.input(INPUT_IDS, INT64, ["batch", "sequence"]),
-        builder.input(POSITION_IDS, INT64, ["batch", "sequence"]),
-        builder.input(POS2D, INT64, ["batch", "sequence", 2]),
-    )
+    ids, positions = (builder.input(name, INT64, ["batch", "sequence"]) for name in (INPUT_IDS, POSITION_IDS))
+    pos2d = builder.input(POS2D, INT64, ["batch", "sequence", 2]) if variant.branches else None
     attention = variant(builder, sizes)
-    logits_rows = builder.input(LOGITS_ROWS, INT64, ["batch", "rows"])
+    logits_rows = builder.input(LOGITS_ROWS, INT64, ["batch", "rows"]) if variant.branches else None
     tables = decoder.rotary_tables(positions, pos2d, spec, inv_freq, attention_scaling)
 
     hidden = decoder.embed(ids)
@@ -65,7 +65,8 @@ def build_decoder(
         update = decoder.linear(attention(number, queries, keys, values), f"{layer}.self_attn.o_proj")
         normed, hidden = decoder.add_and_norm(hidden, update, f"{layer}.post_attention_layernorm.weight")
         normed, hidden = decoder.add_and_norm(hidden, decoder.mlp(normed, layer), f"{next_norm}.weight")
-    builder.output(decoder.head(normed, logits_rows), LOGITS, ["batch", "rows", sizes.vocab], first=True)
+    rows = "sequence" if logits_rows is None else "rows"
+    builder.output(decoder.head(normed, logits_rows), LOGITS, ["batch", rows, sizes.vocab], first=True)
     return builder.model(attention.opset, IR_VERSION)
 
 
@@ -141,12 +142,14 @@ class _Decoder:
             quantize_axis=1,
         )
 
-    def head(self, normed: ir.Value, logits_rows: ir.Value) -> ir.Value:
-        """Logits ``[batch, rows, vocab]`` of the tokens at the indices ``logits_rows``, ``[batch, rows]``."""
-        last_axis = self.builder.constant("last_axis", np.array([-1], dtype=np.int64))
-        indices = self.builder.op("Unsqueeze", [logits_rows, last_axis])
-        gathered = self.builder.op("GatherND", [normed, indices], batch_dims=1)
-        return self.product(gathered, self.weights[EMBEDDING if self.tied else HEAD], None, LM_HEAD)
+    def head(self, normed: ir.Value, logits_rows: ir.Value | None) -> ir.Value:
+        """Logits ``[batch, rows, vocab]`` of the tokens at the indices ``logits_rows``, ``[batch, rows]``, or of
+        all."""
+        if logits_rows is not None:
+            last_axis = self.builder.constant("last_axis", np.array([-1], dtype=np.int64))
+            indices = self.builder.op("Unsqueeze", [logits_rows, last_axis])
+            normed = self.builder.op("GatherND", [normed, indices], batch_dims=1)
+        return self.product(normed, self.weights[EMBEDDING if self.tied else HEAD], None, LM_HEAD)
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
         """RMS norm over the last axis."""
@@ -166,19 +169,30 @@ class _Decoder:
         return normed, total
 
     def rotary_tables(
-        self, positions: ir.Value, pos2d: ir.Value, spec: Rope2DSpec, inv_freq: np.ndarray, attention_scaling: float
+        self,
+        positions: ir.Value,
+        pos2d: ir.Value | None,
+        spec: Rope2DSpec,
+        inv_freq: np.ndarray,
+        attention_scaling: float,
     ) -> RotaryTables:
         """The tables of this pass's tokens, computed once for all layers.
 
-        Every frequency is multiplied by the position, branch or time of the token, as the axes of ``spec`` say.
+        Every frequency is multiplied by the position, branch or time of the token, as the axes of ``spec`` say. Without
+        ``pos2d`` the sequence is one branch: its branch value is 0, and its times are its positions.
         """
         builder = self.builder
         last_axis = builder.constant("last_axis", np.array([-1], dtype=np.int64))
-        three = builder.op("Concat", [builder.op("Unsqueeze", [positions, last_axis]), pos2d], axis=-1)
-        axes = builder.constant("rope_axes", np.array(spec.axes, dtype=np.int64))
-        by_frequency = builder.op("Cast", [builder.op("Gather", [three, axes], axis=2)], to=ir.DataType.FLOAT)
-        table_shape = builder.constant("rope_rows", np.array([-1, len(spec.axes)], dtype=np.int64))
-        flat = builder.op("Reshape", [by_frequency, table_shape])
+        turned_by = builder.op("Unsqueeze", [positions, last_axis])
+        if pos2d is None:
+            inv_freq = np.where(np.array(spec.axes) == BRANCH, 0, inv_freq)
+        else:
+            three = builder.op("Concat", [turned_by, pos2d], axis=-1)
+            axes = builder.constant("rope_axes", np.array(spec.axes, dtype=np.int64))
+            turned_by = builder.op("Gather", [three, axes], axis=2)
+        width = 1 if pos2d is None else len(spec.axes)
+        table_shape = builder.constant("rope_rows", np.array([-1, width], dtype=np.int64))
+        flat = builder.op("Reshape", [builder.op("Cast", [turned_by], to=ir.DataType.FLOAT), table_shape])
         angles = builder.op("Mul", [flat, builder.constant("rope_inv_freq", inv_freq.astype(np.float32))])
         tables = [builder.op("Cos", [angles]), builder.op("Sin", [angles])]
         if attention_scaling != 1.0:

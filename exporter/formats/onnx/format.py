@@ -1,6 +1,6 @@
 """ONNX decoders that take ``pos2d`` and write their KV cache in place: three graphs that share one weight file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -16,11 +16,12 @@ from pos2d.exporter.quantisation.module_names import named_modules
 from pos2d.graph_metadata import graph_metadata
 from pos2d.onnx_io import DATA_FILE, GRAPH_FILES, GraphFile, GraphInfo, GraphName, GraphTensor
 from pos2d.recipes import BITS, BLOCK_SIZES, DEFAULT_BLOCKS, UNCALIBRATED_BLOCK, GraphQuant, GraphRecipe
-from pos2d.reference import Reference
+from pos2d.reference import HeldOut, Reference
 from pos2d.sources.checkpoints.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
 from pos2d.sources.hf_config import rotary_frequencies
 from pos2d.sources.source import Source
 from pos2d.sources.tensors.tensor_plan import PlannedTensor, plan_tensors
+from pos2d.spec import Rope2DSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +38,8 @@ OPTIONS = (
     "no_calibration",
 )
 DTYPES = ("float32", "float16")
+# The graphs of this format; onnxruntime-genai has another.
+GRAPHS: tuple[GraphName, ...] = ("causal", "general", "batch")
 # The head decides between tokens: "int4" gives it 8 bits (benchmarks/nbits.py has what 4 would cost).
 SENSITIVE = (LM_HEAD,)
 
@@ -60,18 +63,18 @@ class OnnxPlan:
 
 
 def refuse(options: ExportOptions) -> None:
-    """Check the options of an ONNX export.
+    """Check the options of graphs.
 
     Raises:
         UsageError: values that graphs do not have, or options that do nothing without another.
     """
     if options.quant != "none" and options.quant not in get_args(GraphQuant):
         raise UsageError(
-            f"`quant={options.quant!r}` needs `format='bnb'`; `format='onnx'`, the default, takes `quant` "
+            f"`quant={options.quant!r}` needs `format='bnb'`; `format={options.format!r}` takes `quant` "
             f"{', '.join(get_args(GraphQuant))}, or none"
         )
     if options.dtype not in ("auto", *DTYPES):
-        raise UsageError(f"`format='onnx'` takes `dtype` {' or '.join(DTYPES)}")
+        raise UsageError(f"`format={options.format!r}` takes `dtype` {' or '.join(DTYPES)}")
     needs_quant = options.block_size, options.skip_modules, options.float_activations, options.no_calibration
     if options.quant == "none" and any(needs_quant):
         raise UsageError(
@@ -111,20 +114,9 @@ def write(source: Source, plan: OnnxPlan, target: Path) -> dict[str, Any]:
     Raises:
         InputError: see :func:`pos2d.exporter.formats.onnx.weight_writer.write_weights`.
     """
-    calibrated = plan.recipe is not None and plan.recipe.calibrated
-    sizes = source.base.sizes
-    held_out, is_text = held_out_tokens(target, sizes.vocab, sizes.context_length) if plan.compared else ([], False)
-    totals, predictions = write_weights(
-        source, plan.layout, plan.tensors, target, calibrated=calibrated, held_out=held_out
-    )
-    if predictions:
-        Reference(predictions, is_text).write(target)
-    return {
-        "dtype": plan.layout.dtype,
-        "graph": _write_graphs(source, plan, target),
-        "graph_quant": plan.recipe,
-        "ledger": None if plan.recipe is None else {"totals": asdict(totals)},
-    }
+    held_out, is_text = held_out_of(source, plan, target)
+    facts = write_weight_file(source, plan, target, held_out, is_text)
+    return facts | {"graph": write_graphs(source, plan, target, GRAPHS, source.spec)}
 
 
 def check(staging: Path, source: Source, plan: OnnxPlan) -> Mapping[str, Any] | None:
@@ -141,7 +133,33 @@ def check(staging: Path, source: Source, plan: OnnxPlan) -> Mapping[str, Any] | 
     return None if source.reference is None else closing_check(staging, source.reference)
 
 
-def _write_graphs(source: Source, plan: OnnxPlan, target: Path) -> GraphInfo:
+def held_out_of(source: Source, plan: OnnxPlan, target: Path) -> tuple[list[HeldOut], bool]:
+    """The sequences on which quantised graphs are compared with the exact model, and whether they are text."""
+    sizes = source.base.sizes
+    return held_out_tokens(target, sizes.vocab, sizes.context_length) if plan.compared else ([], False)
+
+
+def write_weight_file(
+    source: Source, plan: OnnxPlan, target: Path, held_out: Sequence[HeldOut], is_text: bool
+) -> dict[str, Any]:
+    """Write the weights, and what the exact model predicts for ``held_out``; returns the manifest's fields for them."""
+    calibrated = plan.recipe is not None and plan.recipe.calibrated
+    totals, predictions = write_weights(
+        source, plan.layout, plan.tensors, target, calibrated=calibrated, held_out=held_out
+    )
+    if predictions:
+        Reference(predictions, is_text).write(target)
+    return {
+        "dtype": plan.layout.dtype,
+        "graph_quant": plan.recipe,
+        "ledger": None if plan.recipe is None else {"totals": asdict(totals)},
+    }
+
+
+def write_graphs(
+    source: Source, plan: OnnxPlan, target: Path, names: Sequence[GraphName], stated: Rope2DSpec
+) -> GraphInfo:
+    """Write the graphs ``names`` over the weight file; their metadata states the positions ``stated``."""
     import onnx_ir as ir
 
     from pos2d.exporter.formats.onnx.attention import ATTENTION_VARIANTS
@@ -155,11 +173,12 @@ def _write_graphs(source: Source, plan: OnnxPlan, target: Path) -> GraphInfo:
             "vocab_size": sizes.vocab,
             "context_length": sizes.context_length,
             "eos_token_ids": source.eos_token_ids,
-            "rope_2d": source.spec.to_dict(),
+            "rope_2d": stated.to_dict(),
         }
     )
     graphs: dict[GraphName, GraphFile] = {}
-    for name, variant in ATTENTION_VARIANTS.items():
+    for name in names:
+        variant = ATTENTION_VARIANTS[name]
         if sizes.head_dim % variant.head_dim_multiple:
             continue
         model = build_decoder(sizes, source.spec, inv_freq, scaling, plan.layout, plan.recipe, variant)

@@ -66,7 +66,7 @@ class OnnxBackend:
         self._context_length = manifest.context_length
         self._vocab_size = manifest.vocab_size
         self._dtype = manifest.dtype
-        inputs = manifest.graph.graphs[BATCH].inputs
+        inputs = next(iter(manifest.graph.graphs.values())).inputs  # all graphs have the same cache
         self._cache_shapes = {i.name: i.shape for i in inputs if i.name.startswith(PAST_PREFIX)}
 
     @property
@@ -202,14 +202,19 @@ def _variant_for(branches: int) -> GraphName:
 
 def _cheapest_variant(mask: Bools, cache: OnnxCache | OnnxRowsView) -> GraphName:
     """The cheapest graph variant that can compute a pass with this mask."""
-    batch, new, total = mask.shape
-    if batch > 1:
+    if len(mask) > 1:
         return BATCH
-    if new == 1:
-        return CAUSAL if mask.all() else GENERAL
+    return CAUSAL if is_causal(mask, cache) else GENERAL
+
+
+def is_causal(mask: Bools, cache: OnnxCache | OnnxRowsView) -> bool:
+    """Whether ``mask`` lets every token of one sequence attend to all tokens before it and to itself."""
+    batch, new, total = mask.shape
+    if batch == new == 1:
+        return bool(mask.all())
     past = cache.length
     causal = np.arange(total)[None] <= past + np.arange(new)[:, None]
-    return CAUSAL if total == past + new and np.array_equal(mask[0], causal) else GENERAL
+    return batch == 1 and total == past + new and np.array_equal(mask[0], causal)
 
 
 def _attention_feeds(

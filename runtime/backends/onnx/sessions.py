@@ -11,7 +11,7 @@ import psutil
 from pos2d.errors import InputError
 from pos2d.graph_metadata import differing
 from pos2d.manifest import FILE_NAME, Manifest
-from pos2d.onnx_io import GraphName
+from pos2d.onnx_io import GENAI, GraphName
 from pos2d.runtime.backends.onnx import cuda as onnx_cuda
 from pos2d.runtime.backends.onnx.fixed_steps import FixedSteps
 from pos2d.runtime.backends.onnx.float_activations import with_float_activations
@@ -22,8 +22,9 @@ from pos2d.threads import default_threads
 CAUSAL: GraphName = "causal"
 GENERAL: GraphName = "general"
 BATCH: GraphName = "batch"
-# From the cheapest to the most general: each can do what those before it do, a little slower.
-VARIANTS = (CAUSAL, GENERAL, BATCH)
+# From the cheapest to the most general: each can do what those before it do, a little slower. The last one is alone in
+# its artifact.
+VARIANTS = (CAUSAL, GENERAL, BATCH, GENAI)
 # Products are cut into more blocks than there are threads, so that all threads finish at about the same time.
 SESSION_CONFIG = {"session.dynamic_block_base": "4"}
 # The directory of the weights of a graph that is given to ONNX Runtime as bytes.

@@ -1,0 +1,1 @@
+"""The ONNX graph that onnxruntime-genai runs, with its configuration."""
