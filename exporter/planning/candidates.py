@@ -22,7 +22,7 @@ from pos2d.exporter.planning.footprint import (
 from pos2d.exporter.planning.graph_footprint import default_layout
 from pos2d.exporter.quantisation.held_out import reference_bytes
 from pos2d.families import Dimensions, expected_tensors
-from pos2d.manifest import PROGRAMS, Manifest, read_manifest
+from pos2d.manifest import GRAPH_KINDS, PROGRAMS, Manifest, read_manifest
 from pos2d.onnx_io import DATA_FILE
 from pos2d.recipes import BITS, BnbRecipe
 from pos2d.sources.checkpoints.checkpoint import Checkpoint, read_config
@@ -104,7 +104,7 @@ def candidates_of_model(base: Checkpoint, model: str, run: PlannedRun) -> list[C
 def candidates_of_artifact(directory: Path, run: PlannedRun) -> list[Candidate]:
     """The artifact itself, in every dtype that it can compute in; if it is a merge, also all exports."""
     manifest = read_manifest(directory)
-    if manifest.kind == "onnx":
+    if manifest.kind in GRAPH_KINDS:
         return [_existing_graph(manifest, ["pos2d", "run", str(directory), "--prompt", PROMPT], run)]
     command = _run_command(str(directory), run)
     if isinstance(manifest.quant, BnbRecipe):

@@ -6,11 +6,16 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from pos2d.errors import InputError
+from pos2d.errors import InputError, UsageError
 from pos2d.layout import Layout
+from pos2d.manifest import Manifest
 from pos2d.runtime.engine.backend import Floats
 
 FinishReason = Literal["stop", "length", "cancelled"]
+NO_BRANCHES = (
+    "this artifact is for onnxruntime-genai and has one branch; ask for one answer at a time, or export again with "
+    "`format='onnx'`"
+)
 
 
 # Token ids with their log probabilities, the most likely first.
@@ -149,6 +154,16 @@ def check_length(layout: Layout, context_length: int) -> None:
             f"the prompts take {span(layout)} positions, the model has {context_length}; "
             "shorten them or give fewer at once"
         )
+
+
+def check_branches(manifest: Manifest, layouts: Sequence[Layout]) -> None:
+    """Check that an artifact can compute the branches of these layouts.
+
+    Raises:
+        UsageError: a layout has several, and the artifact none.
+    """
+    if not manifest.has_branches and any(len(layout.last) > 1 for layout in layouts):
+        raise UsageError(NO_BRANCHES)
 
 
 def _check_finite(logits: Floats) -> None:

@@ -8,6 +8,7 @@ from pos2d.errors import InputError
 from pos2d.layout import CONTEXT, Layout, build_continuations, build_layout
 from pos2d.runtime.engine.sampler import new_token_limit
 from pos2d.runtime.engine.sampling import Sampling
+from pos2d.runtime.engine.sequence import check_branches
 from pos2d.runtime.http.demands import chat_demand, completion_demand, response_demand, text_demand
 from pos2d.runtime.http.errors import refusing
 from pos2d.runtime.http.limits import Demand, check_tokens
@@ -225,6 +226,7 @@ def _plan(
         InputError, UsageError: a job that can never run.
     """
     check_sampling(service.artifact, sampling)
+    check_branches(service.artifact.manifest, layouts)
     jobs = []
     for layout in layouts:
         count, context = len(layout.last), context_size(layout)

@@ -9,7 +9,7 @@ from pos2d.layout import Layout, build_layout
 from pos2d.runtime.engine.prefix_cache import PrefixCache
 from pos2d.runtime.engine.sampler import new_token_limit
 from pos2d.runtime.engine.sampling import Sampling
-from pos2d.runtime.engine.sequence import check_length
+from pos2d.runtime.engine.sequence import check_branches, check_length
 from pos2d.runtime.text.artifact import LoadedArtifact
 from pos2d.runtime.text.chat_template import check_arguments
 from pos2d.runtime.text.completions import Event
@@ -94,14 +94,18 @@ def lay_out(
     Raises:
         InputError: token ids outside the vocabulary, a sequence that is longer than the model, or a prompt that leaves
             no room below the artifact's ``max_length``.
-        UsageError: an end token that the tokenizer does not have, or a biased token that the model does not have.
+        UsageError: an end token that the tokenizer does not have, a biased token that the model does not have, or
+            branches for an artifact that has none.
     """
     check_sampling(artifact, sampling)
     for branch in encoded.branches:
         new_token_limit(sampling, len(encoded.context or ()) + len(branch))
-    size = branches_per_sequence
+    # An isolated branch is what it is in a sequence of its own.
+    alone = spec.visibility == "isolated" and not artifact.manifest.has_branches
+    size = 1 if alone else branches_per_sequence
     groups = (encoded.branches[first : first + size] for first in range(0, len(encoded.branches), size))
     layouts = tuple(build_layout(branches, spec, encoded.context) for branches in groups)
+    check_branches(artifact.manifest, layouts)
     for layout in layouts:
         artifact.check_ids(layout.ids)
         check_length(layout, artifact.manifest.context_length)

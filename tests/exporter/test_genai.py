@@ -137,17 +137,19 @@ def test_configuration_and_manifest_say_what_the_model_is(pair: Pair) -> None:
     assert {"logits", *driver.names(driver.outputs, "present")} == {o.name for o in driver.session.get_outputs()}
 
 
-def test_the_runtime_runs_one_prompt_and_refuses_several(pair: Pair) -> None:
+def test_the_runtime_answers_prompts_one_by_one(pair: Pair) -> None:
     model, merged = runtime.load(pair.genai), runtime.load(pair.merged, device="cpu", dtype="float32")
     options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.0}
     texts = [PROMPT, "And then"]
     assert answers(model, texts[:1], **options) == answers(merged, texts[:1], **options)
-    with pytest.raises(
-        UsageError, match=r"for onnxruntime-genai and has no branches.*with `max_branches=1`, or export"
+    expected = answers(merged, texts, max_branches=1, **options)
+    assert answers(model, texts, **options) == expected
+    for asked in (
+        lambda: answers(model, texts, visibility="columnar", **options),
+        lambda: model.generate_ids(pair.prompts),
     ):
-        model.generate(texts, **options)
-    found, expected = (answers(one, texts, max_branches=1, **options) for one in (model, merged))
-    assert found == expected
+        with pytest.raises(UsageError, match="for onnxruntime-genai and has one branch; ask for one answer at a time"):
+            asked()
 
 
 def answers(model: runtime.Model, texts: list[str], **options: Any) -> list[tuple[int, ...]]:

@@ -12,6 +12,7 @@ from pos2d.runtime.backends.onnx.backend import OnnxBackend, is_causal
 from pos2d.runtime.backends.onnx.fixed_steps import Arrays
 from pos2d.runtime.backends.onnx.kv_cache import OnnxCache
 from pos2d.runtime.backends.onnx.rows import OnnxRows, OnnxRowsView
+from pos2d.runtime.engine.sequence import NO_BRANCHES
 from pos2d.runtime.engine.single_rows import SingleRows
 
 
@@ -23,10 +24,7 @@ class GenAIBackend(OnnxBackend):
 
     def _run(self, feeds: Arrays, mask: Bools, cache: OnnxCache | OnnxRowsView, logits: npt.NDArray[Any]) -> None:
         if not is_causal(mask, cache):
-            raise UsageError(
-                "this artifact is for onnxruntime-genai and has no branches: answer prompts in sequences of their own "
-                "with `max_branches=1`, or export with `format='onnx'`"
-            )
+            raise UsageError(NO_BRANCHES)
         _, session = self.graphs.session(GENAI)
         total = cache.length + feeds[INPUT_IDS].shape[1]
         inputs = {name: np.ascontiguousarray(feeds[name]) for name in (INPUT_IDS, POSITION_IDS)}
