@@ -29,7 +29,7 @@ class Plan(Protocol):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the format cannot keep as it is, in sentences."""
+        """A sentence for each way in which the programs that run the artifact depart from the model's files."""
 
 
 class ExportFormat(Protocol):

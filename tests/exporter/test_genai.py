@@ -12,8 +12,11 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Conf
 
 from pos2d import exporter, runtime
 from pos2d.errors import InputError, UsageError
+from pos2d.exporter.formats.genai.limits import genai_warnings
 from pos2d.exporter.formats.onnx import decoder
 from pos2d.manifest import read_manifest
+from pos2d.sources.positions import TrainedPositions
+from pos2d.sources.source import from_adapters
 from tests.bases import CONFIGS, SHAPE, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 from tests.bounds import logits_bound
 
@@ -51,7 +54,14 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     place = tmp_path_factory.mktemp(request.param)
     base = write_base(place / "base", FAMILIES[request.param])
     write_tokenizer(base, chat=True)
-    settings = {"eos_token_id": list(ENDS), "do_sample": True, "temperature": 0.5, "top_k": 7, "pad_token_id": 0}
+    settings = {
+        "eos_token_id": list(ENDS),
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_k": 7,
+        "pad_token_id": 0,
+        "min_p": 0.1,
+    }
     (base / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
     lora = write_adapter(place / "lora.pth", random_adapter(linear_modules(base)))
     exporter.merge(base, lora, place / "merged", pair_indices=PAIRS)
@@ -173,6 +183,7 @@ def test_the_export_compares_a_float_graph_with_its_source(pair: Pair, tmp_path:
     assert report.parity is not None
     assert report.parity["passed"]
     assert "logits within" in report.summary()
+    assert [warning for warning in report.warnings if "no setting for min_p" in warning]
 
 
 @pytest.mark.parametrize("pair", ["qwen2"], indirect=True)
@@ -244,3 +255,24 @@ def greedy(genai: Any, model: Any, prompt: list[int], count: int) -> tuple[np.nd
         generator.generate_next_token()
         tokens.append(int(generator.get_next_tokens()[0]))
     return np.array(rows), tokens
+
+
+@pytest.mark.parametrize(
+    ("model", "warned"),
+    [
+        ({"type": "BPE", "byte_fallback": True}, "makes other tokens of several spaces in a row"),
+        ({"type": "Unigram"}, "cannot read a Unigram tokenizer"),
+        ({"type": "BPE", "byte_fallback": False}, None),
+    ],
+)
+def test_where_onnxruntime_genai_departs_from_the_files_the_export_warns(
+    model: dict[str, Any], warned: str | None, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base", FAMILIES["llama"])
+    (base / "tokenizer.json").write_text(json.dumps({"model": model}), encoding="utf-8")
+    (base / "generation_config.json").write_text('{"min_p": 0.1, "top_k": 3, "eos_token_id": 2}', encoding="utf-8")
+    source = from_adapters(base, (), TrainedPositions(no_patch_rope=True))
+    found = list(genai_warnings(source))
+    assert found[0] == "generation_config.json: onnxruntime-genai has no setting for min_p, and does without"
+    assert len(found) == (1 if warned is None else 2)
+    assert (warned or "") in found[-1]

@@ -4,11 +4,13 @@ Weights, quantisation and everything but the inputs are those of :mod:`pos2d.exp
 with 2D RoPE the graph computes one branch, in which the branch frequencies never turn.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pos2d.errors import InputError
 from pos2d.exporter.formats.genai.genai_config import GENAI_CONFIG, genai_config
+from pos2d.exporter.formats.genai.limits import genai_warnings
 from pos2d.exporter.formats.onnx import format as graphs
 from pos2d.exporter.formats.onnx.format import OPTIONS, OnnxPlan, check, refuse
 from pos2d.exporter.formats.options import ExportOptions
@@ -42,7 +44,7 @@ def plan(source: Source, options: ExportOptions) -> OnnxPlan:
             f"{path} names no end token, and onnxruntime-genai would end at token 0; add `eos_token_id`, or use "
             "`format='onnx'`"
         )
-    return graphs.plan(source, options)
+    return replace(graphs.plan(source, options), warnings=tuple(genai_warnings(source)))
 
 
 def write(source: Source, plan: OnnxPlan, target: Path) -> dict[str, Any]:
