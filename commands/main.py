@@ -37,6 +37,7 @@ WORKFLOWS = {
     "Check an artifact": {
         "verify": "Check files and logits of an artifact: pass or fail.",
         "eval": "Measure quality: perplexity, and KL from a reference.",
+        "compare": "Say where a merge or an export went wrong.",
         "bench": "Measure speed and memory.",
     },
     "Publish an artifact": {

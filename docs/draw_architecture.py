@@ -37,6 +37,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "model",
         "batching",
         "evaluation",
+        "comparison",
         "layout_view",
         "serving",
         "http",

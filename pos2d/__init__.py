@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from pos2d.exporter.push import PushReport, push
     from pos2d.runtime.batch import BatchReport, batch
     from pos2d.runtime.bench import BenchReport, bench
+    from pos2d.runtime.compare import compare
+    from pos2d.runtime.comparison.report import CompareReport
     from pos2d.runtime.doctor import DoctorReport, doctor
     from pos2d.runtime.engine.sampling import Sampling
     from pos2d.runtime.evaluate import EvalReport, evaluate
@@ -51,6 +53,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchReport",
     "BenchReport",
+    "CompareReport",
     "Completion",
     "Conversation",
     "DoctorReport",
@@ -76,6 +79,7 @@ __all__ = [
     "UsageError",
     "batch",
     "bench",
+    "compare",
     "doctor",
     "evaluate",
     "export",

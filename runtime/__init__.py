@@ -2,6 +2,8 @@
 
 from pos2d.runtime.batch import BatchReport, batch
 from pos2d.runtime.bench import BenchReport, bench
+from pos2d.runtime.compare import compare
+from pos2d.runtime.comparison.report import CompareReport
 from pos2d.runtime.doctor import DoctorReport, doctor
 from pos2d.runtime.engine.sampling import Sampling
 from pos2d.runtime.evaluate import EvalReport, evaluate
@@ -17,6 +19,7 @@ from pos2d.runtime.verify import ParityReport, verify
 __all__ = [
     "BatchReport",
     "BenchReport",
+    "CompareReport",
     "Completion",
     "Conversation",
     "DoctorReport",
@@ -29,6 +32,7 @@ __all__ = [
     "Sampling",
     "batch",
     "bench",
+    "compare",
     "doctor",
     "evaluate",
     "load",

@@ -163,6 +163,7 @@ def test_flags_are_the_parameters_of_the_function_behind_them() -> None:
         ("push", exporter.push),
         ("verify", runtime.verify),
         ("eval", runtime.evaluate),
+        ("compare", runtime.compare),
         ("run", runtime.run),
         ("batch", runtime.batch),
         ("serve", runtime.serve),
