@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pos2d.errors import InputError
+from pos2d.runtime.engine.common_prefix import common_length
 from pos2d.runtime.opening.opened_model import OpenedModel
 from pos2d.runtime.text.tokenization import load_tokenizer
 
@@ -18,7 +19,8 @@ CONVERSATION = (
 SYSTEM = {"role": "system", "content": "You are a careful assistant."}
 # Letters, numbers, spaces, other scripts and line breaks, which normalisers and pre-tokenizers treat differently.
 PROBE = "Hello  World's 3.14 naïve Ångström 東京 мир\n\n\tdef f(x): return x+1 \U0001f600 ﬁ"
-SHOWN = 40
+# How much of two different texts is shown, and how much of it before the difference.
+SHOWN, BEFORE = 40, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def _tokenizer(expected: Any, found: Any) -> str:
             tokenizer(PROBE, add_special_tokens=special, verbose=False).input_ids for tokenizer in (expected, found)
         )
         if ids != others:
-            where = next((i for i, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), len(ids))
+            where = common_length(ids, others)
             return f"a text gets other tokens from the {_ordinal(where + 1)} on" + (
                 ", where special tokens are added" if special else ""
             )
@@ -95,10 +97,7 @@ def _template(expected: Any, found: Any) -> str:
     for turns in ((SYSTEM, *CONVERSATION), CONVERSATION):
         one, other = _rendered(expected, turns), _rendered(found, turns)
         if one != other:
-            at = next(
-                (i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]),
-                min(len(one), len(other)),
-            )
+            at = max(common_length(one, other) - BEFORE, 0)
             return f"a conversation has {_shown(other[at:])} where {_shown(one[at:])} was trained"
     return ""
 
