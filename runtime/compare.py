@@ -37,6 +37,8 @@ from pos2d.sources.positions import TrainedPositions
 from pos2d.threads import ThreadOptions
 
 SUFFIX = ".svg"
+# A text is likelier if its perplexity is below this part of another.
+LIKELIER = 0.95
 DEFAULT = "twelve questions with short answers"
 
 
@@ -133,7 +135,7 @@ def _run(setting: Setting, plain: OpenedModel, candidates: Sequence[Candidate]) 
         base = _base_figures(setting, plain, expected, progress)
         has_graphs = any(candidate.is_graph for candidate in running)
         start = first_logits(setting, _load(untrained(setting.reference), setting.threads)) if has_graphs else ()
-        artifacts = [_report(setting, candidate, expected, base, start, progress) for candidate in candidates]
+        artifacts = [_report(setting, candidate, expected, unmerged, base, start, progress) for candidate in candidates]
     decode = setting.tokenizer.decode
     return CompareReport(
         text=setting.texts.name,
@@ -152,6 +154,7 @@ def _report(
     setting: Setting,
     candidate: Candidate,
     expected: Expected,
+    unmerged: Figures,
     base: Figures,
     start: Sequence[Floats],
     progress: Progress,
@@ -174,6 +177,7 @@ def _report(
         candidate.positions,
         weights,
         result.strength,
+        _doubt(unmerged, result.figures),
     )
     partings = [
         parting(number, answer, logits, setting.tokenizer)
@@ -190,6 +194,20 @@ def _report(
         partings=tuple(found for found in partings if found is not None),
         kl_by_step=kl_by_step(expected.answers, result.steps) if result.steps else (),
     )
+
+
+def _doubt(unmerged: Figures, artifact: Figures) -> str:
+    """Why the positions of the artifact may be those of the training: with them, the text is likelier."""
+    pairs = [(unmerged.columns, artifact.columns), (unmerged.one_branch, artifact.one_branch)]
+    for expected, found in pairs:
+        if expected is not None and found is not None:
+            if found.perplexity > LIKELIER * expected.perplexity:
+                return ""
+            return (
+                f"but the text is likelier with those of the artifact (perplexity {found.perplexity:.4g}, and "
+                f"{expected.perplexity:.4g} with those that were given), so check the flags of this call too"
+            )
+    return ""
 
 
 def _base_figures(setting: Setting, plain: OpenedModel, expected: Expected, progress: Progress) -> Figures:

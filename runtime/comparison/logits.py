@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,6 +22,8 @@ from pos2d.spec import Rope2DSpec
 
 # New tokens of the answer whose time is taken, after one that is not.
 TIMED_TOKENS = 24
+# Logits of which float64 copies are made at a time: 32 MB each.
+PIECE = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +120,27 @@ def _distance(sums: Doubles, tokens: int) -> Distance | None:
 
 def _sums(expected: Floats, actual: Floats, sequence: EvalSequence) -> Doubles:
     """Sums over the targets, float64 ``[3]``: negative log-likelihood, KL, and how many top tokens are the same."""
-    width = min(expected.shape[-1], actual.shape[-1])  # a padded or a resized vocabulary has further rows
-    expected, actual = expected[:, :width], actual[:, :width]
-    wide = log_softmax(actual)
-    nll = -wide[np.arange(len(sequence.targets)), sequence.targets].sum()
-    same = (expected.argmax(-1) == actual.argmax(-1)).sum()
-    return np.array([nll, kl_divergence(log_softmax(expected), wide).sum(), same])
+    sums = np.zeros(3)
+    start = 0
+    for reference, values in _in_pieces(expected, actual):
+        targets = sequence.targets[start : start + len(values)]
+        wide = log_softmax(values)
+        nll = -wide[np.arange(len(targets)), targets].sum()
+        same = (reference.argmax(-1) == values.argmax(-1)).sum()
+        sums += np.array([nll, kl_divergence(log_softmax(reference), wide).sum(), same])
+        start += len(values)
+    return sums
+
+
+def _in_pieces(*logits: Floats) -> Iterator[tuple[Floats, ...]]:
+    """A few rows at a time of arrays ``[R, V]``, since float64 copies of all would take much memory.
+
+    A padded or a resized vocabulary has further columns, which are left out.
+    """
+    width = min(values.shape[-1] for values in logits)
+    rows = max(1, PIECE // width)
+    for start in range(0, len(logits[0]), rows):
+        yield tuple(values[start : start + rows, :width] for values in logits)
 
 
 def answered(model: Model, prompt: tuple[int, ...], spec: Rope2DSpec, new_tokens: int) -> Answer:
@@ -163,12 +180,12 @@ def strength_of(base: Sequence[Floats], unmerged: Sequence[Floats], model: Seque
     Least squares over all logits ``[R, V]``, without what is the same for all tokens of a row.
     """
     along = length = 0.0
-    for start, trained, found in zip(base, unmerged, model, strict=True):
-        width = min(start.shape[-1], found.shape[-1])
-        change, moved = ((values[:, :width] - start[:, :width]).astype(np.float64) for values in (trained, found))
-        change -= change.mean(-1, keepdims=True)
-        along += float((change * moved).sum())
-        length += float(np.square(change).sum())
+    for arrays in zip(base, unmerged, model, strict=True):
+        for start, trained, found in _in_pieces(*arrays):
+            change = trained.astype(np.float64) - start
+            change -= change.mean(-1, keepdims=True)
+            along += float((change * (found.astype(np.float64) - start)).sum())
+            length += float(np.square(change).sum())
     return along / length if length else 1.0
 
 

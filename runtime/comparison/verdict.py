@@ -39,7 +39,7 @@ class Evidence:
 
     ``sizes`` and ``positions`` are phrases, empty where all is as it should be. ``weights`` are those of an artifact on
     torch; ``logits``, of a graph, how far its logits moved from the base towards the unmerged model and beyond, 1 being
-    the adapter as trained.
+    the adapter as trained. ``doubt``: why the positions that were given for the training may be the wrong ones.
     """
 
     manifest: Manifest
@@ -49,6 +49,7 @@ class Evidence:
     positions: str = ""
     weights: WeightEvidence | None = None
     logits: float | None = None
+    doubt: str = ""
 
 
 def judge(
@@ -89,7 +90,8 @@ def _of_model(evidence: Evidence, distance: Distance | None) -> list[Fault]:
     elif evidence.manifest.kind == "onnx":
         faults += faults_of_manifest(evidence.unmerged, evidence.manifest)
     if evidence.positions:
-        faults.append(Fault("positions", f"positions are not those of the training: {evidence.positions}"))
+        doubt = f"; {evidence.doubt}" if evidence.doubt else ""
+        faults.append(Fault("positions", f"positions are not those of the training: {evidence.positions}{doubt}"))
     is_far = distance is not None and distance.mean_kl > FLOAT_KL
     if not faults and evidence.logits is not None and is_far:
         faults += faults_of_logits(evidence.logits)

@@ -94,6 +94,19 @@ def first_layer_of(base: Tensors, tensors: Tensors) -> None:
             tensors[name] = base[name]
 
 
+def halved(base: Tensors, tensors: Tensors) -> None:
+    for name in tensors:
+        tensors[name] = (tensors[name] + base[name]) / 2
+
+
+def moved(tensors: Tensors) -> None:
+    """As another adapter moves them: all linear layers, and nothing else."""
+    torch.manual_seed(3)
+    for name in tensors:
+        if name.endswith("_proj.weight"):
+            tensors[name] += tensors[name].std() * 0.1 * torch.randn_like(tensors[name])
+
+
 @pytest.fixture(scope="module")
 def plain(place: Place) -> Mapping[str, ArtifactReport]:
     """What is said of directories that another tool merged."""
@@ -121,6 +134,8 @@ def plain(place: Place) -> Mapping[str, ArtifactReport]:
             place.plain("never"),
             place.rewritten("twice", lambda tensors: twice(base, tensors), merged),
             place.rewritten("half", lambda tensors: first_layer_of(base, tensors), merged),
+            place.rewritten("weak", lambda tensors: halved(base, tensors), merged),
+            place.rewritten("stranger", moved),
             other,
             small,
             template,
@@ -142,6 +157,8 @@ def plain(place: Place) -> Mapping[str, ArtifactReport]:
         ("never", "adapter not in effect", "not in effect"),
         ("twice", "adapter applied twice", "2.00 times"),
         ("half", "part of the adapter", "layers 0"),
+        ("weak", "adapter strength", "0.50 of its strength"),
+        ("stranger", "other adapter", "not by this adapter"),
         ("other base", "other base", "another base"),
         ("other sizes", "other base", "another base"),
         ("template", "chat template", "<bot>"),
