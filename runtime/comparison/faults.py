@@ -79,10 +79,10 @@ def _of_adapter(evidence: WeightEvidence) -> list[Fault]:
     adapted = evidence.adapted
     if not adapted:
         return []
-    delta = sum(tensor.delta for tensor in adapted)
-    strength = sum(tensor.along for tensor in adapted) / delta
-    possible = sum(tensor.possible * tensor.delta for tensor in adapted) / delta
-    telling = [t for t in adapted if t.possible >= INFORMATIVE and t.uncertainty < CERTAIN]
+    strength = _mean(adapted, [tensor.strength for tensor in adapted])
+    roundings = [_mean(adapted, values) for values in ([t.possible for t in adapted], [t.in_type for t in adapted])]
+    possible = min(roundings, key=lambda rounding: abs(rounding - strength))
+    telling = [t for t in adapted if min(t.possible, t.in_type) >= INFORMATIVE and t.uncertainty < CERTAIN]
     absent = [tensor for tensor in telling if abs(tensor.strength) < ABSENT * tensor.possible]
     foreign = [tensor for tensor in adapted if not tensor.is_quantised and _is_foreign(tensor)]
     if 2 * len(foreign) > len(adapted):
@@ -102,7 +102,7 @@ def _of_adapter(evidence: WeightEvidence) -> list[Fault]:
         ]
     if possible < RETAINED and abs(strength - possible) <= STRENGTH:
         return [_dead_zone(adapted, strength)]
-    ratio = strength / possible
+    ratio = strength / max(possible, ABSENT)
     if TWICE[0] <= ratio <= TWICE[1]:
         return [
             Fault("adapter applied twice", f"the adapter is applied twice: weights moved by {ratio:.2f} times of it")
@@ -116,6 +116,12 @@ def _of_adapter(evidence: WeightEvidence) -> list[Fault]:
             )
         ]
     return []
+
+
+def _mean(tensors: Sequence[TensorEvidence], values: Sequence[float]) -> float:
+    """The mean of strengths, each with the size of its tensor's change as its weight."""
+    total = sum(tensor.delta for tensor in tensors)
+    return sum(value * tensor.delta for value, tensor in zip(values, tensors, strict=True)) / total
 
 
 def _foreign(foreign: Sequence[TensorEvidence], adapted: Sequence[TensorEvidence], strength: float) -> Fault:

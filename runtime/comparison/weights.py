@@ -27,11 +27,11 @@ BLOCK_ELEMENTS = 1 << 20
 @dataclass(frozen=True, slots=True)
 class TensorEvidence:
     """Sums over one tensor: ``W`` of the base, ``D`` what the adapters add, ``V`` of the artifact, ``R`` the exact sum
-    rounded to the artifact's type.
+    rounded to the artifact's type, and ``T`` the sum in that type of ``W`` and ``D``, which rounds ``W`` before.
 
-    ``stored``: the type in which the artifact has it, or how it is quantised. ``along`` is ``<V - W, D>``, and
-    ``rounded_along`` ``<R - W, D>``; ``delta`` is ``|D|^2``, ``weight`` ``|W|^2``, ``moved`` ``|V - W|^2``, ``error``
-    ``|V - W - D|^2`` and ``rounded_error`` ``|R - W - D|^2``.
+    ``stored``: the type in which the artifact has it, or how it is quantised. ``along`` is ``<V - W, D>``,
+    ``rounded_along`` ``<R - W, D>`` and ``typed_along`` ``<T - W, D>``; ``delta`` is ``|D|^2``, ``weight`` ``|W|^2``,
+    ``moved`` ``|V - W|^2``, ``error`` ``|V - W - D|^2`` and ``rounded_error`` ``|R - W - D|^2``.
     """
 
     name: str
@@ -39,6 +39,7 @@ class TensorEvidence:
     elements: int
     along: float
     rounded_along: float
+    typed_along: float
     delta: float
     weight: float
     moved: float
@@ -62,6 +63,11 @@ class TensorEvidence:
     def possible(self) -> float:
         """The strength that rounding the exact sum once gives; of a quantised tensor, 1."""
         return 1.0 if self.is_quantised else self.rounded_along / self.delta
+
+    @property
+    def in_type(self) -> float:
+        """The strength that merging in the stored type gives; of a quantised tensor, 1."""
+        return 1.0 if self.is_quantised else self.typed_along / self.delta
 
     @property
     def uncertainty(self) -> float:
@@ -122,16 +128,18 @@ def weigh(source: Source, artifact: OpenedModel) -> WeightEvidence:
 def _evidence(tensor: PlannedTensor, value: "torch.Tensor", stored: str, file: Any) -> TensorEvidence:
     import torch
 
-    sums = torch.zeros(7, dtype=torch.float64)
+    sums = torch.zeros(8, dtype=torch.float64)
     dtype = getattr(torch, stored, torch.float64)
     for block in exact_rows(tensor, file, BLOCK_ELEMENTS):
         moved = value[block.rows].double() - block.weight
         delta = block.delta if block.delta is not None else torch.zeros_like(moved)
         rounded = round_nearest(block.exact, dtype).double() - block.weight
+        typed = round_nearest(block.weight.to(dtype).double() + delta, dtype).double() - block.weight
         sums += torch.stack(
             [
                 (moved * delta).sum(),
                 (rounded * delta).sum(),
+                (typed * delta).sum(),
                 delta.square().sum(),
                 block.weight.square().sum(),
                 moved.square().sum(),

@@ -236,6 +236,7 @@ def test_a_change_below_the_steps_of_bfloat16_is_named(tmp_path: Path, place: Pl
     exporter.merge(base, f"{place.peft}=0.005", tmp_path / "weak", dtype="auto")
     exporter.merge(base, f"{place.peft}=0.005", tmp_path / "float32", dtype="float32")
     exporter.merge(base, place.peft, tmp_path / "strong", dtype="auto")
+    merged_file = tmp_path / "weak" / "model.safetensors"
     weak = runtime.compare(
         [tmp_path / "weak", tmp_path / "float32"], base_model=base, lora=f"{place.peft}=0.005", **SHORT
     )
@@ -243,6 +244,11 @@ def test_a_change_below_the_steps_of_bfloat16_is_named(tmp_path: Path, place: Pl
     assert (lost.causes, lost.level) == (("rounding",), "fault")
     assert "bfloat16 lost" in lost.sentence
     assert kept.causes == ("none",)
+    # A base in float32 that was rounded before an adapter was added.
+    early = place.rewritten("rounded early", lambda tensors: tensors.update(load_file(merged_file)))
+    assert by_name(runtime.compare(early, base_model=place.base, lora=f"{place.peft}=0.005", **SHORT))[
+        "rounded early"
+    ].verdict.causes == ("rounding",)
     (strong,) = runtime.compare(tmp_path / "strong", base_model=base, lora=place.peft, **SHORT).artifacts
     assert (strong.verdict.causes, strong.verdict.level) == (("rounding",), "cost")
 
