@@ -4,6 +4,7 @@
 # make check  formatting, lint and types
 # make bench  decoding speed of both backends, beside their agreement
 # make peers  what benchmarks/peers.py and serve.py run beside ours
+# make faults  plant faults in the demo model, and check that compare names each of them
 # make serve-checks  the server under load, abuse, generated requests and lm-eval: half an hour
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ INSTALLED := .venv/.installed
 OLD_TRANSFORMERS := .venv/transformers-4.57
 ADAPTER := examples/demo_adapter/lora.pth
 
-.PHONY: install demo test quick check bench peers serve-tools serve-checks clean
+.PHONY: install demo test quick check bench peers faults serve-tools serve-checks clean
 
 install: $(INSTALLED)
 
@@ -66,6 +67,9 @@ peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pip install --quiet --requirement $<
 	.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
+
+faults: demo/base
+	$(BIN)/python benchmarks/compare_faults.py
 
 serve-tools: .venv-serve/.installed
 

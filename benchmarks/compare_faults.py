@@ -81,9 +81,9 @@ def of_columns(base: Path, place: Path) -> tuple[list[Case], dict[str, Any]]:
 
     good = merged("good")
     exports: dict[str, dict[str, Any]] = {
-        "onnx": {},
-        "int8": {"quant": "int8"},
-        "int4": {"quant": "int4"},
+        "onnx": {"no_verify": True},
+        "int8": {"quant": "int8", "no_verify": True, "no_calibration": True},
+        "int4": {"quant": "int4", "no_verify": True, "no_calibration": True},
         "nf4": {"format": "bnb", "quant": "nf4"},
         "8bit": {"format": "bnb", "quant": "8bit"},
         "stock": {"format": "stock"},
@@ -94,8 +94,8 @@ def of_columns(base: Path, place: Path) -> tuple[list[Case], dict[str, Any]]:
     cases = [
         Case("merged", good, "none"),
         Case("ONNX float32", place / "onnx", "none"),
-        Case("ONNX int8", place / "int8", "quantisation"),
-        Case("ONNX int4", place / "int4", "quantisation"),
+        Case("ONNX int8, not calibrated", place / "int8", "quantisation"),
+        Case("ONNX int4, not calibrated", place / "int4", "quantisation"),
         Case("bitsandbytes 8bit", place / "8bit", "quantisation"),
         Case("stock", place / "stock", "none"),
         Case("merged in bfloat16", merged("bfloat16", dtype="bfloat16"), "rounding"),
