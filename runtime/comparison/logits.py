@@ -24,6 +24,8 @@ from pos2d.spec import Rope2DSpec
 TIMED_TOKENS = 24
 # Logits of which float64 copies are made at a time: 32 MB each.
 PIECE = 2**22
+# How much farther than the adapter moves them logits may move beside that, for its strength to be read from them.
+MOST_BESIDE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,19 +176,24 @@ def parting(number: int, answer: Answer, logits: Floats, tokenizer: Any) -> Part
     return Parting(number, step, words[0], words[1], pairs[0], pairs[1])
 
 
-def strength_of(base: Sequence[Floats], unmerged: Sequence[Floats], model: Sequence[Floats]) -> float:
+def strength_of(base: Sequence[Floats], unmerged: Sequence[Floats], model: Sequence[Floats]) -> float | None:
     """How far logits moved from the base's towards those of the unmerged model: 0 not at all, 1 as far, 2 twice.
 
-    Least squares over all logits ``[R, V]``, without what is the same for all tokens of a row.
+    Least squares over all logits ``[R, V]``, without what is the same for all tokens of a row. None where they moved
+    much farther in other directions, as a weak adapter under coarse quantisation makes them, so that it says nothing.
     """
-    along = length = 0.0
+    along = length = distance = 0.0
     for arrays in zip(base, unmerged, model, strict=True):
         for start, trained, found in _in_pieces(*arrays):
             change = trained.astype(np.float64) - start
             change -= change.mean(-1, keepdims=True)
-            along += float((change * (found.astype(np.float64) - start)).sum())
+            moved = found.astype(np.float64) - start
+            moved -= moved.mean(-1, keepdims=True)
+            along += float((change * moved).sum())
             length += float(np.square(change).sum())
-    return along / length if length else 1.0
+            distance += float(np.square(moved).sum())
+    beside = distance - along**2 / length if length else 1.0
+    return along / length if beside <= MOST_BESIDE**2 * length else None
 
 
 def kl_by_step(answers: Sequence[Answer], logits: Sequence[Floats]) -> tuple[float, ...]:

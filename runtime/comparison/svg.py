@@ -69,7 +69,7 @@ def _steps(steps: int) -> Iterator[str]:
     """The numbers of about eight steps, from 1."""
     every = max(1, math.ceil(steps / 8))
     for step in range(0, steps, every):
-        yield _text(_x(step, steps), TOP + HEIGHT + 20, str(step + 1), "words")
+        yield _text(_x(step, steps), TOP + HEIGHT + 20, str(step + 1) if step else "step 1", "words")
 
 
 def _line(number: int, values: Sequence[float], low: int, high: int, steps: int) -> str:

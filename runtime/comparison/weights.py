@@ -116,6 +116,8 @@ def weigh(source: Source, artifact: OpenedModel) -> WeightEvidence:
             # A tied head has no tensor of its own.
             there = name if name in names else EMBEDDING if name == HEAD else None
             value, stored = read(there) if there in names else (None, "")
+            if value is not None and name in (EMBEDDING, HEAD):
+                value = value[: tensor.shape[0]]  # rows that pad the vocabulary are no token's
             if value is None or tuple(value.shape) != tensor.shape:
                 unlike.append(name)
             else:

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pos2d import exporter, runtime
 from pos2d.errors import UsageError
+from pos2d.runtime.comparison.positions import compare_positions, compare_sizes
 from pos2d.runtime.comparison.report import ArtifactReport
-from tests.bases import SHAPE, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
+from pos2d.runtime.opening.opened_model import open_model
+from tests.bases import CONFIGS, SHAPE, linear_modules, random_adapter, write_adapter, write_base, write_tokenizer
 
 # nf4 takes multiples of 64 inputs and 32 outputs.
 CONFIG = LlamaConfig(**SHAPE | {"hidden_size": 64, "intermediate_size": 128})
@@ -107,6 +109,19 @@ def moved(tensors: Tensors) -> None:
             tensors[name] += tensors[name].std() * 0.1 * torch.randn_like(tensors[name])
 
 
+def padded(place: Place, merged: Path) -> Path:
+    """With further rows of embedding and head, as tools add them for speed."""
+
+    def pad(tensors: Tensors) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.cat([tensors[name], torch.zeros(20, CONFIG.hidden_size)])
+
+    directory = place.rewritten("padded", pad, merged)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 320}), encoding="utf-8")
+    return directory
+
+
 @pytest.fixture(scope="module")
 def plain(place: Place) -> Mapping[str, ArtifactReport]:
     """What is said of directories that another tool merged."""
@@ -132,6 +147,7 @@ def plain(place: Place) -> Mapping[str, ArtifactReport]:
         [
             merged,
             place.plain("never"),
+            padded(place, merged),
             place.rewritten("twice", lambda tensors: twice(base, tensors), merged),
             place.rewritten("half", lambda tensors: first_layer_of(base, tensors), merged),
             place.rewritten("weak", lambda tensors: halved(base, tensors), merged),
@@ -155,6 +171,7 @@ def plain(place: Place) -> Mapping[str, ArtifactReport]:
     [
         ("merged by PEFT", "none", "nothing is wrong"),
         ("never", "adapter not in effect", "not in effect"),
+        ("padded", "none", "nothing is wrong"),
         ("twice", "adapter applied twice", "2.00 times"),
         ("half", "part of the adapter", "layers 0"),
         ("weak", "adapter strength", "0.50 of its strength"),
@@ -175,6 +192,15 @@ def test_a_fault_of_another_tool_is_named(
     assert words in verdict.sentence
     assert len(verdict.causes) == 1 or name in ("other sizes", "no tokenizer"), verdict
     assert verdict.level == ("fine" if cause == "none" else "fault")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_directory_that_transformers_saved_again_is_the_same(tmp_path: Path, family: str) -> None:
+    base = write_base(tmp_path / "base", CONFIGS[family])
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "again")
+    reference, again = (open_model(tmp_path / name) for name in ("base", "again"))
+    assert compare_sizes(reference, again) == ""
+    assert compare_positions(reference, again) == ""
 
 
 def test_the_unmerged_model_is_the_merged_one(plain: Mapping[str, ArtifactReport]) -> None:
