@@ -153,8 +153,30 @@ def _those(tensors: Iterable[TensorEvidence]) -> str:
     return f"{', '.join(modules)} in layers {layers}"
 
 
-def faults_of_manifest(expected: Manifest, found: Manifest) -> list[Fault]:
-    """What the manifest of an artifact says about its adapters; for graphs, whose weights are not read."""
+def faults_of_graph(expected: Manifest, found: Manifest, strength: float | None, is_lost: bool) -> list[Fault]:
+    """What manifest and logits of a graph show, whose weights are not read.
+
+    ``strength`` of the adapter by its logits, which is no linear measure, or None where they do not tell it.
+    ``is_lost``: the graph is farther from the unmerged model than the base is.
+    """
+    low, less, more = LOGITS
+    faults = _of_manifest(expected, found)
+    if strength is None:
+        if not faults and is_lost and found.base.get("config_sha256") != expected.base.get("config_sha256"):
+            return [Fault("other base", f"it was made from another base: its manifest names {found.base.get('name')}")]
+        return faults
+    if faults and (faults[0].cause != "other adapter" or not less <= strength <= more):
+        return faults
+    moved = f"logits moved by {strength:.2f} of it"
+    if strength < low:
+        return [Fault("adapter not in effect", f"the adapter is not in effect: {moved}")]
+    if strength > more:
+        return [Fault("adapter applied twice", f"the adapter is applied twice or more: {moved}")]
+    return [Fault("part of the adapter", f"part of the adapter is in effect only: {moved}")] if strength < less else []
+
+
+def _of_manifest(expected: Manifest, found: Manifest) -> list[Fault]:
+    """What the manifest of an artifact says about its adapters."""
     ours, theirs = ([(a["sha256"], a["weight"]) for a in manifest.adapters] for manifest in (expected, found))
     if ours == theirs or not expected.adapters:
         return []
@@ -172,21 +194,3 @@ def faults_of_manifest(expected: Manifest, found: Manifest) -> list[Fault]:
         return [Fault("adapter applied twice", "the adapter is applied twice: the manifest names it twice")]
     names = ", ".join(str(adapter["file"]) for adapter in found.adapters)
     return [Fault("other adapter", f"the manifest names another adapter: {names}")]
-
-
-def faults_of_logits(strength: float) -> list[Fault]:
-    """What logits say about the strength of the adapter, roughly: they are no linear function of it."""
-    low, less, more = LOGITS
-    if strength < low:
-        return [Fault("adapter not in effect", f"the adapter is not in effect: logits moved by {strength:.2f} of it")]
-    if strength > more:
-        return [
-            Fault(
-                "adapter applied twice", f"the adapter is applied twice or more: logits moved by {strength:.2f} of it"
-            )
-        ]
-    if strength < less:
-        return [
-            Fault("part of the adapter", f"part of the adapter is in effect only: logits moved by {strength:.2f} of it")
-        ]
-    return []

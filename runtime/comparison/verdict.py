@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pos2d.manifest import Manifest
-from pos2d.runtime.comparison.faults import Cause, Fault, faults_of_logits, faults_of_manifest, faults_of_weights
+from pos2d.runtime.comparison.faults import Cause, Fault, faults_of_graph, faults_of_weights
 from pos2d.runtime.comparison.files import FileEvidence
 from pos2d.runtime.comparison.logits import Distance
 from pos2d.runtime.comparison.weights import WeightEvidence
@@ -59,7 +59,7 @@ def judge(
 
     ``file_bytes`` and ``base_bytes``: how large the two are.
     """
-    faults = _of_model(evidence, distance)
+    faults = _of_model(evidence, distance, base)
     is_model = not faults
     faults += _of_files(evidence.files)
     cost = None
@@ -80,21 +80,19 @@ def judge(
     return Verdict("cost", (cost.cause,), f"{cost.phrase}; nothing else is wrong")
 
 
-def _of_model(evidence: Evidence, distance: Distance | None) -> list[Fault]:
+def _of_model(evidence: Evidence, distance: Distance | None, base: Distance | None) -> list[Fault]:
     """Faults of the base, the adapter and the positions."""
     if evidence.sizes:
         return [Fault("other base", f"it was made from another base: {evidence.sizes}")]
     faults: list[Fault] = []
     if evidence.weights is not None:
         faults += faults_of_weights(evidence.weights)
-    elif evidence.manifest.kind == "onnx":
-        faults += faults_of_manifest(evidence.unmerged, evidence.manifest)
+    elif distance is not None and distance.mean_kl > FLOAT_KL:
+        is_lost = base is not None and distance.mean_kl > base.mean_kl
+        faults += faults_of_graph(evidence.unmerged, evidence.manifest, evidence.logits, is_lost)
     if evidence.positions:
         doubt = f"; {evidence.doubt}" if evidence.doubt else ""
         faults.append(Fault("positions", f"positions are not those of the training: {evidence.positions}{doubt}"))
-    is_far = distance is not None and distance.mean_kl > FLOAT_KL
-    if not faults and evidence.logits is not None and is_far:
-        faults += faults_of_logits(evidence.logits)
     return faults
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pos2d import exporter, runtime
 from pos2d.errors import UsageError
+from pos2d.manifest import read_manifest
+from pos2d.runtime.comparison.faults import faults_of_graph
 from pos2d.runtime.comparison.positions import compare_positions, compare_sizes
 from pos2d.runtime.comparison.report import ArtifactReport
 from pos2d.runtime.opening.opened_model import open_model
@@ -250,6 +252,20 @@ def test_positions_and_quantised_artifacts(place: Place) -> None:
     figures = {name: artifact.figures for name, artifact in by_name(report).items()}
     assert figures["stride"].one_branch.mean_kl < 1e-9 < figures["stride"].columns.mean_kl  # type: ignore[union-attr]
     assert figures["stock"].columns is None
+    right_manifest = read_manifest(root / "onnx")
+    (adapter,) = right_manifest.adapters
+    for wrong, strength, cause in (
+        ({"adapters": ()}, None, "adapter not in effect"),
+        ({"adapters": ({**adapter, "weight": 2.0},)}, 1.6, "adapter applied twice"),
+        ({"adapters": ({**adapter, "sha256": "other"},)}, 0.1, "other adapter"),
+        ({"base": {**right_manifest.base, "config_sha256": "other"}}, None, "other base"),
+        ({}, 0.5, "part of the adapter"),
+    ):
+        found_manifest = replace(right_manifest, **wrong)
+        assert [fault.cause for fault in faults_of_graph(right_manifest, found_manifest, strength, True)] == [cause]
+    # The same adapter in another file.
+    same = replace(right_manifest, adapters=({**adapter, "sha256": "other"},))
+    assert not faults_of_graph(right_manifest, same, 1.02, False)
     picture = (root / "steps.svg").read_text(encoding="utf-8")
     assert picture.count("<polyline") == len(names)
 
