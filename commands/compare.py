@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pos2d.commands.shared.flags import flags_of, json_flag
+from pos2d.commands.shared.flags import flags_of, in_terms_of_flags, json_flag
 from pos2d.commands.shared.help import SectionedCommand
 from pos2d.commands.shared.report import show, warn
 from pos2d.commands.shared.tables import table
@@ -84,7 +84,7 @@ def report_text(report: "CompareReport") -> str:
     side_by_side = tuple(f"{name}, {report.branches} columns" for name in COLUMNS) if has_columns else ()
     lines = [report.text, table((*HEAD, *side_by_side), (_cells(model, has_columns) for model in figures))]
     for artifact in report.artifacts:
-        lines += ["", f"{artifact.figures.name}: {artifact.verdict.sentence}", *_details(artifact)]
+        lines += ["", f"{artifact.figures.name}: {in_terms_of_flags(artifact.verdict.sentence)}", *_details(artifact)]
     if report.plot is not None:
         lines += ["", f"KL by step: {report.plot}"]
     return "\n".join(lines)
