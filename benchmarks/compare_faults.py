@@ -1,7 +1,7 @@
 """Plant faults in merges and exports of the demo model, and print what ``compare`` says about each.
 
-``python benchmarks/compare_faults.py`` needs demo/base (``make demo``), 15 GB of disk space and about ten minutes on two
-cores. It ends with exit code 1 if a fault is missed, or if something is said against an artifact that is right.
+``python benchmarks/compare_faults.py`` needs demo/base (``make demo``), 15 GB of disk space and some minutes.
+It ends with exit code 1 if a fault is missed, or if something is said against an artifact that is right.
 """
 
 import json
