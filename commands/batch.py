@@ -10,6 +10,7 @@ from pos2d.commands.shared.presets import list_presets_flag
 from pos2d.commands.shared.report import show, warn
 from pos2d.errors import InputError
 from pos2d.runtime.backends.options import LoadOptions
+from pos2d.runtime.cluster.options import ClusterOptions
 from pos2d.runtime.engine.sampling import SamplingOptions
 from pos2d.runtime.text.options import ContextOptions, LayoutOptions, PromptOptions
 
@@ -33,6 +34,7 @@ from pos2d.runtime.text.options import ContextOptions, LayoutOptions, PromptOpti
 @flags_of(LayoutOptions, "Branches")
 @flags_of(PromptOptions, "Options")
 @flags_of(LoadOptions, "Loading")
+@flags_of(ClusterOptions, "Many machines")
 @click.option("--force", is_flag=True, help="Start over, and replace the output of an earlier run.")
 @json_flag
 def batch(as_json: bool, **flags: Any) -> None:

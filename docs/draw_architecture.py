@@ -36,6 +36,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "backends",
         "model",
         "batching",
+        "cluster",
         "evaluation",
         "comparison",
         "layout_view",

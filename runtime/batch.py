@@ -1,34 +1,31 @@
 """Answer every line of a file, many at a time; a run that was interrupted continues where it ended."""
 
+import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pos2d import __version__
 from pos2d.errors import UsageError
-from pos2d.hashing import sha256
-from pos2d.manifest import FILE_NAME
 from pos2d.options import read_options, takes_options
 from pos2d.progress import Progress
 from pos2d.runtime.backends.options import LoadOptions
-from pos2d.runtime.batching.answers import records_in_order
 from pos2d.runtime.batching.input_file import JSON_SUFFIXES, STANDARD_INPUT, count_lines, input_file, windows
-from pos2d.runtime.batching.lines import context_of_line, parse_line
+from pos2d.runtime.batching.line_answers import Answers, LineOptions
+from pos2d.runtime.batching.lines import context_of_line
 from pos2d.runtime.batching.output import BatchOutput, write_records
+from pos2d.runtime.batching.recipe import recipe_of
+from pos2d.runtime.cluster.options import ClusterOptions
 from pos2d.runtime.engine.sampling import SamplingOptions
 from pos2d.runtime.load import load_opened
-from pos2d.runtime.model.model import Model
 from pos2d.runtime.opening.opened_model import OpenedModel, open_model
 from pos2d.runtime.text.options import ContextOptions, LayoutOptions, PromptOptions, RequestOptions, request_options
-from pos2d.sources.checkpoints.weight_files import CONFIG
 
-# Files of an artifact, besides its manifest, that determine how a prompt is encoded.
-ENCODING_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
-TEMPLATE_FILES = "additional_chat_templates/*.jinja"
+# The answers to all lines after those that are done, in their order.
+AnswersAfter = Callable[[int], Generator[Answers]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +79,7 @@ class BatchReport:
         return f"{self.output}: {lines}{resumed}; {rate}"
 
 
-@takes_options(SamplingOptions, LayoutOptions, PromptOptions, ContextOptions, LoadOptions)
+@takes_options(SamplingOptions, LayoutOptions, PromptOptions, ContextOptions, LoadOptions, ClusterOptions)
 def batch(
     model: str | Path,
     input: str | Path,
@@ -107,13 +104,13 @@ def batch(
         UsageError: a value that cannot be used.
         OutputError: the output of another run, or one that another process writes.
     """
-    (loading,) = read_options(options, LoadOptions)
+    loading, cluster = read_options(options, LoadOptions, ClusterOptions)
     opened = open_model(model)
     answering = request_options(opened.directory, options)
     warnings = tuple(answering.sampling.warnings(opened.place))
     with input_file(input) as source:
         lines = count_lines(source, "standard input" if str(input) == STANDARD_INPUT else str(input))
-        recipe = _recipe(opened, source, answering, loading, context)
+        recipe = recipe_of(opened, source, answering, loading, context)
         result = BatchOutput(Path(output), recipe)
         if any(path.exists() and path.samefile(source) for path in result.files):
             raise UsageError(f"{output} would be written over {input}; name another output")
@@ -122,33 +119,48 @@ def batch(
         answering.layout.check_effect(opened.manifest.rope_2d)
         if answering.cache_context is not None:
             _check_cache(answering, source, context)
-        loaded = load_opened(opened, loading)
-        _ = loaded.tokenizer  # a model without one is refused before the output is opened
-        started = time.monotonic()
-        resumed, new_tokens = _answer_lines(loaded, source, lines, result, answering, context, force)
-        return _report(result.path, lines, resumed, new_tokens, time.monotonic() - started, warnings)
+        line_options = LineOptions(options=answering, plain=source.suffix not in JSON_SUFFIXES, context=context)
+        # A model without a tokenizer is refused before the output is opened.
+        with _engine(cluster, model, opened, loading, line_options, source, lines) as answers:
+            started = time.monotonic()
+            resumed, new_tokens = _write_answers(result, lines, answers, force)
+            return _report(result.path, lines, resumed, new_tokens, time.monotonic() - started, warnings)
 
 
-def _answer_lines(
-    model: Model,
+@contextlib.contextmanager
+def _engine(
+    cluster: ClusterOptions,
+    model: str | Path,
+    opened: OpenedModel,
+    loading: LoadOptions,
+    lines: LineOptions,
     source: Path,
-    lines: int,
-    result: BatchOutput,
-    options: RequestOptions,
-    context: str | None,
-    force: bool,
-) -> tuple[int, int]:
+    count: int,
+) -> Iterator[AnswersAfter]:
+    """What answers the lines of ``source``, ``count`` of them: the model in this process, or workers of Ray."""
+    if cluster.engine == "local":
+        loaded = load_opened(opened, loading)
+        _ = loaded.tokenizer
+        yield lambda done: (
+            answers for window in windows(source, done) for answers in lines.answers(loaded, window, done)
+        )
+        return
+    from pos2d.runtime.cluster.engine import ray_engine
+
+    with ray_engine(cluster, model, opened, loading, load_opened, lines, source, count) as answers:
+        yield answers
+
+
+def _write_answers(result: BatchOutput, lines: int, answers: AnswersAfter, force: bool) -> tuple[int, int]:
     """Write the missing records; return the number of records that were there, and of tokens that were generated."""
-    plain = source.suffix not in JSON_SUFFIXES
     new_tokens, started = 0, time.monotonic()
     with result.opened(force) as (file, done), Progress("answering", lines) as progress:
         progress.advance(done)
-        for window in windows(source, done):
-            parsed = [parse_line(number, raw, model, options, plain, context) for number, raw in window]
-            for records in records_in_order(model, parsed, done, options.layout.branches_per_sequence):
-                write_records(file, records)
-                new_tokens += sum(map(_token_count, records))
-                progress.advance(len(records), f"{new_tokens / (time.monotonic() - started):.0f} tokens/s")
+        with contextlib.closing(answers(done)) as following:
+            for part in following:
+                write_records(file, part.data)
+                new_tokens += part.new_tokens
+                progress.advance(part.lines, f"{new_tokens / (time.monotonic() - started):.0f} tokens/s")
     return done, new_tokens
 
 
@@ -166,45 +178,6 @@ def _check_cache(options: RequestOptions, source: Path, context: str | None) -> 
             "`cache_context` stores a context before prompts, and every line has messages or an error; leave it out"
         )
     options.check_cache(*contexts)
-
-
-def _token_count(record: Mapping[str, Any]) -> int:
-    return sum(completion["new_tokens"] for completion in record.get("completions", ()))
-
-
-def _recipe(
-    opened: OpenedModel, source: Path, options: RequestOptions, loading: LoadOptions, context: str | None
-) -> dict[str, Any]:
-    """Everything that the output depends on; equal recipes give equal bytes on the same machine."""
-    layout = {name: value for name, value in asdict(options.layout).items() if value is not None}
-    prompts: dict[str, Any] = {"ignore_chat_template": True} if options.ignore_chat_template else {}
-    if context is not None:
-        prompts["context"] = context
-    if options.chat_template_kwargs:
-        prompts["chat_template_kwargs"] = dict(options.chat_template_kwargs)
-    patterns = (FILE_NAME, *ENCODING_FILES, TEMPLATE_FILES)
-    hashed = sorted(path for pattern in patterns for path in opened.directory.glob(pattern))
-    # A plain model has no manifest, which has the hashes of all weights, the configuration and the end tokens.
-    plain: dict[str, Any] = {}
-    if opened.source is not None:
-        plain = {
-            "weights": opened.source.base.stamps(),
-            "config": sha256(opened.place / CONFIG),
-            "end_tokens": opened.manifest.eos_token_ids,
-        }
-    recipe = {
-        "input": {"name": source.name, "sha256": sha256(source)},
-        "artifact": {
-            "name": opened.place.name,
-            "sha256": {path.name: sha256(path) for path in hashed},
-            **plain,
-        },
-        "sampling": asdict(options.sampling),
-        "options": {**asdict(loading), **layout, **prompts},
-        "tool_version": __version__,
-    }
-    as_stored: dict[str, Any] = json.loads(json.dumps(recipe))  # tuples become lists, as in the note of an earlier run
-    return as_stored
 
 
 def _report(

@@ -3,13 +3,12 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pos2d.errors import OutputError, StorageError
-from pos2d.text_files import json_line
+from pos2d.errors import OutputError, Pos2DError, StorageError
 
 try:
     import fcntl
@@ -91,6 +90,11 @@ class BatchOutput:
             except (KeyboardInterrupt, SystemExit) as end:
                 end.add_note("the same command continues from here")
                 raise
+            except Pos2DError:
+                if not os.fstat(file.fileno()).st_size:
+                    self.partial.unlink()
+                    self.partial_note.unlink()
+                raise
             file.flush()
             os.fsync(file.fileno())
             # In this order a run that ends between two steps is either finished, or unfinished and continues.
@@ -126,9 +130,9 @@ class BatchOutput:
             raise busy
 
 
-def write_records(file: IO[bytes], records: Sequence[Mapping[str, Any]]) -> None:
+def write_records(file: IO[bytes], records: bytes) -> None:
     """Append records, one a line, and force them to the disk."""
-    file.write("".join(json_line(record) + "\n" for record in records).encode())
+    file.write(records)
     file.flush()
     os.fsync(file.fileno())
 
