@@ -1,14 +1,15 @@
 """Serve a model over HTTP, until the process is asked to end."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pos2d.errors import UsageError
 from pos2d.options import read_options, split_options, takes_options
@@ -23,6 +24,10 @@ from pos2d.runtime.text.options import ContextOptions
 from pos2d.sources.base_options import BaseOptions
 from pos2d.sources.positions import TrainedFrequencies, TrainedPositions
 from pos2d.units import parse_size
+
+if TYPE_CHECKING:
+    from pos2d.runtime.http.refusals import App
+    from pos2d.runtime.http.shell import Services
 
 # What the extra ``serve`` installs, as modules that the server imports.
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
@@ -59,40 +64,69 @@ def serve(
         OutputError: the port is in use.
     """
     require_extra()
-    from pos2d.runtime.http.app import create_app
     from pos2d.runtime.http.listening import bind, url_of
     from pos2d.runtime.http.server import run_server
-    from pos2d.runtime.http.settings import ServerSettings
-    from pos2d.runtime.http.shell import Services, guarded
 
     serving, loading, base, caching = read_options(options, ServeOptions, LoadOptions, BaseOptions, ContextOptions)
-    check_contexts(caching.cache_context, [context])
     (trained,) = split_options(options, TrainedFrequencies)
+    check_contexts(caching.cache_context, [context])
     serving = with_keys(serving)
-    with bind(serving.host, serving.port) as bound:  # before loading, which takes longer
-        opened = open_model(model, base, TrainedPositions(**trained))
-        loaded = load_opened(opened, loading)
-        go_offline()
-        engine = Engine(
-            loaded,
-            branches=serving.max_running_branches,
-            kv_budget=kv_budget(serving, loaded.backend.kv_format.token_bytes),
-            max_waiting=serving.max_waiting,
-        )
+    with (
+        bind(serving.host, serving.port) as bound,  # before loading, which takes longer
+        served_model(model, serving, loading, base, caching, TrainedPositions(**trained), context) as served,
+    ):
+        opened = served.opened
 
         def ready() -> None:
             if on_ready is not None:
                 on_ready(Serving(url_of(bound), (*opened.warnings, *access_warnings(serving)), opened.notes))
 
-        try:
-            if context is not None:
-                preload(engine, context, caching.cache_context)
-            services = Services.of(engine, serving)
-            settings = ServerSettings(model=opened.place.resolve().name, context=context, created=int(time.time()))
-            app = guarded(create_app(engine, settings, services), engine, services)
-            run_server(app, bound, services, ready, lambda: remove_temporary(opened))
-        finally:
-            engine.close()
+        run_server(served.app, bound, served.services, ready, lambda: remove_temporary(opened))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServedModel:
+    """A model behind all routes and their guards, as an ASGI application."""
+
+    opened: OpenedModel
+    engine: Engine
+    services: "Services"
+    app: "App"
+
+
+@contextlib.contextmanager
+def served_model(
+    model: str | Path | None,
+    serving: ServeOptions,
+    loading: LoadOptions,
+    base: BaseOptions,
+    caching: ContextOptions,
+    trained: TrainedPositions,
+    context: str | None,
+) -> Iterator[ServedModel]:
+    """Load a model and start its engine, which ends with the block; the parameters are those of :func:`serve`."""
+    from pos2d.runtime.http.app import create_app
+    from pos2d.runtime.http.settings import ServerSettings
+    from pos2d.runtime.http.shell import Services, guarded
+
+    opened = open_model(model, base, trained)
+    loaded = load_opened(opened, loading)
+    go_offline()
+    engine = Engine(
+        loaded,
+        branches=serving.max_running_branches,
+        kv_budget=kv_budget(serving, loaded.backend.kv_format.token_bytes),
+        max_waiting=serving.max_waiting,
+    )
+    try:
+        if context is not None:
+            preload(engine, context, caching.cache_context)
+        services = Services.of(engine, serving)
+        settings = ServerSettings(model=opened.place.resolve().name, context=context, created=int(time.time()))
+        app = guarded(create_app(engine, settings, services), engine, services)
+        yield ServedModel(opened, engine, services, app)
+    finally:
+        engine.close()
 
 
 def require_extra() -> None:

@@ -70,6 +70,24 @@ def machines() -> list[Machine]:
     return [Machine(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in resources]
 
 
+def machines_in_reach() -> list[Machine]:
+    """The machines of the cluster that this process is connected to or that runs here, else this machine alone."""
+    import ray
+
+    if ray.is_initialized():
+        return machines()
+    try:
+        ray.init(address=RUNNING, logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionError:
+        import torch
+
+        return [Machine(usable_cores(), torch.cuda.device_count())]
+    try:
+        return machines()
+    finally:
+        ray.shutdown()
+
+
 def _init(address: str) -> None:
     """Start or join a cluster; what Ray logs below an error is left out.
 

@@ -1,12 +1,11 @@
 """The engine of workers on a cluster, for a batch whose model and options are checked."""
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pos2d.errors import UsageError
 from pos2d.hf.tokenizer import load_tokenizer
 from pos2d.runtime.backends.options import LoadOptions
 from pos2d.runtime.batching.input_file import WINDOW, windows
@@ -15,7 +14,7 @@ from pos2d.runtime.batching.recipe import model_facts
 from pos2d.runtime.cluster.attempts import AttemptCounter
 from pos2d.runtime.cluster.connection import connected, machines
 from pos2d.runtime.cluster.options import ClusterOptions
-from pos2d.runtime.cluster.placement import Machine, place_workers
+from pos2d.runtime.cluster.placement import check_loading, place_workers, uses_gpu
 from pos2d.runtime.cluster.pool import answers_in_order
 from pos2d.runtime.cluster.worker import Task
 from pos2d.runtime.opening.opened_model import OpenedModel
@@ -49,7 +48,7 @@ def ray_engine(
             found,
             workers=cluster.num_workers,
             threads=loading.threads,
-            on_gpus=_uses_gpu(loading.device, opened.manifest.kind, found),
+            on_gpus=uses_gpu(loading.device, opened.manifest.kind, found),
         )
         place(most=_windows_after(0, count))  # before the output is opened
 
@@ -69,25 +68,6 @@ def ray_engine(
             return answers_in_order(task, windows(source, done), placement)
 
         yield answers
-
-
-def check_loading(loading: LoadOptions) -> None:
-    """Check that a worker, which has the cores and the GPU that Ray gives it, can load a model so.
-
-    Raises:
-        UsageError: several devices for one worker, or a certain GPU.
-    """
-    if loading.device_map is not None:
-        raise UsageError("`device_map` spreads a model over devices, and a worker of Ray has one; leave it out")
-    if loading.device.startswith("cuda:"):
-        raise UsageError(f"`device` {loading.device}: Ray chooses the GPU of every worker; give `device='cuda'`")
-
-
-def _uses_gpu(device: str, kind: str, machines: Sequence[Machine]) -> bool:
-    """Whether every worker needs a GPU: ``auto`` takes one for models on torch where the cluster has any."""
-    if device == "auto":
-        return kind != "onnx" and any(machine.gpus for machine in machines)
-    return device == "cuda"
 
 
 def _windows_after(done: int, count: int) -> int:

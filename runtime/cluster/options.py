@@ -56,3 +56,31 @@ class ClusterOptions:
             )
         if not all(importlib.util.find_spec(name) for name in EXTRA):
             raise UsageError("`engine='ray'` needs further packages; install them with: pip install 'pos2d[ray]'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaOptions:
+    """How many replicas of a server run on a cluster.
+
+    Raises:
+        UsageError: a value that cannot be used, or fewer replicas at most than at least.
+    """
+
+    min_replicas: int = option(1, "Number of replicas that always run.", minimum=0)
+    max_replicas: int | None = option(
+        None,
+        "Number of replicas at most.",
+        minimum=1,
+        default_text="one for each machine, or for each GPU",
+    )
+    target_ongoing_requests: float | None = option(
+        None,
+        "Number of requests for each replica from which on further replicas are started.",
+        minimum=0.1,
+        default_text="`max_running_branches`",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise UsageError(f"`max_replicas` {self.max_replicas} is less than `min_replicas` {self.min_replicas}")

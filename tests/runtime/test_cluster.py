@@ -24,7 +24,7 @@ from pos2d.runtime.batching.recipe import model_facts
 from pos2d.runtime.cluster import connection
 from pos2d.runtime.cluster.attempts import MOST, Attempts
 from pos2d.runtime.cluster.options import ClusterOptions
-from pos2d.runtime.cluster.placement import Machine, place_workers
+from pos2d.runtime.cluster.placement import Machine, check_loading, place_workers
 from pos2d.runtime.cluster.worker import FAILURE, FIRST, LINES, RECORDS, Task, WindowWorker
 from pos2d.runtime.load import load_opened
 from pos2d.runtime.opening.opened_model import open_model
@@ -96,8 +96,6 @@ def test_without_ray_one_sentence_says_how_to_install_it(monkeypatch: pytest.Mon
     ("loading", "words"), [({"device": "cuda:1"}, "Ray chooses the GPU"), ({"device_map": "auto"}, "leave it out")]
 )
 def test_a_worker_has_the_device_that_ray_gives_it(loading: Any, words: str) -> None:
-    from pos2d.runtime.cluster.engine import check_loading
-
     with pytest.raises(UsageError, match=words):
         check_loading(LoadOptions(**loading))
 
