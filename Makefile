@@ -5,6 +5,7 @@
 # make bench  decoding speed of both backends, beside their agreement
 # make peers  what benchmarks/peers.py and serve.py run beside ours
 # make faults  plant faults in the demo model, and check that compare names each of them
+# make ray-checks  batches on workers of Ray, and the server on Ray Serve: a quarter of an hour
 # make serve-checks  the server under load, abuse, generated requests and lm-eval: half an hour
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ INSTALLED := .venv/.installed
 OLD_TRANSFORMERS := .venv/transformers-4.57
 ADAPTER := examples/demo_adapter/lora.pth
 
-.PHONY: install demo test quick check bench peers faults serve-tools serve-checks clean
+.PHONY: install demo test quick check bench peers faults serve-tools serve-checks ray-checks clean
 
 install: $(INSTALLED)
 
@@ -84,5 +85,20 @@ serve-checks: demo/base serve-tools peers
 	$(BIN)/python benchmarks/serve_lm_eval.py
 	$(BIN)/python benchmarks/serve_schema.py
 
+# An environment of its own: Ray brings many packages that nothing else needs.
+.venv-ray/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --upgrade pip
+	.venv-ray/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
+	touch $@
+
+demo/int8: demo/base
+	$(BIN)/python cli.py export --base-model demo/base --lora $(ADAPTER) --rope-2d-ratio 1.0 --format onnx --quant int8 -o $@
+
+ray-checks: demo/int8 .venv-ray/.installed
+	OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest tests/runtime/test_cluster.py tests/runtime/test_ray_serve.py
+	.venv-ray/bin/python benchmarks/ray_batch.py demo/int8
+	.venv-ray/bin/python benchmarks/ray_serve.py demo/int8
+
 clean:
-	rm -rf .venv .venv-peers .venv-serve demo build *.egg-info
+	rm -rf .venv .venv-peers .venv-serve .venv-ray demo build *.egg-info

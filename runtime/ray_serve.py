@@ -5,7 +5,6 @@
 """
 
 import asyncio
-import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -58,7 +57,7 @@ def build_app(arguments: Mapping[str, Any]) -> "Application":
     check_loading(loading)
     placement = _placement(given, scaling, loading, base)
     deployment = serve.deployment(
-        serve.ingress(_Routes())(_Replica),
+        serve.ingress(_Routes())(_RayReplica),
         name=NAME,
         ray_actor_options={"num_cpus": placement.cores, "num_gpus": placement.gpus},
         max_ongoing_requests=serving.max_running_branches + serving.max_waiting,
@@ -131,10 +130,13 @@ class _Routes:
         await serve.get_replica_context().servable_object.routes(scope, receive, send)
 
 
-class _Replica:
-    """A process with an engine of its own."""
+class Replica:
+    """An engine of its own behind all routes, in the process that Ray Serve gives it."""
 
-    async def __init__(self, given: Mapping[str, Any]) -> None:  # type: ignore[misc]
+    routes: "App"
+
+    async def start(self, given: Mapping[str, Any]) -> None:
+        """Load the model, beside the event loop, which answers Ray Serve meanwhile."""
         _, serving, caching, loading, base = read_options(given, *GROUPS[:-1])
         # The proxy is called by names that a replica does not know.
         serving = with_keys(replace(serving, host=EVERY_ADDRESS))
@@ -144,15 +146,25 @@ class _Replica:
         self._served = await asyncio.to_thread(self._block.__enter__)
         if self._served.services.has_template:
             await self._served.services.templates.start()
-        self.routes: App = self._served.app
+        self.routes = self._served.app
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which starts the replica again where this raises."""
         if not self._served.engine.is_alive:
             raise RuntimeError("the engine has ended")
 
-    async def __del__(self) -> None:
+    async def close(self) -> None:
+        """End the engine; Ray Serve has waited for the requests."""
         if hasattr(self, "_served"):
             await self._served.services.templates.close()
-            with contextlib.suppress(Exception):
-                self._block.__exit__(None, None, None)
+            await asyncio.to_thread(self._block.__exit__, None, None, None)
+
+
+class _RayReplica(Replica):
+    """A replica with the constructor and destructor that Ray Serve awaits."""
+
+    async def __init__(self, given: Mapping[str, Any]) -> None:  # type: ignore[misc]
+        await self.start(given)
+
+    async def __del__(self) -> None:
+        await self.close()

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from pos2d.errors import UsageError
 from pos2d.runtime.cluster.placement import Machine
@@ -77,8 +78,9 @@ def machines_in_reach() -> list[Machine]:
     if ray.is_initialized():
         return machines()
     try:
+        check_reachable(RUNNING)
         ray.init(address=RUNNING, logging_level=logging.ERROR, log_to_driver=False)
-    except ConnectionError:
+    except (ConnectionError, UsageError):
         import torch
 
         return [Machine(usable_cores(), torch.cuda.device_count())]
@@ -110,11 +112,12 @@ def _init(address: str) -> None:
         return
     try:
         ray.init(address=address, **quiet)
-    except ConnectionError as error:
-        if address != RUNNING:
-            raise UsageError(f"`ray_address` {address}: {' '.join(str(error).split())}") from None
-        raise UsageError("`ray_address` auto: no Ray runs on this machine; ray start --head starts it") from None
-    except (RuntimeError, ValueError) as error:
+    except (
+        ConnectionError,
+        ray.exceptions.RayError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # such as another version, or no token
         reason = " ".join(str(error).split()).replace("`", "'")
         raise UsageError(f"`ray_address` {address}: {reason}") from None
 
@@ -126,7 +129,9 @@ def check_reachable(address: str) -> None:
         UsageError: nothing does, or it is no such address.
     """
     if address == RUNNING:
-        return
+        address = os.environ.get(VARIABLE) or noted_address() or ""
+        if not address:
+            raise UsageError("`ray_address` auto: no Ray runs on this machine; ray start --head starts it")
     host, separator, port = address.rpartition(":")
     if not separator or not port.isdecimal():
         raise UsageError(f"`ray_address` {address!r} must be HOST:PORT, or auto")
@@ -137,6 +142,15 @@ def check_reachable(address: str) -> None:
         raise UsageError(
             f"`ray_address` {address}: nothing answers there ({reason}); ray status shows the address"
         ) from None
+
+
+def noted_address() -> str | None:
+    """The address of the cluster that was last started on this machine, from Ray's own note, which may be old."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        return (Path(folder) / "ray" / "ray_current_cluster").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager

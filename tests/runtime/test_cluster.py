@@ -184,7 +184,7 @@ def _is_worker(process: Any) -> bool:
 
 
 @pytest.mark.usefixtures("_ray")
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 def test_a_worker_that_is_killed_loses_nothing(talking: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", 700)
     runtime.batch(talking / "onnx", source, tmp_path / "local.jsonl", max_new_tokens=8)
@@ -211,7 +211,7 @@ def test_a_worker_that_is_killed_loses_nothing(talking: Path, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("_ray")
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 def test_what_a_worker_refuses_leaves_nothing(talking: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "one"}\n')
     with pytest.raises(UsageError, match="`dtype`"):
