@@ -6,6 +6,7 @@
 # make peers  what benchmarks/peers.py and serve.py run beside ours
 # make faults  plant faults in the demo model, and check that compare names each of them
 # make ray-checks  batches on workers of Ray, and the server on Ray Serve: a quarter of an hour
+# make engines  the same tokens from transformers, vLLM, llama.cpp, onnxruntime-genai and ours
 # make serve-checks  the server under load, abuse, generated requests and lm-eval: half an hour
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ INSTALLED := .venv/.installed
 OLD_TRANSFORMERS := .venv/transformers-4.57
 ADAPTER := examples/demo_adapter/lora.pth
 
-.PHONY: install demo test quick check bench peers faults serve-tools serve-checks ray-checks clean
+.PHONY: install demo test quick check bench peers faults engines serve-tools serve-checks ray-checks clean
 
 install: $(INSTALLED)
 
@@ -72,6 +73,16 @@ peers: .venv-peers/.installed
 faults: demo/base
 	$(BIN)/python benchmarks/compare_faults.py
 
+# Torch of this build is for the CPU, and its companions are for CUDA, where the import of one of them fails; text models do without.
+.venv-vllm/.installed: benchmarks/vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --requirement $<
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+engines: demo/base peers .venv-vllm/.installed $(OLD_TRANSFORMERS)
+	$(BIN)/python benchmarks/engines.py
+
 serve-tools: .venv-serve/.installed
 
 .venv-serve/.installed: benchmarks/serve_tools.txt
@@ -101,4 +112,4 @@ ray-checks: demo/int8 .venv-ray/.installed
 	.venv-ray/bin/python benchmarks/ray_serve.py demo/int8
 
 clean:
-	rm -rf .venv .venv-peers .venv-serve .venv-ray demo build *.egg-info
+	rm -rf .venv .venv-peers .venv-vllm .venv-serve .venv-ray demo build *.egg-info

@@ -22,7 +22,7 @@ class Worker:
         WorkerError: from every method that waits for an answer.
     """
 
-    started: dict[str, float]
+    started: dict[str, Any]
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self._log = log

@@ -1,11 +1,17 @@
-"""The comparison with other engines goes on when one of them cannot be made or crashes."""
+"""Comparisons with other engines: they go on when one crashes, find where answers part, and read as SGLang reads."""
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+
+from pos2d.sources.stock_rope import one_branch_rope
+from pos2d.spec import Rope2DSpec
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 # A worker that answers every request, or ends where its first argument says.
@@ -61,3 +67,74 @@ def test_a_peer_that_crashes_loses_its_row_only(monkeypatch: pytest.MonkeyPatch,
     else:
         assert sum(line.startswith("reference") for line in done.stdout.splitlines()) == 2
         assert done.stdout.count("lost: ") == 4
+
+
+def test_first_difference_of_two_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from engine_agreement import first_difference
+
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 9, 3]) == 1
+    assert first_difference([1, 2, 3], [1, 2]) == first_difference([1, 2], [1, 2, 3]) == 2
+    assert first_difference([], [4]) == 0
+
+
+@pytest.mark.parametrize(("gap", "equal", "seen"), [(0.0009, 8, [2, 5]), (0.0011, 2, [2]), (None, 2, [2])])
+def test_answers_are_followed_behind_a_tie_and_no_further_than_a_difference(
+    monkeypatch: pytest.MonkeyPatch, gap: float | None, equal: int, seen: list[int]
+) -> None:
+    """An engine that says -1 in place of tokens 2 and 5, where our logits are ``gap`` apart, or that stops at 2."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from engine_agreement import follow
+
+    expected = list(range(10))
+
+    def ask(said: Sequence[int]) -> list[int]:
+        assert list(said) == expected[: len(said)]
+        place = next((place for place in (2, 5) if place >= len(said)), len(expected))
+        if gap is None:
+            return expected[len(said) : place]
+        # Behind the other token, everything may be another.
+        return expected[len(said) : place] + [-1] * (len(expected) - place)
+
+    def logits(said: Sequence[int], tokens: list[int]) -> list[float]:
+        assert tokens == [len(said), -1]
+        return [3.0, 3.0 - (gap or 0)]
+
+    same, partings = follow("text", expected, ask, logits)
+    assert (same, [parting.position for parting in partings]) == (equal, seen)
+    assert [parting.tied for parting in partings] == [equal == 8] * len(seen)
+
+
+def test_an_engine_with_other_ids_or_without_stops_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from engine_agreement import Parting
+    from engine_check import Found
+
+    def faults(**changes: Any) -> list[str]:
+        facts: dict[str, Any] = {"tokens": 8, "equal": 8, "partings": (), "texts": 3, "turns": 3, "stops": 3}
+        return Found(**facts | changes, tokens_per_second=1.0).faults
+
+    assert faults() == []
+    assert faults(partings=(Parting("chat", 4, 1, 2, 5.0, 5.0005),)) == []
+    assert len(faults(partings=(Parting("chat", 4, 1, 2, 5.0, 5.002),))) == 1
+    assert len(faults(partings=(Parting("chat", 4, 1, None),))) == 1
+    assert len(faults(texts=2, turns=0, stops=2)) == 3
+
+
+@pytest.mark.parametrize("scaling", [1.0, 1.25])
+def test_sglang_reads_our_settings_as_one_branch(monkeypatch: pytest.MonkeyPatch, scaling: float) -> None:
+    """By its published source; also with a factor of cosines and sines, which it takes from keys of its own."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from sglang_reading import difference
+
+    spec = Rope2DSpec(8, (5, 6, 7, 8))
+    frequencies = (1e4 ** -(np.arange(8) / 8)).astype(np.float32) / np.float32(1.5)
+    config = {"max_position_embeddings": 64, "hidden_size": 32, "num_attention_heads": 2}
+    settings = one_branch_rope(frequencies, scaling, 1e4, 64, spec) | {"rope_theta": 1e4}
+    assert difference(config, settings, (frequencies, scaling), spec) < 1e-5
+    halved = settings | {"short_factor": [2.0] * 8}
+    assert difference(config, halved, (frequencies, scaling), spec) > 0.5
+    if scaling != 1:
+        without = {key: value for key, value in settings.items() if key != "long_mscale"}
+        assert difference(config, without, (frequencies, scaling), spec) > 0.2
