@@ -53,7 +53,18 @@ class Reference:
         self.turns = [worker.ask({"messages": turn, "new": ANSWER}) for turn in TURNS]
         asked = worker.ask({"messages": QUESTION, "new": WARM_UP})["ids"]
         self.prompts: dict[str, list[int]] = {**self.texts, "chat": asked}
-        self.answers = {name: worker.ask({"ids": ids, "new": new})["tokens"] for name, ids in self.prompts.items()}
+        replies = {name: worker.ask({"ids": ids, "new": new}) for name, ids in self.prompts.items()}
+        self.answers: dict[str, list[int]] = {name: reply["tokens"] for name, reply in replies.items()}
+        self._seconds = sum(reply["seconds"] for reply in replies.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.answers.values()))
+
+    def itself(self) -> Found:
+        """Its own row, where only the stops can be at fault."""
+        stops = sum(turn["stopped"] for turn in self.turns)
+        return Found(self.tokens, self.tokens, (), len(TEXTS), len(TURNS), stops, self.tokens / self._seconds)
 
     def logits_after(self, ids: Sequence[int]) -> Callable[[Sequence[int], list[int]], list[float]]:
         """The logits of tokens after a prompt's ``ids`` and the beginning of an answer."""
@@ -89,6 +100,6 @@ def check(worker: Asked, reference: Reference) -> Found:
         same, found = follow(name, reference.answers[name], ask, reference.logits_after(ids))
         equal, seconds = equal + same, seconds + first[0]
         partings += found
-    tokens = sum(map(len, reference.answers.values()))
+    tokens = reference.tokens
     same_turns = sum(ours["ids"] == theirs["ids"] for ours, theirs in zip(reference.turns, turns, strict=True))
     return Found(tokens, equal, tuple(partings), sum(texts), same_turns, stops, tokens / seconds)
