@@ -80,26 +80,37 @@ def check(worker: Asked, reference: Reference) -> Found:
     """Ask an engine everything, and compare it with ours."""
     texts = [worker.ask({"text": text})["ids"] == reference.texts[name] for name, text in TEXTS.items()]
     turns = [worker.ask({"messages": turn, "new": ANSWER}) for turn in TURNS]
-    partings: list[Parting] = []
-    stops = 0
+    partings: list[Parting | None] = []
     for number, (ours, theirs) in enumerate(zip(reference.turns, turns, strict=True), 1):
-        parting = part(f"turn {number}", ours["tokens"], theirs["tokens"], reference.logits_after(ours["ids"]))
-        partings += [parting] if parting else []
-        stops += theirs["stopped"]
-    equal, seconds = 0, 0.0
+        logits = reference.logits_after(ours["ids"])
+        partings.append(part(f"turn {number}", ours["tokens"], theirs["tokens"], logits))
     worker.ask({"ids": reference.prompts["chat"], "new": WARM_UP})
-    for name, ids in reference.prompts.items():
-        first: list[float] = []
-
-        def ask(said: Sequence[int], ids: list[int] = ids, name: str = name, first: list[float] = first) -> list[int]:
-            reply = worker.ask({"ids": [*ids, *said], "new": len(reference.answers[name]) - len(said)})
-            first.append(reply["seconds"])
-            tokens: list[int] = reply["tokens"]
-            return tokens
-
-        same, found = follow(name, reference.answers[name], ask, reference.logits_after(ids))
-        equal, seconds = equal + same, seconds + first[0]
+    equal, seconds = 0, 0.0
+    for name in reference.prompts:
+        same, found, took = _follow(worker, reference, name)
+        equal, seconds = equal + same, seconds + took
         partings += found
-    tokens = reference.tokens
-    same_turns = sum(ours["ids"] == theirs["ids"] for ours, theirs in zip(reference.turns, turns, strict=True))
-    return Found(tokens, equal, tuple(partings), sum(texts), same_turns, stops, tokens / seconds)
+    return Found(
+        tokens=reference.tokens,
+        equal=equal,
+        partings=tuple(parting for parting in partings if parting is not None),
+        texts=sum(texts),
+        turns=sum(ours["ids"] == theirs["ids"] for ours, theirs in zip(reference.turns, turns, strict=True)),
+        stops=sum(turn["stopped"] for turn in turns),
+        tokens_per_second=reference.tokens / seconds,
+    )
+
+
+def _follow(worker: Asked, reference: Reference, name: str) -> tuple[int, list[Parting], float]:
+    """Equal tokens and partings of the answer to one prompt, and the seconds that the whole answer took."""
+    ids, answer = reference.prompts[name], reference.answers[name]
+    seconds: list[float] = []
+
+    def ask(said: Sequence[int]) -> list[int]:
+        reply = worker.ask({"ids": [*ids, *said], "new": len(answer) - len(said)})
+        seconds.append(reply["seconds"])
+        tokens: list[int] = reply["tokens"]
+        return tokens
+
+    same, partings = follow(name, answer, ask, reference.logits_after(ids))
+    return same, partings, seconds[0]
