@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 # Two logits so close may change places by the order in which another engine adds in float32.
 TIE = 1e-3
 # An engine that parts more often than this in one answer is not followed further.
@@ -13,7 +15,8 @@ MOST = 16
 class Parting:
     """``position`` counts the tokens of the answer from 0; ``found`` is None where the answer ended before it.
 
-    The logits are those of our model in float32, after the same tokens; None where there is no token.
+    The logits are those of our model in float32, after the same tokens; None where there is no token. ``bits`` are
+    those of the numbers with which the engine computes.
     """
 
     where: str
@@ -22,6 +25,7 @@ class Parting:
     found: int | None
     expected_logit: float | None = None
     found_logit: float | None = None
+    bits: int = 32
 
     @property
     def gap(self) -> float:
@@ -31,8 +35,15 @@ class Parting:
         return abs(self.expected_logit - self.found_logit)
 
     @property
+    def limit(self) -> float:
+        """Up to this gap the logits are as good as equal: in 16 bits, the distance of float16's numbers there."""
+        if self.bits > 16 or self.expected_logit is None:
+            return TIE
+        return float(np.spacing(np.float16(abs(self.expected_logit))))
+
+    @property
     def tied(self) -> bool:
-        return self.gap <= TIE
+        return self.gap <= self.limit
 
 
 def first_difference(expected: Sequence[int], found: Sequence[int]) -> int | None:
@@ -48,6 +59,7 @@ def part(
     expected: Sequence[int],
     found: Sequence[int],
     logits: Callable[[Sequence[int], list[int]], Sequence[float]],
+    bits: int = 32,
 ) -> Parting | None:
     """The first parting of two answers; ``logits(said, tokens)`` are those of tokens after the beginning ``said``."""
     place = first_difference(expected, found)
@@ -56,7 +68,8 @@ def part(
     left, right = (tokens[place] if place < len(tokens) else None for tokens in (expected, found))
     if left is None or right is None:
         return Parting(where, place, left, right)
-    return Parting(where, place, left, right, *logits(expected[:place], [left, right]))
+    ours, theirs = logits(expected[:place], [left, right])
+    return Parting(where, place, left, right, ours, theirs, bits)
 
 
 def follow(
@@ -64,6 +77,7 @@ def follow(
     expected: Sequence[int],
     ask: Callable[[Sequence[int]], Sequence[int]],
     logits: Callable[[Sequence[int], list[int]], Sequence[float]],
+    bits: int = 32,
 ) -> tuple[int, list[Parting]]:
     """How many tokens of an answer are equal, and where it parts from ``expected``.
 
@@ -75,7 +89,7 @@ def follow(
     start = 0
     while start < len(expected):
         found = [*expected[:start], *ask(expected[:start])]
-        parting = part(where, expected, found, logits)
+        parting = part(where, expected, found, logits, bits)
         if parting is None:
             break
         partings.append(parting)

@@ -76,18 +76,18 @@ class Reference:
         return logits
 
 
-def check(worker: Asked, reference: Reference) -> Found:
-    """Ask an engine everything, and compare it with ours."""
+def check(worker: Asked, reference: Reference, bits: int) -> Found:
+    """Ask an engine that computes with so many bits everything, and compare it with ours."""
     texts = [worker.ask({"text": text})["ids"] == reference.texts[name] for name, text in TEXTS.items()]
     turns = [worker.ask({"messages": turn, "new": ANSWER}) for turn in TURNS]
     partings: list[Parting | None] = []
     for number, (ours, theirs) in enumerate(zip(reference.turns, turns, strict=True), 1):
         logits = reference.logits_after(ours["ids"])
-        partings.append(part(f"turn {number}", ours["tokens"], theirs["tokens"], logits))
+        partings.append(part(f"turn {number}", ours["tokens"], theirs["tokens"], logits, bits))
     worker.ask({"ids": reference.prompts["chat"], "new": WARM_UP})
     equal, seconds = 0, 0.0
     for name in reference.prompts:
-        same, found, took = _follow(worker, reference, name)
+        same, found, took = _follow(worker, reference, name, bits)
         equal, seconds = equal + same, seconds + took
         partings += found
     return Found(
@@ -101,7 +101,7 @@ def check(worker: Asked, reference: Reference) -> Found:
     )
 
 
-def _follow(worker: Asked, reference: Reference, name: str) -> tuple[int, list[Parting], float]:
+def _follow(worker: Asked, reference: Reference, name: str, bits: int) -> tuple[int, list[Parting], float]:
     """Equal tokens and partings of the answer to one prompt, and the seconds that the whole answer took."""
     ids, answer = reference.prompts[name], reference.answers[name]
     seconds: list[float] = []
@@ -112,5 +112,5 @@ def _follow(worker: Asked, reference: Reference, name: str) -> tuple[int, list[P
         tokens: list[int] = reply["tokens"]
         return tokens
 
-    same, partings = follow(name, answer, ask, reference.logits_after(ids))
+    same, partings = follow(name, answer, ask, reference.logits_after(ids), bits)
     return same, partings, seconds[0]

@@ -112,17 +112,19 @@ class Vllm:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, whose chat renders the template in the file."""
+    """llama.cpp through llama-cpp-python, whose chat renders the template in the file. Its own KV cache has 16 bits."""
 
     package = "llama-cpp-python"
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, bits: int) -> None:
         import llama_cpp
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         self._lib = llama_cpp
         (file,) = [path] if path.is_file() else path.glob("*.gguf")
+        kind = llama_cpp.GGML_TYPE_F32 if bits == 32 else llama_cpp.GGML_TYPE_F16
         options = {"n_ctx": 2048, "n_threads": threads, "n_threads_batch": threads, "verbose": False}
+        options |= {"type_k": kind, "type_v": kind}
         self._model = llama_cpp.Llama(str(file), **options)
         template = self._model.metadata["tokenizer.chat_template"]
         self._format = Jinja2ChatFormatter(
@@ -271,6 +273,7 @@ def main() -> None:
     arguments.add_argument("engine", choices=ENGINES)
     arguments.add_argument("path", type=Path)
     arguments.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments.add_argument("--bits", type=int, choices=(16, 32), default=32, help="Of llama.cpp's KV cache.")
     arguments.add_argument("--site", help="A directory of packages that go before those of this python.")
     given = arguments.parse_args()
     if given.site:
@@ -281,7 +284,8 @@ def main() -> None:
         os.environ.setdefault(name, value)
     started = time.perf_counter()
     kind = ENGINES[given.engine]
-    engine = kind(given.path, given.threads)  # type: ignore[call-arg]
+    options = {"bits": given.bits} if kind is LlamaCpp else {}
+    engine = kind(given.path, given.threads, **options)  # type: ignore[call-arg]
     replies.write(json.dumps({"version": version(kind.package), "load_s": time.perf_counter() - started}) + "\n")
     for line in sys.stdin:
         replies.write(json.dumps(answer(engine, json.loads(line))) + "\n")

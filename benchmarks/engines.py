@@ -3,9 +3,10 @@
 The demo's adapter, trained with 2D RoPE, is merged into its base and exported for each engine: ``stock`` runs in
 transformers and vLLM, ``gguf`` in llama.cpp, ``genai`` in onnxruntime-genai. Every engine is a process of its own, and
 answers the same ids greedily; its tokens are compared with those of our runtime on torch in float32. Where two answers
-part, both tokens are shown with their logits in that model: logits within 1e-3 of each other are a tie, and the engine
-is asked again behind the expected token. The ids of plain texts and of a conversation of three turns come from the
-engine's own tokenizer and chat template, and its own stop tokens have to end the answers.
+part, both tokens are shown with their logits in that model. Logits within 1e-3 of each other are a tie, or, for an
+engine that computes in 16 bits, as far apart as neighbours in float16. After a tie the engine is asked again behind the
+expected token. The ids of plain texts and of a conversation of three turns come from the engine's own tokenizer and
+chat template, and its own stop tokens have to end the answers.
 
 The exit status is 1 where something differs without a tie, or an engine is missing; ``--skip`` leaves one out. SGLang
 is not run: what it computes from the configuration is worked out from its published source (sglang_reading.py).
@@ -36,12 +37,22 @@ ADAPTER = ROOT / "examples" / "demo_adapter" / "lora.pth"
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 OLD_TRANSFORMERS = ROOT / ".venv" / "transformers-4.57"
 MERGED = "merged"
-FORMATS = ("onnx", "stock", "gguf", "genai")
+# Arguments of `export` by the artifact's name.
+EXPORTS = {
+    "onnx": ("--format", "onnx"),
+    "stock": ("--format", "stock"),
+    "gguf": ("--format", "gguf"),
+    "gguf-float32": ("--format", "gguf", "--dtype", "float32"),
+    "genai": ("--format", "genai"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One engine: the ``kind`` of its worker, the artifact that it runs, and its python with a ``site`` of packages."""
+    """One engine: the ``kind`` of its worker, the artifact that it runs, and its python with a ``site`` of packages.
+
+    ``bits`` are those of the weights and of the KV cache.
+    """
 
     name: str
     kind: str
@@ -61,7 +72,8 @@ ENTRIES = (
     Entry("transformers", "transformers", "stock", 32),
     Entry("transformers 4.57", "transformers", "stock", 32, site=OLD_TRANSFORMERS),
     Entry("vLLM", "vllm", "stock", 32, VLLM_PYTHON),
-    Entry("llama.cpp", "llama", "gguf", 16, PEERS_PYTHON),
+    Entry("llama.cpp F32", "llama", "gguf-float32", 32, PEERS_PYTHON),
+    Entry("llama.cpp F16", "llama", "gguf", 16, PEERS_PYTHON),
     Entry("onnxruntime-genai", "genai", "genai", 32, PEERS_PYTHON),
 )
 
@@ -116,8 +128,8 @@ def make_artifacts(place: Path, wanted: set[str], keep: bool) -> dict[str, str]:
     merged = place / MERGED
     merge = ["merge", "--base-model", str(DEMO), "--lora", str(ADAPTER), "--rope-2d-ratio", "1.0", "-o", str(merged)]
     commands = {MERGED: merge}
-    for name in [name for name in FORMATS if name in wanted]:
-        commands[name] = ["export", str(merged), "--format", name, "-o", str(place / name)]
+    for name in [name for name in EXPORTS if name in wanted]:
+        commands[name] = ["export", str(merged), *EXPORTS[name], "-o", str(place / name)]
     unmade: dict[str, str] = {}
     for name, words in commands.items():
         click.echo(f"making {name}, unless it is there" if keep else f"making {name}", err=True)
@@ -155,7 +167,7 @@ def asked(place: Path, entry: Entry, reference: Reference, threads: int) -> Row:
     try:
         worker = started(place, entry, threads)
         try:
-            found = check(worker, reference)
+            found = check(worker, reference, entry.bits)
         finally:
             worker.close()
     except WorkerError as reason:
@@ -165,7 +177,8 @@ def asked(place: Path, entry: Entry, reference: Reference, threads: int) -> Row:
 
 def started(place: Path, entry: Entry, threads: int) -> Worker:
     words = [str(entry.python), str(BENCHMARKS / "engine_worker.py"), entry.kind, str(place / entry.artifact)]
-    words += ["--threads", str(threads)] + (["--site", str(entry.site)] if entry.site else [])
+    words += ["--threads", str(threads), "--bits", str(entry.bits)]
+    words += ["--site", str(entry.site)] if entry.site else []
     return Worker(words, place / "logs" / f"{entry.name}.log")
 
 
@@ -188,11 +201,11 @@ def table(rows: Sequence[Row], new: int, sglang: float | None) -> str:
     """The rows for people, then every parting, then SGLang."""
     lines = [
         processor(),
-        f"{'engine':20} {'version':9} {'artifact':8} {'bits':>4} {'equal tokens':>13} {'texts':>5} {'turns':>5} "
+        f"{'engine':20} {'version':9} {'artifact':12} {'bits':>4} {'equal tokens':>13} {'texts':>5} {'turns':>5} "
         f"{'stops':>5} {'tokens/s':>8}",
     ]
     for row in rows:
-        start = f"{row.engine:20} {row.version:9} {row.artifact:8} {row.bits:4} "
+        start = f"{row.engine:20} {row.version:9} {row.artifact:12} {row.bits:4} "
         if row.found is None:
             lines.append(f"{start}lost: {row.lost}")
             continue

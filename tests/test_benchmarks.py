@@ -118,7 +118,9 @@ def test_an_engine_with_other_ids_or_without_stops_is_at_fault(monkeypatch: pyte
     assert faults() == []
     assert faults(partings=(Parting("chat", 4, 1, 2, 5.0, 5.0005),)) == []
     assert len(faults(partings=(Parting("chat", 4, 1, 2, 5.0, 5.002),))) == 1
-    assert len(faults(partings=(Parting("chat", 4, 1, None),))) == 1
+    assert faults(partings=(Parting("chat", 4, 1, 2, 25.0, 25.015, bits=16),)) == []  # float16 steps by 2 ** -6 there
+    assert len(faults(partings=(Parting("chat", 4, 1, 2, 25.0, 25.017, bits=16),))) == 1
+    assert len(faults(partings=(Parting("chat", 4, 1, None, bits=16),))) == 1
     assert len(faults(texts=2, turns=0, stops=2)) == 3
 
 
