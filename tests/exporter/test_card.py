@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from pos2d import exporter, runtime
 from pos2d.commands.main import COMMANDS, command_of
 from pos2d.exporter.artifact.card import write_card
-from pos2d.manifest import Kind, Manifest, read_manifest
+from pos2d.manifest import Manifest, read_manifest
 from pos2d.sources.sidecars.tokenizer_settings import readable_settings
 from tests.bases import CONFIGS, linear_modules, random_adapter, write_adapter, write_base
 from tests.conftest import Golden
@@ -182,7 +182,7 @@ def test_kinds_for_other_programs(made: Path, tmp_path: Path) -> None:
     stock = read_manifest(made / "stock")
     gguf = replace(
         stock,
-        kind=cast(Kind, "gguf"),
+        kind="gguf",
         files={"model-q8_0.gguf": {"bytes": 9}, "Modelfile": {"bytes": 1}},
         parity={"tensors": 21},
     )
@@ -192,7 +192,7 @@ def test_kinds_for_other_programs(made: Path, tmp_path: Path) -> None:
         assert part in text
     assert "transformers" not in text
     assert "ollama" not in card_of(replace(gguf, files={"model.gguf": {"bytes": 9}}), tmp_path)[0]
-    genai = replace(stock, kind=cast(Kind, "genai"), files={"model.onnx": {"bytes": 9}})
+    genai = replace(stock, kind="genai", files={"model.onnx": {"bytes": 9}})
     text, data = card_of(genai, tmp_path)
     assert data["library_name"] == "onnxruntime-genai"
     assert 'og.Model("MODEL")' in text
