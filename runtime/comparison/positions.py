@@ -5,7 +5,6 @@ from typing import Any
 
 from pos2d.families import Dimensions
 from pos2d.runtime.opening.opened_model import OpenedModel
-from pos2d.sources.checkpoints.checkpoint import read_config
 from pos2d.sources.checkpoints.rope import rope_settings
 from pos2d.sources.checkpoints.weight_files import CONFIG
 from pos2d.sources.stock_rope import still_frequencies
@@ -105,4 +104,6 @@ def _config(artifact: OpenedModel) -> Mapping[str, Any] | None:
         return artifact.source.base.config
     if artifact.manifest.kind == "onnx":
         return None
+    from pos2d.sources.checkpoints.checkpoint import read_config
+
     return read_config(artifact.directory) | {"model_type": artifact.manifest.family}

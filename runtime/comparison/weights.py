@@ -9,17 +9,13 @@ from pos2d.bnb_format import INT8_STEPS, NF4_ABSMAX, NF4_CODE, NF4_STATE, SCALES
 from pos2d.dtypes import TORCH_NAMES
 from pos2d.progress import Progress
 from pos2d.runtime.opening.opened_model import OpenedModel
-from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD
-from pos2d.sources.files.tensor_io import opened as opened_files
-from pos2d.sources.source import Source
-from pos2d.sources.tensors.exact_rows import exact_rows
-from pos2d.sources.tensors.rounding import round_nearest
-from pos2d.sources.tensors.tensor_plan import PlannedTensor, plan_tensors
 
 if TYPE_CHECKING:
     import torch
 
     from pos2d.runtime.backends.torch.weights import TensorSource
+    from pos2d.sources.source import Source
+    from pos2d.sources.tensors.tensor_plan import PlannedTensor
 
 BLOCK_ELEMENTS = 1 << 20
 
@@ -97,12 +93,16 @@ class WeightEvidence:
         return [tensor for tensor in self.tensors if not tensor.is_adapted and not tensor.is_quantised]
 
 
-def weigh(source: Source, artifact: OpenedModel) -> WeightEvidence:
+def weigh(source: "Source", artifact: OpenedModel) -> WeightEvidence:
     """Compare the weights of an artifact on torch with those of a base and its adapters, tensor by tensor.
 
     Raises:
         InputError: weights that cannot be read, or values that are not finite.
     """
+    from pos2d.sources.checkpoints.checkpoint import EMBEDDING, HEAD
+    from pos2d.sources.files.tensor_io import opened as opened_files
+    from pos2d.sources.tensors.tensor_plan import plan_tensors
+
     plan = plan_tensors(source.base, source.adapters)
     found: list[TensorEvidence] = []
     unlike: list[str] = []
@@ -127,8 +127,11 @@ def weigh(source: Source, artifact: OpenedModel) -> WeightEvidence:
     return WeightEvidence(tuple(found), tuple(unlike))
 
 
-def _evidence(tensor: PlannedTensor, value: "torch.Tensor", stored: str, file: Any) -> TensorEvidence:
+def _evidence(tensor: "PlannedTensor", value: "torch.Tensor", stored: str, file: Any) -> TensorEvidence:
     import torch
+
+    from pos2d.sources.tensors.exact_rows import exact_rows
+    from pos2d.sources.tensors.rounding import round_nearest
 
     sums = torch.zeros(8, dtype=torch.float64)
     dtype = getattr(torch, stored, torch.float64)

@@ -316,7 +316,7 @@ def test_usage(call: Call, merge: Callable[..., Result], tmp_path: Path) -> None
     expect(merge("--no-patch-rope", "--rope-2d-ratio", "0.5"), 2, "exclude one another")
     for flags in (("--align-to", "middle"), ("--dtype", "int8"), ("--surprise",)):
         assert merge(*flags).exit_code == 2
-    assert call("export", tmp_path, "-o", tmp_path / "out", "--format", "gguf").exit_code == 2
+    assert call("export", tmp_path, "-o", tmp_path / "out", "--format", "pickle").exit_code == 2
     assert call("nothing").exit_code == 2
 
 

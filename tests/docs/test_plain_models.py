@@ -16,14 +16,16 @@ ARTIFACT = re.compile(r"my/(?:merged|onnx|bnb)[\w-]*")
 
 
 def commands() -> list[list[str]]:
-    """The arguments of all commands that name an artifact, without those that make one from a base, and ``serve``.
+    """The arguments of all commands that name an artifact, but for those that a plain model is not for.
 
-    That one does not end by itself; tests/commands/test_serve.py starts it.
+    ``push`` is for artifacts alone, a GGUF file needs a tokenizer that llama.cpp knows, and ``serve``, which
+    tests/commands/test_serve.py starts, does not end by itself.
     """
     lines = [
         line.rpartition(" | ")[2] for line in blocks("bash")[1].splitlines() if "pos2d " in line and line[0] != "#"
     ]
-    split = [arguments for line in lines if (arguments := shlex.split(line)[1:])[0] != "serve"]
+    split = [arguments for line in lines if (arguments := shlex.split(line)[1:])[0] not in ("push", "serve")]
+    split = [arguments for arguments in split if "gguf" not in arguments]
     return [arguments for arguments in split if ARTIFACT.fullmatch(arguments[1] if len(arguments) > 1 else "")]
 
 
