@@ -122,7 +122,7 @@ def _report(
     seconds: float,
 ) -> ExportReport:
     graph = manifest.graph_quant
-    recipe = manifest.quant or graph
+    recipe = manifest.recipe
     totals = (manifest.ledger or {}).get("totals", {})
     quantised = QuantisationSummary(**totals) if totals and recipe is not None else None
     lost = _lost_in_merge(source) if quantised is not None else _lost_in_rounding(source, manifest.dtype, totals)

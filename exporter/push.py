@@ -167,7 +167,5 @@ def _endpoint() -> str:
 
 
 def _message(manifest: Manifest) -> str:
-    recipe = manifest.quant or manifest.graph_quant
-    form = " ".join(filter(None, (manifest.kind, None if recipe is None else recipe.name)))
-    names = " + ".join([manifest.base["name"], *(adapter["file"] for adapter in manifest.adapters)])
-    return f"{names} ({form}), written by pos2d {manifest.tool_version}"
+    form = manifest.kind if manifest.recipe is None else f"{manifest.kind} {manifest.recipe.name}"
+    return f"{manifest.made_from} ({form}), written by pos2d {manifest.tool_version}"

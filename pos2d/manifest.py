@@ -4,7 +4,7 @@ It is written last and read first, and what an artifact is never follows from th
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from types import NoneType
@@ -95,6 +95,16 @@ class Manifest:
         return {name: facts for name, facts in self.files.items() if name != CARD}
 
     @property
+    def recipe(self) -> BnbRecipe | GgufRecipe | GraphRecipe | None:
+        """How the weights are quantised, whatever the kind."""
+        return self.quant or self.graph_quant
+
+    @property
+    def made_from(self) -> str:
+        """The names of the base and of its adapters."""
+        return sum_of_names(self.base, self.adapters)
+
+    @property
     def has_branches(self) -> bool:
         """Whether one sequence may have several branches; the graph for onnxruntime-genai takes no mask."""
         return self.kind != "genai"
@@ -147,6 +157,11 @@ class Manifest:
     def write(self, directory: Path) -> None:
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
         (directory / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def sum_of_names(base: Mapping[str, Any], adapters: Iterable[Mapping[str, Any]]) -> str:
+    """``base + adapter``: the names in a manifest's fields ``base`` and ``adapters``."""
+    return " + ".join([base["name"], *(adapter["file"] for adapter in adapters)])
 
 
 def _check_types(block: Mapping[str, Any]) -> None:

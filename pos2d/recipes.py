@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from pos2d.bnb_format import NF4_BLOCK, NF4_ROWS, BnbQuant
 from pos2d.config_values import ConfigValues
@@ -23,7 +23,29 @@ UNCALIBRATED_BLOCK = 32
 
 
 @dataclass(frozen=True, slots=True)
-class BnbRecipe:
+class WeightRecipe:
+    """What the recipes of weight files share: a name, and the full names of linear layers that are not quantised."""
+
+    name: str
+    skip_modules: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"skip_modules": list(self.skip_modules)}
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: unknown or missing keys, or values of other types.
+        """
+        _check_keys(cls, block)
+        values = ConfigValues(block, "quantisation")
+        return cls(values.text("name"), tuple(values.texts("skip_modules")))
+
+
+@dataclass(frozen=True, slots=True)
+class BnbRecipe(WeightRecipe):
     """How a bitsandbytes artifact is quantised.
 
     ``8bit``: int8 with the largest magnitude of every row as its scale. ``nf4``: four bits, normal-float, with a scale
@@ -34,7 +56,6 @@ class BnbRecipe:
     """
 
     name: BnbQuant
-    skip_modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in get_args(BnbQuant):
@@ -64,23 +85,9 @@ class BnbRecipe:
                 f"{shapes[wrong[0]]} ({len(wrong)} such layers); {cure}"
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"skip_modules": list(self.skip_modules)}
-
-    @classmethod
-    def from_dict(cls, block: Mapping[str, Any]) -> "BnbRecipe":
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            InputError: unknown or missing keys, or values of other types.
-        """
-        _check_keys(cls, block)
-        values = ConfigValues(block, "quantisation")
-        return cls(values.text("name"), tuple(values.texts("skip_modules")))
-
 
 @dataclass(frozen=True, slots=True)
-class GgufRecipe:
+class GgufRecipe(WeightRecipe):
     """How a GGUF file is quantised: ``name`` is the type of most weights, in lower case.
 
     The head, and an embedding that is the head as well, have 8 bits in either. ``skip_modules``: full names of the
@@ -91,25 +98,10 @@ class GgufRecipe:
     """
 
     name: GgufQuant
-    skip_modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in get_args(GgufQuant):
             raise InputError(f"quantisation {self.name!r} is not one of {', '.join(get_args(GgufQuant))}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"skip_modules": list(self.skip_modules)}
-
-    @classmethod
-    def from_dict(cls, block: Mapping[str, Any]) -> "GgufRecipe":
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            InputError: unknown or missing keys, or values of other types.
-        """
-        _check_keys(cls, block)
-        values = ConfigValues(block, "quantisation")
-        return cls(values.text("name"), tuple(values.texts("skip_modules")))
 
 
 def weight_recipe(block: Mapping[str, Any]) -> BnbRecipe | GgufRecipe:

@@ -232,7 +232,6 @@ def _step_bytes(model: Model, positions: int) -> int:
 
 def _precision(manifest: Manifest, options: LoadOptions) -> str:
     """How the weights are stored, or what they are converted to while they are loaded."""
-    recipe = manifest.graph_quant or manifest.quant
-    if recipe is not None:
-        return recipe.name
+    if manifest.recipe is not None:
+        return manifest.recipe.name
     return options.quant or (manifest.dtype if options.dtype == "auto" else options.dtype)

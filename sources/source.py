@@ -70,6 +70,16 @@ class Source:
         }
         return Manifest(**{**decided, **self.origin, "rope_2d": self.spec, **facts})
 
+    @property
+    def one_branch(self) -> Rope2DSpec:
+        """The positions of one branch of this model, which are ordinary: the branch frequencies never turn."""
+        return Rope2DSpec(self.spec.num_frequencies, (), visibility="isolated") if self.spec.is_2d else self.spec
+
+    @property
+    def one_branch_facts(self) -> Mapping[str, Rope2DSpec | None]:
+        """The manifest's fields for the positions of an artifact that has one branch of this model."""
+        return {"rope_2d": self.one_branch, "one_branch_of": self.spec if self.spec.is_2d else self.one_branch_of}
+
 
 def read_source(model: str | Path | None, base: BaseOptions, positions: TrainedPositions) -> Source:
     """Read ``model``, a directory that merge wrote or a plain model, or what ``base`` names.

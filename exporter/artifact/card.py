@@ -84,14 +84,12 @@ def _relation(manifest: Manifest) -> str | None:
     """How the Hub is to list this below its base: quantised weights of another model are a fine-tune, too."""
     if manifest.adapters:
         return "finetune"
-    return "quantized" if manifest.quant or manifest.graph_quant else None
+    return "quantized" if manifest.recipe is not None else None
 
 
 def _title(manifest: Manifest) -> str:
-    recipe = manifest.quant or manifest.graph_quant
-    form = [NAMES.get(manifest.kind, ""), "" if recipe is None else recipe.name]
-    names = " + ".join([manifest.base["name"], *(adapter["file"] for adapter in manifest.adapters)])
-    return ", ".join(filter(None, (names, " ".join(filter(None, form)))))
+    form = [NAMES.get(manifest.kind, ""), "" if manifest.recipe is None else manifest.recipe.name]
+    return ", ".join(filter(None, (manifest.made_from, " ".join(filter(None, form)))))
 
 
 def _contents(manifest: Manifest) -> str:
@@ -114,7 +112,7 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "context", f"{manifest.context_length} tokens"
     retention = (manifest.ledger or {}).get("totals", {}).get("retention")
     if retention is not None:
-        lossy = "quantising" if manifest.quant or manifest.graph_quant else f"rounding to {manifest.dtype}"
+        lossy = "quantising" if manifest.recipe is not None else f"rounding to {manifest.dtype}"
         yield "retention", f"{retention:.1%} of what the adapter changes is left after {lossy}"
     if manifest.parity is not None:
         yield "checked", parity_text(manifest.parity)

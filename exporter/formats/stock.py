@@ -11,7 +11,6 @@ from pos2d.exporter.formats.checkpoint import CheckpointPlan, plan_checkpoint, w
 from pos2d.exporter.formats.options import ExportOptions
 from pos2d.sources.hf_config import stock_config
 from pos2d.sources.source import Source
-from pos2d.spec import Rope2DSpec
 
 OPTIONS = ("quant", "skip_modules", "dtype", "max_shard_size", "no_verify")
 
@@ -42,12 +41,8 @@ def write(source: Source, plan: CheckpointPlan, target: Path) -> dict[str, Any]:
     Raises:
         InputError: values that are not finite, or a base that changed while it was read.
     """
-    spec = source.spec
-    config = stock_config(source.base, spec, plan.dtype, plan.tied)
-    facts = write_checkpoint(source, plan, config, target)
-    one_branch_of = spec if spec.is_2d else source.one_branch_of
-    ordinary = Rope2DSpec(spec.num_frequencies, (), visibility="isolated") if spec.is_2d else spec
-    return facts | {"rope_2d": ordinary, "one_branch_of": one_branch_of}
+    config = stock_config(source.base, source.spec, plan.dtype, plan.tied)
+    return {**write_checkpoint(source, plan, config, target), **source.one_branch_facts}
 
 
 def check(staging: Path, source: Source, plan: CheckpointPlan) -> Mapping[str, Any] | None:

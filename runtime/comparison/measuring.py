@@ -152,7 +152,7 @@ def first_logits(setting: Setting, model: Model) -> tuple[Floats, ...]:
 def figures_of(opened: OpenedModel, name: str) -> Figures:
     """What is known of a model before it runs."""
     manifest = opened.manifest
-    recipe = manifest.graph_quant or manifest.quant
+    recipe = manifest.recipe
     size = manifest.total_bytes
     kind: str = manifest.kind
     if opened.source is not None:  # its manifest has the weights alone

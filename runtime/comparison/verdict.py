@@ -112,7 +112,7 @@ def _of_files(files: FileEvidence) -> list[Fault]:
 def _cost(manifest: Manifest, distance: Distance, base: Distance | None, file_bytes: int, base_bytes: int) -> Fault:
     """What explains the distance of an artifact whose weights and positions are right."""
     figures = f"KL {distance.mean_kl:.1e}, same top token {distance.top1_agreement:.1%}"
-    recipe = manifest.graph_quant or manifest.quant
+    recipe = manifest.recipe
     if recipe is not None:
         more = base is not None and distance.mean_kl > base.mean_kl
         than = ", which is more than the adapter itself changes on this text" if more else ""

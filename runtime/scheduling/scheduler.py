@@ -176,9 +176,9 @@ class Scheduler:
     def _read_piece(self, member: Member, writers: int) -> Floats | None:
         """Read a piece; return logits ``[N, V]`` for the live branches after the last one."""
         group = self._group(member)
-        started = time.perf_counter()
         if member.filled == 0:
             self._copy_prefix(member, group)
+        started = time.perf_counter()
         start, layout, bound = member.filled, member.sequence.layout, member.key[1]
         stop = min(len(layout), start + self._pace.piece(writers, bound))
         logits = group.read(member, stop)

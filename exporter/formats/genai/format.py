@@ -19,7 +19,6 @@ from pos2d.reference import ONE_BRANCH
 from pos2d.sources.checkpoints.weight_files import CONFIG
 from pos2d.sources.files.json_object import write_json
 from pos2d.sources.source import Source
-from pos2d.spec import Rope2DSpec
 
 __all__ = ["OPTIONS", "check", "plan", "refuse", "write"]
 # GroupQueryAttention, without which onnxruntime-genai has no cache that is written in place, takes no other sizes.
@@ -54,13 +53,10 @@ def write(source: Source, plan: OnnxPlan, target: Path) -> dict[str, Any]:
         InputError: see :func:`pos2d.exporter.formats.onnx.weight_writer.write_weights` and
             :func:`pos2d.exporter.formats.genai.genai_config.genai_config`.
     """
-    spec = source.spec
-    ordinary = Rope2DSpec(spec.num_frequencies, (), visibility="isolated") if spec.is_2d else spec
     config = genai_config(source, target, GRAPH_FILES[GENAI])
     held_out, is_text = graphs.held_out_of(source, plan, target)
     alone = [sequence for sequence in held_out if sequence.name == ONE_BRANCH]
     facts = graphs.write_weight_file(source, plan, target, alone, is_text)
-    graph = graphs.write_graphs(source, plan, target, (GENAI,), ordinary)
+    graph = graphs.write_graphs(source, plan, target, (GENAI,), source.one_branch)
     write_json(target / GENAI_CONFIG, config)
-    one_branch_of = spec if spec.is_2d else source.one_branch_of
-    return facts | {"graph": graph, "rope_2d": ordinary, "one_branch_of": one_branch_of}
+    return {**facts, "graph": graph, **source.one_branch_facts}

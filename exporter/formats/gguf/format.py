@@ -16,11 +16,11 @@ from pos2d.exporter.formats.gguf.weights import BLOCK_BYTES, FloatKind, GgufTens
 from pos2d.exporter.formats.options import ExportOptions
 from pos2d.exporter.quantisation.module_names import named_modules
 from pos2d.exporter.quantisation.summary import rounding_totals, summarise
+from pos2d.manifest import sum_of_names
 from pos2d.recipes import GGUF_BLOCK, GgufQuant, GgufRecipe
 from pos2d.sources.sidecars.sidecars import GENERATION_SETTINGS, read_settings
 from pos2d.sources.source import Source
 from pos2d.sources.tensors.tensor_plan import plan_tensors
-from pos2d.spec import Rope2DSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -103,13 +103,11 @@ def write(source: Source, plan: GgufPlan, target: Path) -> dict[str, Any]:
     """
     from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 
-    spec = source.spec
-    one_branch_of = spec if spec.is_2d else source.one_branch_of
+    positions = source.one_branch_facts
     writer = GGUFWriter(None, plan.architecture.name)
-    names = [source.origin["base"]["name"], *(adapter["file"] for adapter in source.origin["adapters"])]
     writer.add_type("model")
-    writer.add_name(" + ".join(names))
-    if one_branch_of is not None:
+    writer.add_name(sum_of_names(source.origin["base"], source.origin["adapters"]))
+    if positions["one_branch_of"] is not None:
         writer.add_description(ONE_BRANCH.format(version=__version__))
     add_settings(writer, source.base.sizes, plan.architecture)
     most = SAFETENSORS_NAMES[plan.dtype] if plan.recipe is None else plan.recipe.name.upper()
@@ -133,13 +131,11 @@ def write(source: Source, plan: GgufPlan, target: Path) -> dict[str, Any]:
     (target / FILE_NAME).write_text(text, encoding="utf-8")
     count = len(plan.tensors)
     totals = rounding_totals(tallies, count) if plan.recipe is None else asdict(summarise(tallies, count))
-    ordinary = Rope2DSpec(spec.num_frequencies, (), visibility="isolated") if spec.is_2d else spec
     return {
         "dtype": plan.dtype,
         "quant": plan.recipe,
         "ledger": {"totals": totals},
-        "rope_2d": ordinary,
-        "one_branch_of": one_branch_of,
+        **positions,
     }
 
 

@@ -5,7 +5,7 @@ at a time, so that memory does not depend on the size of the model.
 """
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -226,9 +226,3 @@ def _placed(data: memoryview, offset: int, width: int, places: "Ints | None") ->
     first = offset // width
     for number in range(len(data) // width):
         yield int(places[first + number]) * width, data[number * width : (number + 1) * width]
-
-
-def kinds_of(tensors: Collection[GgufTensor]) -> "dict[str, int]":
-    """How many tensors have each type."""
-    kinds = [tensor.kind for tensor in tensors]
-    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
